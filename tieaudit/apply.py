@@ -1,0 +1,65 @@
+"""Stage: Plan → a delivered model. Write, read back, prove, deliver; any failure leaves no output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tieaudit.change import Plan, Proof
+from tieaudit.deliver import Delivered, deliver
+from tieaudit.errors import ParityFailed, RewriteRefused
+from tieaudit.model import Model
+from tieaudit.rewrite import rewrite, workspace
+from tieaudit.verify import prove
+
+LEVELS = ("structural", "regional", "end to end")
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What came of a plan."""
+
+    plan: Plan
+    proof: Proof
+    delivered: Delivered
+
+
+def apply(
+    model: Model,
+    plan: Plan,
+    destination: Path,
+    *,
+    require: str = "regional",
+    device: str = "auto",
+    inputs: Mapping[str, Any] | None = None,
+    max_drift: float | None = None,
+) -> Applied:
+    """Write `plan` to `destination`, which must not exist.
+
+    ParityFailed if any level of proof fails, RewriteRefused if the required level could not run or nothing can be
+    written; in both cases nothing is left behind and the input was only read.
+    """
+    with workspace(destination) as folder:
+        written, after = rewrite(model, plan, folder)
+        proof = prove(model, after, plan, written, require=require, device=device, inputs=inputs, max_drift=max_drift)
+        _accept(model, proof, require)
+        return Applied(plan, proof, deliver(model, plan, written, proof, folder, destination))
+
+
+def _accept(model: Model, proof: Proof, require: str) -> None:
+    if proof.failed:
+        level = proof.failed[0]
+        raise ParityFailed(f"{model.path}: the {level.name} proof failed, nothing was delivered: {level.because}")
+    needed = LEVELS[: LEVELS.index(require) + 1]
+    outcomes = {level.name: level for level in proof.levels}
+    reached = [name for name in LEVELS if name in outcomes and outcomes[name].outcome == "held"]  # type: ignore[comparison-overlap]
+    if any(name in reached for name in LEVELS[LEVELS.index(require) :]):
+        return  # a higher level that ran stands for the lower ones
+    missing = next((outcomes[name] for name in needed if name in outcomes and name not in reached), None)  # type: ignore[comparison-overlap]
+    because = missing.because if missing is not None else "it was not attempted"
+    raise RewriteRefused(
+        f"{model.path}: expected the {require} proof, which could not run: {because}; nothing was delivered",
+        hint="--require structural delivers on the structural proof alone",
+    )

@@ -1,0 +1,140 @@
+"""The nouns of changing a model: a plan of edits, and the proof that only the plan happened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tieaudit.model import Member
+from tieaudit.storage import Storage
+
+
+@dataclass(frozen=True)
+class Share:
+    """Make the members one stored tensor. The first member's name survives; lossy if the values differ."""
+
+    members: tuple[Member, ...]
+    values: Storage | None = None
+    """The common value in the first member's layout; None keeps the first member's own bytes."""
+    because: str = ""
+
+
+@dataclass(frozen=True)
+class Unshare:
+    """Give a weight that is tied (aliased, absent, or one initializer with several uses) a stored copy per role."""
+
+    source: str
+    """Id of the stored weight."""
+    name: str
+    """Name of the new copy."""
+    uses: tuple[tuple[str, str, str, int], ...] = ()
+    """(part, scope, node, slot) of the uses that move to the copy; empty where the format has no graph."""
+    because: str = ""
+
+
+@dataclass(frozen=True)
+class Respell:
+    """Express an existing tie so that the runtime does not fold it apart: the uses of `weight` through a Transpose."""
+
+    weight: str
+    because: str = ""
+
+
+@dataclass(frozen=True)
+class SetConfig:
+    """Set one key of a JSON file beside the weights; the rest of the file keeps its order."""
+
+    file: str
+    key: tuple[str, ...]
+    value: bool | int | str
+    because: str = ""
+
+
+Edit = Share | Unshare | Respell | SetConfig
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A part of the proposal that will not be done, and why, in one sentence."""
+
+    scheme: str
+    ids: tuple[str, ...]
+    because: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done to one model."""
+
+    path: str
+    target: str
+    """The consumer that the result must be safe for, e.g. `transformers-5`, `ort-cpu`."""
+    schemes: tuple[str, ...]
+    edits: tuple[Edit, ...]
+    n_bytes_saved: int
+    lossless: bool
+    refusals: tuple[Refusal, ...] = ()
+    notes: tuple[str, ...] = ()
+    transposed_as: Literal["auto", "gemm", "gather", "fused"] = "auto"
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """What an edit reports back about one original use that it had to express differently."""
+
+    part: str
+    scope: str
+    node: str
+    slot: int
+    """The original use."""
+    new_node: str
+    new_slot: int
+    """The use that took its place."""
+    pattern: str
+    """Name of the allow-listed graph edit."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a format wrote into a folder or file."""
+
+    files: tuple[str, ...]
+    """Paths relative to the destination."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Original weight id → id that now serves it, for weights whose name did not survive."""
+    rewritten: tuple[Rewritten, ...] = ()
+
+
+Outcome = Literal["held", "failed", "not run"]
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of proof."""
+
+    name: Literal["structural", "regional", "end to end"]
+    outcome: Outcome
+    because: str
+    """What was checked, what failed, or why it could not run."""
+    max_difference: float | None = None
+    limit: float | None = None
+    """The noise floor that the difference was compared with."""
+    device: str = ""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Which levels ran and held, and what was not exercised."""
+
+    levels: tuple[Level, ...]
+    not_exercised: tuple[str, ...] = ()
+    """Uses that never moved the outputs when perturbed."""
+    drift: float | None = None
+    """Largest output difference against the original, for lossy plans."""
+    facts: Mapping[str, object] = field(default_factory=dict)
+    """Stored / optimised / resident bytes, latency, versions."""
+
+    @property
+    def failed(self) -> tuple[Level, ...]:
+        return tuple(level for level in self.levels if level.outcome == "failed")

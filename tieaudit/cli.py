@@ -1,0 +1,323 @@
+"""The command line. It composes the stages and prints; it decides nothing.
+
+Results go to stdout, progress and errors to stderr. Exit codes: see each command's help.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tieaudit import __version__, outcome
+from tieaudit.config import Settings
+from tieaudit.errors import TieAuditError, UsageError
+from tieaudit.load import Source, load_one, locate
+from tieaudit.plan import Choices
+from tieaudit.plan import plan as make_plan
+from tieaudit.printable import printable
+from tieaudit.registry import choose, discover
+from tieaudit.reports import ReportFormat
+from tieaudit.verdict import Report
+
+_EPILOG_SCAN = """\b
+Examples:
+  tieaudit scan model.onnx
+  tieaudit scan ./my-model-folder --format json
+"""
+_EPILOG_PLAN = """\b
+Examples:
+  tieaudit plan model.onnx
+  tieaudit plan ./my-model-folder --scheme io --allow-lossy --merge keep:head
+"""
+_EPILOG_APPLY = """\b
+Examples:
+  tieaudit apply model.onnx --scheme dedup --to model-tied.onnx
+  tieaudit apply ./my-model-folder --scheme dedup --to ./my-model-tied
+"""
+_EPILOG_VERIFY = """\b
+Examples:
+  tieaudit verify model.onnx model-tied.onnx
+  tieaudit verify --receipt model-tied.onnx.receipt.json
+"""
+_EPILOG_EXPLAIN = """\b
+Examples:
+  tieaudit explain TIE202
+  tieaudit explain dedup
+"""
+
+
+class _Commands(click.Group):
+    """A group that suggests the nearest command for a misspelt one."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            choose({name: name for name in self.list_commands(ctx)}, args[0], "command")
+        return super().resolve_command(ctx, args)
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Like click's, but every error of the tool is one line on stderr and its own exit code."""
+        try:
+            return super().main(*args, **kwargs)
+        except TieAuditError as error:
+            _complain(error)
+            sys.exit(error.exit_code)
+        except BrokenPipeError:
+            sys.stderr.close()  # the reader has gone; nobody is left to tell
+            sys.exit(0)
+
+
+def _complain(error: TieAuditError) -> None:
+    click.echo(f"error: {printable(error.message, None)}", err=True)
+    if error.hint:
+        click.echo(f"  {printable(error.hint, None)}", err=True)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="tieaudit")
+def main() -> None:
+    """Tell the truth about weight tying.
+
+    \b
+    scan says which weights of a model are tied, which claim to be, and which once were.
+    apply writes the repaired model, verify proves that nothing else changed.
+
+    Reads ONNX files, safetensors files and Hugging Face folders. Nothing is ever written in place.
+    """
+
+
+def _plan_options(command: Callable[..., None]) -> Callable[..., None]:
+    options = [
+        click.option("--scheme", "schemes", multiple=True, metavar="S",
+                     help="dedup (default), io, untie or declare; repeat for several, left to right."),
+        click.option("--target", metavar="T", help="Consumer to be safe for: ort-cpu, ort-cuda, transformers-5, transformers-4."),
+        click.option("--allow-lossy", is_flag=True, help="Tie weights that differ. Changes what the model computes."),
+        click.option("--merge", metavar="M", help="Whose values survive a lossy tie: keep:head (default), keep:embedding, mean."),
+        click.option("--transposed-as", type=click.Choice(["auto", "gemm", "gather", "fused"]), default="auto",
+                     show_default=True, help="How an ONNX graph reads a tied matrix transposed."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _format_option(names: Sequence[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option(
+        "--format", "format_name", type=click.Choice(names), default="text", show_default=True, help="How to print the result."
+    )
+
+
+@main.command(epilog=_EPILOG_SCAN)
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@_format_option(["text", "json"])
+def scan(paths: tuple[str, ...], format_name: str) -> None:
+    """What is there: weights, roles, ties of every origin, candidates, findings.
+
+    PATH is a model file, a folder, or a glob; a shard or a config.json means its model.
+
+    Exit code: 0 looked, whatever it found · 2 unreadable, nothing to look at, or a crashed rule.
+    """
+    from tieaudit.scan import scan as look_at
+
+    sources, errors = locate(paths)
+    reports: list[Report] = []
+    for source in sources:
+        try:
+            with _progress(source) as progress:
+                reports.append(look_at(source.load(), progress=progress))
+        except TieAuditError as error:
+            errors.append((str(source.path), str(error)))
+    _print(_report(format_name)(reports, errors, _settings()))
+    for _, message in errors:
+        click.echo(f"error: {printable(message, None)}", err=True)
+    if errors or not reports or any(report.crashed for report in reports):
+        sys.exit(2)
+
+
+@main.command(epilog=_EPILOG_PLAN)
+@click.argument("path")
+@_plan_options
+@_format_option(["text", "json"])
+def plan(path: str, format_name: str, **chosen: Any) -> None:
+    """What could be done and what it would save; writes nothing.
+
+    Exit code: 0 printed · 2 everything was refused.
+    """
+    from tieaudit.scan import look
+
+    model = load_one(path)
+    made = make_plan(look(model), _choices(chosen))
+    _print(outcome.planned(model, made, format_name, _settings()))
+    if made.refusals and not made.edits:
+        sys.exit(2)
+
+
+@main.command(epilog=_EPILOG_APPLY)
+@click.argument("path", required=False)
+@_plan_options
+@click.option("--to", "destination", type=click.Path(path_type=Path), help="Where to write; must not exist. Without it, print the plan.")
+@click.option("--require", type=click.Choice(["structural", "regional", "end-to-end"]), default="regional",
+              show_default=True, help="Least level of proof for delivery.")  # fmt: skip
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run the proof.")
+@click.option("--inputs", type=click.Path(path_type=Path), help="Inputs for the proof, an .npz; default: generated from the signature.")
+@click.option("--max-drift", type=float, help="Largest output difference that a lossy plan may cause.")
+@click.option("--strict", is_flag=True, help="If any part of the plan is refused, deliver nothing.")
+@click.option("--undo", type=click.Path(path_type=Path), metavar="RECEIPT", help="Take a delivery back, given its receipt.")
+@_format_option(["text", "json"])
+def apply(
+    path: str | None,
+    destination: Path | None,
+    require: str,
+    device: str,
+    inputs: Path | None,
+    max_drift: float | None,
+    strict: bool,
+    undo: Path | None,
+    format_name: str,
+    **chosen: Any,
+) -> None:
+    """Plan, write, read back, prove, deliver, with a receipt. The input is only read.
+
+    Exit code: 0 delivered, or nothing to do · 1 a proof failed, nothing delivered · 2 refused, or a required proof could
+    not run, nothing delivered.
+    """
+    if undo is not None:
+        from tieaudit.deliver import undo as take_back
+
+        removed = take_back(undo)
+        _print(f"undone: {len(removed)} files and the receipt removed; the input was checked and is unchanged")
+        return
+    if path is None:
+        raise UsageError("expected a PATH, or --undo RECEIPT")
+    from tieaudit.scan import look
+
+    model = load_one(path)
+    made = make_plan(look(model), _choices(chosen))
+    refused = bool(made.refusals) and (strict or not made.edits)
+    if destination is None or refused or not made.edits:
+        _print(outcome.planned(model, made, format_name, _settings(), asked_to_write=destination is not None))
+        sys.exit(2 if refused else 0)
+    from tieaudit.apply import apply as carry_out
+    from tieaudit.inputs import read_inputs
+
+    given = read_inputs(inputs) if inputs is not None else None
+    with _spinner("writing and proving"):
+        done = carry_out(
+            model, made, destination, require=require.replace("-", " "), device=device, inputs=given, max_drift=max_drift
+        )
+    _print(outcome.applied(model, done.plan, done.proof, str(done.delivered.path), str(done.delivered.receipt), format_name, _settings()))
+
+
+@main.command(epilog=_EPILOG_VERIFY)
+@click.argument("before", required=False)
+@click.argument("after", required=False)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run.")
+@click.option("--inputs", type=click.Path(path_type=Path), help="Inputs as an .npz; default: generated from the signature.")
+@click.option("--max-drift", type=float, help="Largest output difference to accept; default: the noise floor.")
+@click.option("--receipt", type=click.Path(path_type=Path), help="Check that input and output are what this receipt says.")
+@_format_option(["text", "json"])
+def verify(
+    before: str | None,
+    after: str | None,
+    device: str,
+    inputs: Path | None,
+    max_drift: float | None,
+    receipt: Path | None,
+    format_name: str,
+) -> None:
+    """Run both models on the same inputs and compare.
+
+    BEFORE and AFTER are two models of one signature: ONNX, Hugging Face folders, or one of each.
+
+    Exit code: 0 equal, or drift within the limit · 1 differs · 2 could not run.
+    """
+    if receipt is not None:
+        from tieaudit.deliver import check_receipt
+
+        problems = check_receipt(receipt)
+        _print("\n".join(printable(problem, None) for problem in problems) or "input and output are exactly what the receipt says")
+        sys.exit(1 if problems else 0)
+    if before is None or after is None:
+        raise UsageError("expected two models, BEFORE and AFTER, or --receipt RECEIPT")
+    from tieaudit.inputs import read_inputs
+    from tieaudit.verify import compare
+
+    given = read_inputs(inputs) if inputs is not None else None
+    one, other = load_one(before), load_one(after)
+    with _spinner("running both models"):
+        proof = compare(one, other, device=device, inputs=given, max_drift=max_drift)
+    _print(outcome.compared(one, other, proof, format_name, _settings()))
+    ran = [level for level in proof.levels if level.outcome != "not run"]
+    sys.exit(1 if proof.failed else 0 if ran else 2)
+
+
+@main.command(epilog=_EPILOG_EXPLAIN)
+@click.argument("name")
+def explain(name: str) -> None:
+    """The page of a rule, a scheme, a merge policy or a relation.
+
+    Exit code: 0 printed · 2 no such name.
+    """
+    from tieaudit.explain import explain as page
+
+    _print(page(name))
+
+
+def _choices(chosen: dict[str, Any]) -> Choices:
+    return Choices(
+        schemes=tuple(chosen["schemes"]) or ("dedup",),
+        target=chosen["target"],
+        allow_lossy=chosen["allow_lossy"],
+        merge=chosen["merge"],
+        transposed_as=chosen["transposed_as"],
+    )
+
+
+def _report(name: str) -> Callable[[Sequence[Report], Sequence[tuple[str, str]], dict[str, object]], str]:
+    return choose(discover("reports", ReportFormat), name, "report format").render
+
+
+def _settings() -> dict[str, object]:
+    import os
+
+    terminal = sys.stdout.isatty()
+    return {
+        "color": terminal and "NO_COLOR" not in os.environ,
+        "width": shutil.get_terminal_size((100, 24)).columns if terminal else 100,
+        "thresholds": Settings(),
+    }
+
+
+def _print(text: str) -> None:
+    click.echo(text, color=True)
+
+
+@contextmanager
+def _progress(source: Source) -> Iterator[Callable[[int], None] | None]:
+    """A progress line for the bytes compared in full, on a terminal only."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"comparing {printable(source.path.name, 40)}", total=None)
+        yield lambda n_bytes: bar.advance(task, n_bytes)
+
+
+@contextmanager
+def _spinner(what: str) -> Iterator[None]:
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield

@@ -1,0 +1,192 @@
+"""Stage: a proved result → its name. Atomic, with a receipt that can be checked and undone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from tieaudit import __version__
+from tieaudit.change import Plan, Proof, Written
+from tieaudit.errors import CorruptFile, RewriteRefused, UsageError
+from tieaudit.model import Model
+from tieaudit.plain import plain
+from tieaudit.rewrite import flush
+from tieaudit.storage import BLOCK_BYTES
+
+SCHEMA = "tieaudit/receipt/1"
+RECEIPT_NAME = "tieaudit.receipt.json"
+"""Name of the receipt inside a delivered folder; beside a delivered file it is `<file>.receipt.json`."""
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """Where the result lies now."""
+
+    path: Path
+    receipt: Path
+
+
+def deliver(model: Model, plan: Plan, written: Written, proof: Proof, folder: Path, destination: Path) -> Delivered:
+    """Move a written and proved model from its workspace to its name, with the receipt.
+
+    A folder arrives by one rename. A single file arrives after its data files and its receipt, so that a model is
+    visible only when everything it needs is there. RewriteRefused if something else took the name meanwhile.
+    """
+    as_folder = Path(model.path).is_dir() or not _names_a_file(destination, model)
+    single = None if Path(model.path).is_dir() else Path(model.path).name
+    if as_folder:
+        receipt = folder / RECEIPT_NAME
+        _write_receipt(receipt, model, plan, written, proof, folder, destination, {})
+        _flush_folder(folder)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        _rename_new(folder, destination)
+        return Delivered(destination, destination / RECEIPT_NAME)
+    renames = {str(single): destination.name}
+    receipt = folder / f"{destination.name}.receipt.json"
+    _write_receipt(receipt, model, plan, written, proof, folder, destination.parent, renames)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    moved: list[Path] = []
+    try:
+        for name in [*(n for n in written.files if n != single), receipt.name, str(single)]:
+            target = destination.parent / renames.get(name, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _rename_new(folder / name, target)
+            moved.append(target)
+    except BaseException:
+        for path in reversed(moved):
+            path.unlink(missing_ok=True)
+        raise
+    return Delivered(destination, destination.parent / receipt.name)
+
+
+def _names_a_file(destination: Path, model: Model) -> bool:
+    return destination.suffix == Path(model.path).suffix
+
+
+def _rename_new(source: Path, target: Path) -> None:
+    """Rename without ever replacing anything that is there."""
+    if os.path.lexists(target):
+        raise RewriteRefused(f"{target}: exists already; nothing is ever overwritten", hint="give another --to")
+    try:
+        source.rename(target)
+    except OSError as error:
+        raise RewriteRefused(f"{target}: cannot be moved into place: {error.strerror}") from error
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_receipt(
+    path: Path,
+    model: Model,
+    plan: Plan,
+    written: Written,
+    proof: Proof,
+    folder: Path,
+    home: Path,
+    renames: Mapping[str, str],
+) -> None:
+    inputs = dict.fromkeys(str(Path(name).absolute()) for part in model.parts for name in part.paths)
+    receipt = {
+        "schema": SCHEMA,
+        "tool": {"name": "tieaudit", "version": __version__},
+        "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "input": {"path": str(Path(model.path).absolute()), "files": {name: digest_of(Path(name)) for name in inputs}},
+        "output": {
+            "path": str(home.absolute()),
+            "files": {renames.get(name, name): digest_of(folder / name) for name in written.files},
+        },
+        "plan": plain(plan),
+        "proof": plain(proof),
+    }
+    path.write_text(json.dumps(receipt, indent=1, ensure_ascii=True) + "\n", encoding="utf-8")
+    flush(path)
+
+
+def digest_of(path: Path) -> str:
+    """sha256 of a file, read in blocks."""
+    running = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            running.update(block)
+    return running.hexdigest()
+
+
+def read_receipt(path: Path) -> dict[str, dict[str, object]]:
+    """A receipt. UsageError or CorruptFile if the file is not one."""
+    try:
+        receipt = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CorruptFile(f"{path}: expected a receipt of tieaudit, found something that is not JSON: {error}") from error
+    shaped = isinstance(receipt, dict) and receipt.get("schema") == SCHEMA
+    for side in ("input", "output"):
+        part = receipt.get(side) if shaped else None
+        files = part.get("files") if isinstance(part, dict) else None
+        shaped = isinstance(files, dict) and all(isinstance(n, str) and isinstance(d, str) for n, d in files.items())
+        shaped = shaped and isinstance(part, dict) and isinstance(part.get("path"), str)
+    if not shaped:
+        raise CorruptFile(f"{path}: expected a receipt of tieaudit ({SCHEMA}), found another JSON file")
+    checked: dict[str, dict[str, object]] = receipt
+    return checked
+
+
+def check_receipt(path: Path) -> list[str]:
+    """What no longer agrees with a receipt, in sentences; empty if input and output are exactly what it says."""
+    receipt = read_receipt(path)
+    return [*_changed(receipt, "input", path), *_changed(receipt, "output", path)]
+
+
+def _changed(receipt: dict[str, dict[str, object]], side: str, path: Path) -> list[str]:
+    files = receipt[side]["files"]
+    assert isinstance(files, dict)  # noqa: S101 - read_receipt checked it
+    problems = []
+    for name, expected in files.items():
+        file = Path(name) if side == "input" else _home(path) / name
+        if side == "output" and not file.resolve().is_relative_to(_home(path).resolve()):
+            raise CorruptFile(f"{path}: names the file {name!r} outside its own folder; not touched")
+        if not file.is_file():
+            problems.append(f"{side} {file}: missing")
+        elif digest_of(file) != expected:
+            problems.append(f"{side} {file}: changed since the receipt was written")
+    return problems
+
+
+def _home(receipt: Path) -> Path:
+    """Outputs lie beside their receipt, wherever both were moved."""
+    return receipt.absolute().parent
+
+
+def undo(path: Path) -> list[Path]:
+    """Take a delivery back: remove exactly the files that the receipt lists, and the receipt.
+
+    The input was never changed, so this is all there is to undo; it is checked first. RewriteRefused if the input is
+    no longer what it was (the output may then be the only copy) or if an output file was changed since.
+    """
+    problems = check_receipt(path)
+    if problems:
+        raise RewriteRefused(f"not undone, nothing removed: {'; '.join(problems[:3])}")
+    files = read_receipt(path)["output"]["files"]
+    assert isinstance(files, dict)  # noqa: S101 - read_receipt checked it
+    home = _home(path)
+    removed = [home / name for name in files]
+    for file in [*removed, path]:
+        file.unlink()
+    inside = {parent for file in removed for parent in file.parents if parent.is_relative_to(home)}
+    for folder in sorted(inside, key=lambda one: -len(one.parts)):
+        if (folder != home or path.name == RECEIPT_NAME) and not any(folder.iterdir()):
+            folder.rmdir()
+    return removed
+
+

@@ -1,0 +1,71 @@
+"""The exception tree. A class exists only where somebody would catch it.
+
+    TieAuditError            exit code 2, one line for the user
+    ├─ UsageError            bad arguments, unknown name (did you mean …?)
+    ├─ UnreadableModel       expected / found / where / what to do
+    │   ├─ UnknownFormat     nothing here that tieaudit knows how to read
+    │   ├─ CorruptFile       the format's own rules are broken at a known place
+    │   └─ MissingPackage    an extra is needed: which, and how to get it
+    ├─ PluginError           names the plug-in's file
+    ├─ RewriteRefused        nothing was written; the reason is a sentence
+    └─ ParityFailed          exit code 1: a proof level failed, nothing was delivered
+
+*Cannot tell* is not an error: it is a rule's third answer (see `audit.py`).
+"""
+
+from __future__ import annotations
+
+
+class TieAuditError(Exception):
+    """Anything that tieaudit says to its user in one line, without a traceback."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+class UsageError(TieAuditError):
+    """The command line or a setting is wrong."""
+
+
+class UnreadableModel(TieAuditError):
+    """A path that was given as a model cannot be read as one."""
+
+
+class UnknownFormat(UnreadableModel):
+    """No format recognises the path."""
+
+
+class CorruptFile(UnreadableModel):
+    """The file breaks the rules of its own format."""
+
+
+class MissingPackage(UnreadableModel):
+    """A package of an extra is needed and not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        hint = f"pip install 'tieaudit[{extra}]'"
+        if extra in ("torch", "transformers", "all"):
+            hint += "; for the CPU build of torch add --extra-index-url https://download.pytorch.org/whl/cpu"
+        super().__init__(f"{purpose} needs the package {package}, which is not installed", hint=hint)
+        self.package = package
+
+
+class PluginError(TieAuditError):
+    """A member of an open set (rule, scheme, …) is malformed."""
+
+
+class RewriteRefused(TieAuditError):
+    """The planned change cannot be made safely; nothing was written."""
+
+
+class ParityFailed(TieAuditError):
+    """A proof level failed; nothing was delivered."""
+
+    exit_code = 1

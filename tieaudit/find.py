@@ -1,0 +1,231 @@
+"""Stage: Model → Found. Which weights are one, by region, by declaration, and by their bytes.
+
+Measured ties cost what collides, not what is stored: bucket by element type and shape, split by a few probed
+elements, and only what still collides is compared in full, in blocks.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+
+from tieaudit.compare import SMALL_BYTES, constant_value, digest, probe, same_through, storage_of
+from tieaudit.errors import UnreadableModel
+from tieaudit.model import Member, Model, Tie, Use, Weight
+from tieaudit.registry import discover
+from tieaudit.relations import Relation
+from tieaudit.storage import Region
+from tieaudit.verdict import Found
+from tieaudit.view import AS_STORED, Reshape, View
+
+N_PROBES = (6, 48)
+"""Elements probed in the first and second round."""
+_NOT_A_ROLE = frozenset({"Shape", "Size"})
+"""Consumers that look at a weight without using its values."""
+
+Progress = Callable[[int], None]
+
+
+def find(model: Model, *, progress: Progress | None = None) -> Found:
+    """Every tie of the model, of every origin, and the constants.
+
+    Cost: a few small reads per weight, plus both members of every colliding pair once. `progress` is told the
+    bytes compared in full. Weights whose bytes cannot be read end up in `Found.unreadable`.
+    """
+    unreadable: dict[str, str] = {}
+    digests: dict[str, str] = {}
+    stored = [weight for weight in model.weights if weight.storage is not None and weight.n_elements > 0]
+    by_region: dict[tuple[Region, str, tuple[int, ...]], list[Weight]] = defaultdict(list)
+    for weight in stored:
+        by_region[storage_of(weight).region, weight.dtype, weight.shape].append(weight)
+    representatives = [group[0] for group in by_region.values()]
+    names = {group[0].id: group for group in by_region.values()}
+
+    constants = _constants(representatives, unreadable)
+    readable = [w for w in representatives if w.id not in constants and w.id not in unreadable]
+    ties = [*_aliased(stored), *_shared_uses(model, constants)]
+    for members in _measured(readable, digests, unreadable, progress):
+        ties.append(_measured_tie(model, members, names))
+    ties.extend(_declared(model))
+    constant_ids = frozenset(w.id for first in constants for w in names[first])
+    return Found(tuple(ties), constant_ids, _constant_classes(constants, names), digests, unreadable)
+
+
+def overlapping(regions: Sequence[Region]) -> list[list[int]]:
+    """Indices of regions that overlap, directly or through others; empty regions overlap nothing.
+
+    The one interval algorithm of the tool: a sweep that keeps the *largest* end seen so far, not the last one.
+    Cost: O(n log n).
+    """
+    order = sorted((i for i, (_, begin, end) in enumerate(regions) if begin < end), key=lambda i: regions[i])
+    groups: list[list[int]] = []
+    container, reach = None, -1
+    for index in order:
+        where, begin, end = regions[index]
+        if where == container and begin < reach:
+            groups[-1].append(index)
+            reach = max(reach, end)
+        else:
+            groups.append([index])
+            container, reach = where, end
+    return [group for group in groups if len(group) > 1]
+
+
+def _aliased(stored: Sequence[Weight]) -> Iterable[Tie]:
+    """Names of exactly one region: one value by construction. Partial overlaps are no equality."""
+    regions = [storage_of(weight).region for weight in stored]
+    for group in overlapping(regions):
+        exact: dict[tuple[Region, str], list[Weight]] = defaultdict(list)
+        for index in group:
+            exact[regions[index], stored[index].dtype].append(stored[index])
+        for (where, _), weights in exact.items():
+            if len(weights) > 1:
+                first = weights[0]
+                members = tuple(
+                    Member(w.id, AS_STORED if w.shape == first.shape else View((Reshape(w.shape),))) for w in weights
+                )
+                because = f"{len(weights)} names of bytes {where[1]}–{where[2]} of {where[0].rsplit('/', 1)[-1]}"
+                yield Tie(members, "aliased", because)
+
+
+def _shared_uses(model: Model, constants: Iterable[str]) -> Iterable[Tie]:
+    """One stored parameter that serves several operations of the graph."""
+    constant = set(constants)
+    for id, uses in model.uses_of.items():
+        weight = model.by_id[id]
+        if weight.parameter is not True or id in constant or weight.n_elements < 2:
+            continue
+        consumers: dict[tuple[str, str, str, int], Use] = {}
+        for use in uses:
+            if use.op not in _NOT_A_ROLE and not use.node.startswith("@"):
+                consumers.setdefault((use.part, use.scope, use.node, use.slot), use)
+        if len(consumers) > 1:
+            members = tuple(Member(id, use.view, f"{use.op} @ {use.node}") for use in consumers.values())
+            yield Tie(members, "aliased", f"one stored tensor serves {len(consumers)} operations")
+
+
+def _constants(weights: Iterable[Weight], unreadable: dict[str, str]) -> dict[str, tuple[Weight, bytes]]:
+    found = {}
+    for weight in weights:
+        try:
+            value = constant_value(weight)
+        except (UnreadableModel, OSError) as error:
+            unreadable[weight.id] = str(error)
+            continue
+        if value is not None:
+            found[weight.id] = (weight, value)
+    return found
+
+
+def _constant_classes(
+    constants: dict[str, tuple[Weight, bytes]], names: dict[str, list[Weight]]
+) -> tuple[tuple[str, ...], ...]:
+    by_value: dict[tuple[str, tuple[int, ...], bytes], list[str]] = defaultdict(list)
+    for weight, value in constants.values():
+        if weight.dtype == "string":  # a lone string is one value, but two of them need not be the same one
+            value = b"".join(storage_of(weight).read_ranges([(0, weight.n_bytes)]))
+        by_value[weight.dtype, weight.shape, value].extend(w.id for w in names[weight.id])
+    return tuple(tuple(ids) for ids in by_value.values() if len(ids) > 1)
+
+
+def _measured(
+    weights: Sequence[Weight], digests: dict[str, str], unreadable: dict[str, str], progress: Progress | None
+) -> Iterable[list[tuple[Weight, View]]]:
+    """Classes under the exact relations: each member with the view through which the first one becomes it."""
+    relations = sorted(discover("relations", Relation).values(), key=lambda relation: relation.precedence)
+    buckets: dict[object, list[Weight]] = defaultdict(list)
+    for weight in weights:
+        kind = "sparse" if weight.held_as == "sparse_initializer" else "dense"
+        buckets[kind, weight.dtype, weight.n_bytes, tuple(sorted(weight.shape))].append(weight)
+    for bucket in buckets.values():
+        for crowd in _refined(bucket, unreadable):
+            try:
+                yield from _classes(crowd, relations, digests, progress)
+            except (UnreadableModel, OSError) as error:
+                unreadable.update({weight.id: str(error) for weight in crowd})
+
+
+def _refined(bucket: list[Weight], unreadable: dict[str, str]) -> list[list[Weight]]:
+    """Split by probes until only what collides everywhere is together."""
+    crowds = [bucket] if len(bucket) > 1 else []
+    for round_number, n_positions in enumerate(N_PROBES):
+        split: list[list[Weight]] = []
+        for crowd in crowds:
+            by_probe: dict[bytes, list[Weight]] = defaultdict(list)
+            for weight in crowd:
+                try:
+                    by_probe[probe(weight, n_positions, round_number)].append(weight)
+                except (UnreadableModel, OSError) as error:
+                    unreadable[weight.id] = str(error)
+            split.extend(group for group in by_probe.values() if len(group) > 1)
+        crowds = split
+    return crowds
+
+
+def _classes(
+    crowd: list[Weight], relations: Sequence[Relation], digests: dict[str, str], progress: Progress | None
+) -> Iterable[list[tuple[Weight, View]]]:
+    found: list[list[tuple[Weight, View]]] = []
+    by_digest: dict[tuple[tuple[int, ...], str], tuple[list[tuple[Weight, View]], View]] = {}
+    use_digests = len(crowd) > 2 or max(weight.n_bytes for weight in crowd) <= SMALL_BYTES
+    for weight in crowd:
+        if use_digests:  # linear in the crowd; two members are cheaper to compare directly, with an early end
+            digests[weight.id] = digest(weight)
+            same = by_digest.get((weight.shape, digests[weight.id]))
+            if same is not None:
+                members, view = same
+                members.append((weight, view))
+                continue
+        home = _home(weight, found, relations, progress)
+        if home is None:
+            home = [(weight, AS_STORED)]
+            found.append(home)
+        if use_digests:
+            by_digest[weight.shape, digests[weight.id]] = (home, home[-1][1])
+    for members in found:
+        if len(members) > 1:
+            yield members
+
+
+def _home(
+    weight: Weight, found: list[list[tuple[Weight, View]]], relations: Sequence[Relation], progress: Progress | None
+) -> list[tuple[Weight, View]] | None:
+    """The class that this weight belongs to, with the weight added; or None."""
+    for members in found:
+        first = members[0][0]
+        for relation in relations:
+            view = relation.fits(first.shape, weight.shape)
+            if view is not None and same_through(first, weight, view, progress=progress):
+                members.append((weight, view))
+                return members
+    return None
+
+
+def _measured_tie(model: Model, members: list[tuple[Weight, View]], names: dict[str, list[Weight]]) -> Tie:
+    position = {weight.id: index for index, weight in enumerate(model.weights)}
+    every = [Member(alias.id, view) for weight, view in members for alias in names[weight.id]]
+    every.sort(key=lambda member: position[member.id])
+    if every[0].view != AS_STORED:  # make the first name the anchor: a transpose is its own inverse
+        every = [Member(m.id, m.view.compose(every[0].view)) for m in every]
+    n_transposed = sum(member.view != AS_STORED for member in every)
+    because = f"{len(members)} stored copies with identical bytes"
+    if n_transposed:
+        because += f", {n_transposed} of them transposed"
+    return Tie(tuple(every), "measured", because, sum(weight.n_bytes for weight, _ in members[1:]))
+
+
+def _declared(model: Model) -> Iterable[Tie]:
+    for declaration in model.declarations:
+        known = [id for id in declaration.members if id in model.by_id]
+        stored = [id for id in known if not model.by_id[id].absent]
+        if not declaration.active or len(known) < 2 or not stored:
+            continue
+        members = tuple(Member(id) for id in known)
+        yield Tie(members, "declared", f"{declaration.claimed_by}: {declaration.because}".rstrip(": "))
+        if declaration.restores and len(stored) < len(known):
+            kept = (stored[0], *(id for id in known if model.by_id[id].absent))
+            yield Tie(
+                tuple(Member(id) for id in kept),
+                "absent",
+                f"not stored; {', '.join(declaration.honoured_by) or 'the loader'} restores it from {stored[0]}",
+            )

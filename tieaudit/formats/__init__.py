@@ -1,0 +1,38 @@
+"""Formats: one module (or folder) each. A format locates, edits and creates; it never judges.
+
+Adding a format is one new module here that defines one `Format`; `load.py` finds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tieaudit.change import Edit, Plan, SetConfig, Written
+from tieaudit.model import Model
+
+
+@dataclass(frozen=True)
+class Format:
+    """What tieaudit can do with one kind of model."""
+
+    name: str
+    summary: str
+    """One line for the documentation."""
+    targets: tuple[str, ...]
+    """Consumers a rewrite can be made safe for, the default first."""
+    owns: Callable[[Path], bool]
+    """Whether this existing path (file or folder) is, or belongs to, a model of this format. Reads a few bytes at most."""
+    group: Callable[[Sequence[Path]], list[tuple[Path, tuple[Path, ...]]]]
+    """Owned paths → models: (the model's path, its main files). A shard is mapped to its owner here."""
+    load: Callable[[Path, tuple[Path, ...]], Model]
+    """One model. CorruptFile or another UnreadableModel if it cannot be read."""
+    can_realise: Callable[[Model, Edit, str], str | None] | None = None
+    """(model, edit, target) → why this edit cannot be made, or None. None instead of a function: read only."""
+    edit: Callable[[Model, Plan, Path], Written] | None = None
+    """Write the planned model into the new folder `dest`; every other file of the model comes along."""
+    switch: Callable[[Model, tuple[str, ...], bool, str], tuple[SetConfig, ...] | str] | None = None
+    """(model, ids, tied, target) → the settings that make the loader tie (or not tie) these ids, or why there are none."""
+    precedence: int = 0
+    """Among formats that own one path the highest wins (a Hugging Face folder over the safetensors inside)."""

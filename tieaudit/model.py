@@ -1,0 +1,242 @@
+"""The nouns of the parameter graph: what a model holds, who uses it, who claims a tie.
+
+All of them are frozen; a `Model` is never changed after loading. What is derived from a model (findings, plans,
+proofs) is in `verdict.py` and `change.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+from tieaudit.dtypes import dtype
+from tieaudit.storage import Storage
+from tieaudit.view import AS_STORED, View
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+Origin = Literal["aliased", "absent", "declared", "measured", "proposed"]
+
+
+def make_id(name: str, part: str = "", scope: str = "") -> str:
+    """The id of a weight: its name in the main graph of a one-part model, else `part|scope|name`.
+
+    `|` and `%` inside a field are percent-escaped, so that ids never collide.
+    """
+    fields = [text.replace("%", "%25").replace("|", "%7C") for text in (part, scope, name)]
+    return "|".join(fields) if part or scope else fields[2]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor under a name. Absent weights (declared by a class, not stored) have no storage."""
+
+    id: str
+    name: str
+    shape: tuple[int, ...]
+    """Logical shape, as the file declares it."""
+    dtype: str
+    """Canonical name from `dtypes.TABLE`."""
+    storage: Storage | None
+    """Where the canonical bytes are: row-major, little-endian, sub-byte types packed low nibble first."""
+    part: str = ""
+    """File of a model in several parts (its stem), else empty."""
+    scope: str = ""
+    """Path of the subgraph that owns it, else empty."""
+    parameter: bool | None = None
+    """True: learned; False: buffer, mask, index or shape constant; None: cannot be told."""
+    because: str = ""
+    """Why `parameter` is what it is."""
+    held_as: Literal["tensor", "initializer", "constant_node", "sparse_initializer"] = "tensor"
+    overridable: bool = False
+    """A graph input too: a caller may replace the value, so it is never merged."""
+    graph_output: bool = False
+    """Its name is an output of its graph and must stay."""
+
+    @property
+    def absent(self) -> bool:
+        return self.storage is None
+
+    @property
+    def n_elements(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes stored under this name; an absent weight stores none."""
+        return self.storage.n_bytes if self.storage is not None else 0
+
+    @property
+    def is_float(self) -> bool:
+        return dtype(self.dtype).family == "float"
+
+
+@dataclass(frozen=True)
+class Use:
+    """One consumption of a weight by an operation, after the chain of view operations between them."""
+
+    weight: str
+    """Id of the weight."""
+    op: str
+    """Operation type of the consumer, with its domain unless it is the default one."""
+    node: str
+    """Unique handle of the consumer inside its part and scope: its first output's name (`@name` of a graph output)."""
+    slot: int
+    """Input slot of the consumer."""
+    view: View = AS_STORED
+    """How the consumer sees the stored tensor; attributes such as transB are part of it."""
+    part: str = ""
+    scope: str = ""
+    """Scope of the consumer, which may lie deeper than the weight's."""
+    reads_ids: bool = False
+    """A lookup whose indices come from an integer input of the graph."""
+    feeds_output: bool = False
+    """The consumer's result reaches a graph output through element-wise and shape operations only."""
+    chain: tuple[str, ...] = ()
+    """First outputs of the view nodes (Transpose, Cast, Identity …) passed on the way, from weight to consumer."""
+    transposes: bool = False
+    """Whether one of those nodes is a Transpose that moves something: a runtime may fold it into a second copy."""
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """Somebody claims that these weights are one."""
+
+    members: tuple[str, ...]
+    """Ids, the canonical one (the one that keeps its name when saved) first."""
+    claimed_by: str
+    """File and key, or class, that claims it; shown to the user."""
+    active: bool
+    """Whether the claim holds as configured (flag on, or default on)."""
+    restores: bool
+    """Whether the default target loader re-creates a missing member from the others."""
+    honoured_by: tuple[str, ...] = ()
+    """Loaders and versions, e.g. `transformers 5`."""
+    condition: str = ""
+    """The setting that switches it, as `file:key`, e.g. `config.json:text_config.tie_word_embeddings`; or empty."""
+    because: str = ""
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a weight is for, with the evidence."""
+
+    kind: str
+    because: str
+    layer: int | None = None
+    side: Literal["encoder", "decoder"] | None = None
+    expert: int | None = None
+
+
+@dataclass(frozen=True)
+class Member:
+    """One weight of a tie and how it is seen from the tie's common value."""
+
+    id: str
+    view: View = AS_STORED
+    use: str = ""
+    """Where one stored weight is a tie by its uses: the consumer, as `Op @ node`."""
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Weights that are one value: a class, not a pair. The first member is seen as stored."""
+
+    members: tuple[Member, ...]
+    origin: Origin
+    because: str
+    n_bytes_saved: int = 0
+    """Bytes that keeping one stored copy would free."""
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Ids of the members, each once, in order."""
+        return tuple(dict.fromkeys(member.id for member in self.members))
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file (or sharded set) of a model."""
+
+    name: str
+    """Empty for a one-part model."""
+    paths: tuple[str, ...]
+    """Files of this part, the main one first."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The parameter graph of one model."""
+
+    path: str
+    """What the user named, resolved to the model that owns it."""
+    format: str
+    """Name of the format, a member of `formats/`."""
+    parts: tuple[Part, ...]
+    weights: tuple[Weight, ...]
+    uses: tuple[Use, ...] = ()
+    declarations: tuple[Declaration, ...] = ()
+    hints: Mapping[str, str] = field(default_factory=dict)
+    """Role kinds that the loader knows from the class, by weight id."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """Facts for the report: producer, opset, model type, whether the class was asked …"""
+    notes: tuple[str, ...] = ()
+    """What the loader could not tell, in sentences."""
+    has_graph: bool = False
+    """Whether `uses` is complete, so that its absence means *not used*."""
+
+    @cached_property
+    def by_id(self) -> Mapping[str, Weight]:
+        return {weight.id: weight for weight in self.weights}
+
+    @cached_property
+    def uses_of(self) -> Mapping[str, tuple[Use, ...]]:
+        found: dict[str, list[Use]] = {}
+        for use in self.uses:
+            found.setdefault(use.weight, []).append(use)
+        return {weight: tuple(uses) for weight, uses in found.items()}
+
+    @cached_property
+    def graph(self) -> nx.MultiDiGraph[str]:
+        """Weights and consuming operations as nodes, uses as edges from weight to operation."""
+        import networkx
+
+        graph: nx.MultiDiGraph[str] = networkx.MultiDiGraph(path=self.path)
+        for weight in self.weights:
+            graph.add_node(weight.id, kind="weight", shape=weight.shape, dtype=weight.dtype)
+        for use in self.uses:
+            operation = make_id(use.node, use.part, use.scope) + "()"
+            graph.add_node(operation, kind="operation", op=use.op)
+            graph.add_edge(use.weight, operation, slot=use.slot, view=str(use.view))
+        return graph
+
+
+def classes(groups: Iterable[Iterable[str]]) -> list[tuple[str, ...]]:
+    """The transitive closure of overlapping groups, each class in first-seen order.
+
+    Cost: near linear in the number of members (union–find).
+    """
+    parent: dict[str, str] = {}
+
+    def root(item: str) -> str:
+        while parent[item] != item:
+            parent[item] = parent[parent[item]]
+            item = parent[item]
+        return item
+
+    for group in groups:
+        first = None
+        for item in group:
+            parent.setdefault(item, item)
+            first = first or item
+            parent[root(item)] = root(first)
+    found: dict[str, list[str]] = {}
+    for item in parent:
+        found.setdefault(root(item), []).append(item)
+    return [tuple(members) for members in found.values() if len(members) > 1]

@@ -1,0 +1,234 @@
+"""Stage: proposals → Plan. Measures what is lossy, merges, asks the format what it can hold, and refuses with reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tieaudit.change import Edit, Plan, Refusal, Respell, Share, Unshare
+from tieaudit.errors import RewriteRefused, UsageError
+from tieaudit.formats import Format
+from tieaudit.merge import aligned, common_value, difference
+from tieaudit.merges import Merge
+from tieaudit.model import Member, Model, Use, classes
+from tieaudit.propose import propose, schemes
+from tieaudit.registry import choose, discover
+from tieaudit.verdict import Candidate, Subject
+from tieaudit.view import AS_STORED
+
+NEEDS_SETTING = "needs flag: "
+"""How a format's refusal begins when a setting would lift it; `Format.switch` then names the setting."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the user chose on the command line."""
+
+    schemes: tuple[str, ...] = ("dedup",)
+    target: str | None = None
+    allow_lossy: bool = False
+    merge: str | None = None
+    transposed_as: Literal["auto", "gemm", "gather", "fused"] = "auto"
+
+
+@dataclass
+class _Draft:
+    """A plan in the making; the noun that the functions below fill."""
+
+    subject: Subject
+    format: Format
+    choices: Choices
+    target: str
+    edits: list[Edit] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    owners: dict[str, str] = field(default_factory=dict)
+    """Weight id → scheme that already decided about it."""
+    lossless: bool = True
+
+    @property
+    def model(self) -> Model:
+        return self.subject.model
+
+    def refuse(self, candidate: Candidate, because: str) -> None:
+        ids = tuple(dict.fromkeys(member.id for member in candidate.members))
+        self.refusals.append(Refusal(candidate.scheme, ids, because))
+
+
+def plan(subject: Subject, choices: Choices) -> Plan:
+    """The plan for one model. UsageError for unknown schemes, targets and policies; everything else is a refusal."""
+    format_ = choose(discover("formats", Format), subject.model.format, "format")
+    target = choices.target or format_.targets[0]
+    if target not in format_.targets:
+        raise UsageError(
+            f"{subject.model.path}: expected a target of format {format_.name}, found {target!r}",
+            hint=f"one of: {', '.join(format_.targets)}",
+        )
+    if format_.edit is None:
+        raise RewriteRefused(f"{subject.model.path}: the format {format_.name} can be read but not written yet")
+    if choices.merge is not None:
+        choose(discover("merges", Merge), choices.merge, "merge policy")
+    draft = _Draft(subject, format_, choices, target)
+    for scheme in schemes(choices.schemes):
+        candidates, refusals = propose(subject, scheme)
+        draft.refusals.extend(refusals)
+        for candidate in candidates:
+            _consider(draft, candidate)
+    return Plan(
+        path=subject.model.path,
+        target=target,
+        schemes=choices.schemes,
+        edits=tuple(draft.edits),
+        n_bytes_saved=_n_bytes_saved(draft.model, draft.edits),
+        lossless=draft.lossless,
+        refusals=tuple(draft.refusals),
+        notes=tuple(dict.fromkeys(draft.notes)),
+        transposed_as=choices.transposed_as,
+    )
+
+
+def _consider(draft: _Draft, candidate: Candidate) -> None:
+    decided = {draft.owners[member.id] for member in candidate.members if member.id in draft.owners}
+    if decided:
+        covered = any(
+            isinstance(edit, Share) and {m.id for m in candidate.members} <= {m.id for m in edit.members}
+            for edit in draft.edits
+        )
+        if not (covered and candidate.action == "share") and candidate.action != "respell":
+            draft.refuse(candidate, f"conflicts with what {', '.join(sorted(decided))} already does to these weights")
+        return
+    make = {"share": _share, "unshare": _unshare, "respell": _respell, "declare": _declare}[candidate.action]
+    try:
+        edits = make(draft, candidate)
+    except RewriteRefused as refused:
+        draft.refuse(candidate, refused.message)
+        return
+    if edits:
+        draft.edits.extend(edit for edit in edits if edit not in draft.edits)
+        draft.owners.update({member.id: candidate.scheme for member in candidate.members})
+
+
+def _share(draft: _Draft, candidate: Candidate) -> list[Edit]:
+    share = Share(candidate.members, None, candidate.because)
+    if not candidate.lossless:
+        share = _lossy(draft, candidate)
+    edits = _realisable(draft, share)
+    draft.lossless = draft.lossless and candidate.lossless
+    return edits
+
+
+def _lossy(draft: _Draft, candidate: Candidate) -> Share:
+    """A share of unequal weights: refused with the measured difference unless the user allowed it."""
+    model = draft.model
+    weights = [(model.by_id[member.id], member) for member in candidate.members]
+    first = weights[0][0]
+    if not draft.choices.allow_lossy:
+        one = aligned(first, AS_STORED, first.shape)
+        other = aligned(weights[1][0], weights[1][1].view, first.shape)
+        raise RewriteRefused(
+            f"{weights[1][0].id} and {first.id} are different tensors: {difference(one, other)}; tying them would change "
+            "the model's outputs (--allow-lossy --merge keep:head|keep:embedding|mean does it knowingly)"
+        )
+    policy = choose(discover("merges", Merge), draft.choices.merge or "keep:head", "merge policy")
+    kinds = {id: role.kind for id, role in draft.subject.roles.items()}
+    kept, values = common_value(weights, kinds, policy)
+    members = candidate.members
+    if kept is not None:
+        members = _anchored(members, kept)
+    draft.notes.append(f"lossy: {' and '.join(w.id for w, _ in weights)} get one value by --merge {policy.name}")
+    return Share(members, values, candidate.because)
+
+
+def _anchored(members: tuple[Member, ...], kept: str) -> tuple[Member, ...]:
+    """The same class with `kept` first, seen as stored; views of the others follow (a transpose is its own inverse)."""
+    anchor = next(member for member in members if member.id == kept)
+    rest = [member for member in members if member.id != kept]
+    return (Member(kept), *(Member(member.id, anchor.view.compose(member.view)) for member in rest))
+
+
+def _realisable(draft: _Draft, edit: Edit) -> list[Edit]:
+    """The edit, with the settings it needs; RewriteRefused with the format's reason if it cannot be made."""
+    if draft.format.can_realise is None:
+        raise RewriteRefused(f"the format {draft.format.name} cannot be rewritten")
+    because = draft.format.can_realise(draft.model, edit, draft.target)
+    if because is None:
+        return [edit]
+    if because.startswith(NEEDS_SETTING) and draft.format.switch is not None and isinstance(edit, Share):
+        ids = tuple(member.id for member in edit.members)
+        settings = draft.format.switch(draft.model, ids, True, draft.target)
+        if isinstance(settings, str):
+            raise RewriteRefused(settings)
+        return [*settings, edit]
+    raise RewriteRefused(because.removeprefix(NEEDS_SETTING))
+
+
+def _respell(draft: _Draft, candidate: Candidate) -> list[Edit]:
+    return _realisable(draft, Respell(candidate.members[0].id, candidate.because))
+
+
+def _declare(draft: _Draft, candidate: Candidate) -> list[Edit]:
+    if draft.format.switch is None:
+        raise RewriteRefused(f"the format {draft.format.name} has no settings that could declare a tie")
+    ids = tuple(member.id for member in candidate.members)
+    tied = any(set(ids) <= set(tie.ids) for tie in draft.subject.found.ties if tie.origin == "measured")
+    settings = draft.format.switch(draft.model, ids, tied, draft.target)
+    if isinstance(settings, str):
+        raise RewriteRefused(settings)
+    return list(settings)
+
+
+def _unshare(draft: _Draft, candidate: Candidate) -> list[Edit]:
+    model = draft.model
+    ids = [member.id for member in candidate.members]
+    if model.has_graph and len(set(ids)) == 1:
+        edits: list[Edit] = _unshare_uses(draft, ids[0], candidate.because)
+    else:
+        source = next(id for id in ids if not model.by_id[id].absent)
+        edits = [Unshare(source, model.by_id[id].name, (), candidate.because) for id in dict.fromkeys(ids) if id != source]
+    for edit in edits:
+        because = draft.format.can_realise(model, edit, draft.target) if draft.format.can_realise else "read only"
+        if because is not None and not because.startswith(NEEDS_SETTING):
+            raise RewriteRefused(because)
+    if draft.format.switch is not None:
+        settings = draft.format.switch(model, tuple(dict.fromkeys(ids)), False, draft.target)
+        if isinstance(settings, str):
+            raise RewriteRefused(settings)
+        edits = [*settings, *edits]
+    return edits
+
+
+def _unshare_uses(draft: _Draft, id: str, because: str) -> list[Edit]:
+    """One initializer with several consumers: the first keeps it, every further one gets a copy of its own."""
+    model = draft.model
+    taken = {weight.name for weight in model.weights}
+    by_consumer: dict[tuple[str, str, str, int], Use] = {}
+    for use in model.uses_of.get(id, ()):
+        by_consumer.setdefault((use.part, use.scope, use.node, use.slot), use)
+    edits: list[Edit] = []
+    for consumer in list(by_consumer)[1:]:
+        name = f"{model.by_id[id].name}.untied"
+        number = 1
+        while name in taken:
+            number += 1
+            name = f"{model.by_id[id].name}.untied_{number}"
+        taken.add(name)
+        edits.append(Unshare(id, name, (consumer,), because))
+    return edits
+
+
+def _n_bytes_saved(model: Model, edits: Sequence[Edit]) -> int:
+    """Stored bytes that the edits free: what a file listing shows before and after, headers aside."""
+    saved = 0
+    shares = [[member.id for member in edit.members] for edit in edits if isinstance(edit, Share)]
+    for ids in classes(shares):
+        regions = {}
+        for id in ids:
+            storage = model.by_id[id].storage
+            if storage is not None:
+                regions[storage.region] = storage.n_bytes
+        saved += sum(regions.values()) - max(regions.values(), default=0)
+    for edit in edits:
+        if isinstance(edit, Unshare):
+            saved -= model.by_id[edit.source].n_bytes
+    return saved

@@ -1,0 +1,95 @@
+"""Stage: Plan → a rewritten model in a temporary folder beside its destination, flushed and read back.
+
+Nothing is written in place. `deliver.py` alone moves the result to its name.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tieaudit.change import Plan, Written
+from tieaudit.errors import RewriteRefused, TieAuditError, UnreadableModel
+from tieaudit.formats import Format
+from tieaudit.model import Model
+from tieaudit.registry import choose, discover
+
+SPARE_BYTES = 16 * 1024 * 1024
+"""Room that is left for receipts and headers when disk space is checked."""
+
+
+@contextmanager
+def workspace(destination: Path) -> Iterator[Path]:
+    """An empty folder on the destination's file system, removed afterwards whatever happens.
+
+    RewriteRefused if the destination exists or its place cannot be written.
+    """
+    if os.path.lexists(destination):
+        raise RewriteRefused(f"{destination}: exists already; nothing is ever overwritten", hint="give another --to")
+    home = nearest_existing(destination)
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.tieaudit-", dir=home))
+    except OSError as error:
+        raise RewriteRefused(f"{home}: cannot be written: {error.strerror}") from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def nearest_existing(path: Path) -> Path:
+    """The closest ancestor folder that exists: where temporary files can be made without creating anything else."""
+    home = path.absolute().parent
+    while not home.exists():
+        home = home.parent
+    if not home.is_dir():
+        raise RewriteRefused(f"{home}: expected a folder, found a file")
+    return home
+
+
+def rewrite(model: Model, plan: Plan, folder: Path) -> tuple[Written, Model]:
+    """Write the planned model into `folder`, flush it to disk and read it back.
+
+    RewriteRefused if there is too little room or the system refuses; UnreadableModel if what was written cannot be
+    read again (nothing is delivered then). Cost: one copy of the model's files.
+    """
+    format_ = choose(discover("formats", Format), model.format, "format")
+    if format_.edit is None:
+        raise RewriteRefused(f"{model.path}: the format {format_.name} can be read but not written yet")
+    _check_room(model, plan, folder)
+    try:
+        written = format_.edit(model, plan, folder)
+        for name in written.files:
+            flush(folder / name)
+        return written, _read_back(format_, model, folder)
+    except OSError as error:
+        raise RewriteRefused(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from error
+
+
+def _read_back(format_: Format, model: Model, folder: Path) -> Model:
+    path = folder if Path(model.path).is_dir() else folder / Path(model.path).name
+    try:
+        groups = format_.group([path])
+        return format_.load(*groups[0])
+    except TieAuditError as error:
+        raise UnreadableModel(f"what was written cannot be read back: {error.message}") from error
+
+
+def _check_room(model: Model, plan: Plan, folder: Path) -> None:
+    stored = {w.storage.region: w.n_bytes for w in model.weights if w.storage is not None}
+    needed = sum(stored.values()) - min(plan.n_bytes_saved, 0) + SPARE_BYTES
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise RewriteRefused(
+            f"{folder.parent}: expected {needed:,} free bytes for the copy, found {free:,}; free some or give another --to"
+        )
+
+
+def flush(path: Path) -> None:
+    """Force a file's bytes to the disk, so that the later rename never names an empty file."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,102 @@
+"""Stage: Model → roles. What each weight is for, from the graph first, then the class, then its name.
+
+This version tells token_embedding, output_head, output_head_bias and buffer; everything else is *other*.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from tieaudit.model import Model, Role, Use, Weight
+
+OTHER = Role("other", "no evidence for a more specific role")
+_LOOKUPS = ("Gather", "com.microsoft.GatherBlockQuantized", "com.microsoft.EmbedLayerNormalization")
+_PROJECTIONS = (
+    "MatMul",
+    "Gemm",
+    "com.microsoft.FusedMatMul",
+    "com.microsoft.MatMulNBits",
+    "com.microsoft.TransposeMatMul",
+    "MatMulInteger",
+    "com.microsoft.DynamicQuantizeMatMul",
+    "com.microsoft.FusedGemm",
+)
+_EMBEDDING_NAME = re.compile(
+    r"(^|\.)(embed_tokens|embed_in|wte|word_embeddings|tok_embeddings|token_embeddings?|token_embd|shared|embeddings?\.word"
+    r"_embeddings|embed_token|tokens_embed)\.weight$"
+)
+_HEAD_NAME = re.compile(
+    r"(^|\.)(lm_head(\.decoder)?|embed_out|output_projection|cls\.predictions\.decoder|generator_lm_head|predictions\.decoder)\.(weight|bias)$"
+)
+
+
+def roles(model: Model) -> Mapping[str, Role]:
+    """A role for every weight of the model, by id."""
+    found: dict[str, Role] = {}
+    if model.has_graph:
+        found.update(_from_graph(model))
+    for id, kind in model.hints.items():
+        if id in model.by_id:
+            found.setdefault(id, Role(kind, f"the class {model.metadata.get('architecture', 'of the model')} says so"))
+    if not model.has_graph:
+        for weight in model.weights:
+            if weight.id not in found and (role := _from_name(weight)) is not None:
+                found[weight.id] = role
+    for weight in model.weights:
+        if weight.parameter is False and found.get(weight.id, OTHER).kind == "other":
+            found[weight.id] = Role("buffer", weight.because or "not learned")
+        found.setdefault(weight.id, OTHER)
+    return found
+
+
+def _from_graph(model: Model) -> dict[str, Role]:
+    found: dict[str, Role] = {}
+    vocabularies: dict[int, str] = {}
+    for use in model.uses:
+        weight = model.by_id[use.weight]
+        if use.reads_ids and use.op in _LOOKUPS and _is_table(weight, use):
+            found[weight.id] = Role("token_embedding", f"looked up by integer inputs of the graph ({use.op} @ {use.node})")
+            vocabularies.setdefault(use.view.shape(weight.shape)[0], weight.id)
+    for use in model.uses:
+        weight = model.by_id[use.weight]
+        seen = use.view.shape(weight.shape)
+        if use.op not in _PROJECTIONS or not use.feeds_output or len(seen) != 2 or weight.id in found:
+            continue
+        n_outputs = seen[1] if use.slot == 1 else seen[0]
+        if n_outputs in vocabularies and n_outputs > 2:
+            found[weight.id] = Role(
+                "output_head",
+                f"last projection onto {n_outputs} outputs, the vocabulary of {vocabularies[n_outputs]} "
+                f"({use.op} @ {use.node})",
+            )
+    heads = {
+        use.node for use in model.uses if found.get(use.weight, OTHER).kind == "output_head" or _tied_head(use, found)
+    }
+    for use in model.uses:
+        weight = model.by_id[use.weight]
+        is_bias = (use.op == "Gemm" and use.slot == 2 and use.node in heads) or (use.op == "Add" and use.feeds_output)
+        if is_bias and heads and weight.id not in found and weight.shape[-1:] and weight.n_elements == weight.shape[-1]:
+            if weight.shape[-1] in vocabularies and weight.parameter is not False:
+                found[weight.id] = Role("output_head_bias", f"added to the scores of the vocabulary ({use.op} @ {use.node})")
+    return found
+
+
+def _is_table(weight: Weight, use: Use) -> bool:
+    """A lookup table of rows, as the consumer sees it, and not a mask, an index or a sinusoid."""
+    shape = use.view.shape(weight.shape)
+    return len(shape) == 2 and min(shape) > 1 and weight.parameter is not False and use.slot in (0, 2)
+
+
+def _tied_head(use: Use, found: Mapping[str, Role]) -> bool:
+    """An embedding that is its own output head: one stored tensor in both roles."""
+    return use.op in _PROJECTIONS and use.feeds_output and found.get(use.weight, OTHER).kind == "token_embedding"
+
+
+def _from_name(weight: Weight) -> Role | None:
+    if _HEAD_NAME.search(weight.name) and len(weight.shape) <= 2:
+        kind = "output_head" if weight.name.endswith("weight") else "output_head_bias"
+        return Role(kind, f"by its name {weight.name}")
+    if len(weight.shape) == 2 and _EMBEDDING_NAME.search(weight.name):
+        return Role("token_embedding", f"by its name {weight.name}")
+    return None

@@ -1,0 +1,22 @@
+"""Stage: Model → Report. find, roles, candidates and rules in a row; the one way to look at a model."""
+
+from __future__ import annotations
+
+from tieaudit.audit import audit
+from tieaudit.config import Settings
+from tieaudit.find import Progress, find
+from tieaudit.model import Model
+from tieaudit.propose import listed_candidates
+from tieaudit.roles import roles
+from tieaudit.verdict import Report, Subject
+
+
+def look(model: Model, *, progress: Progress | None = None) -> Subject:
+    """What rules and schemes may look at: the model, what was found, and what each weight is for."""
+    return Subject(model, find(model, progress=progress), roles(model))
+
+
+def scan(model: Model, *, settings: Settings | None = None, progress: Progress | None = None) -> Report:
+    """The whole answer about one model. Cost: that of `find.find`; nothing is run and nothing is written."""
+    subject = look(model, progress=progress)
+    return audit(subject, listed_candidates(subject), settings or Settings())

@@ -1,0 +1,55 @@
+"""Every lossless tie that the target can hold: equal and transposed copies become one stored tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tieaudit.change import Refusal
+from tieaudit.folding import folded_apart
+from tieaudit.model import Member
+from tieaudit.schemes import Scheme
+from tieaudit.verdict import Candidate, Subject
+
+MIN_CONSTANT_BYTES = 1024
+"""Equal constants below this size are left alone: merging a thousand scalars helps nobody."""
+
+
+def _propose(subject: Subject) -> Iterator[Candidate | Refusal]:
+    model = subject.model
+    for tie in subject.found.ties:
+        if tie.origin == "measured":
+            yield Candidate("dedup", tie.members, tie.n_bytes_saved, True, tie.because)
+    declared = {id: index for index, claim in enumerate(model.declarations) if claim.active for id in claim.members}
+    for ids in subject.found.constant_classes:
+        yield from _constants(subject, ids, declared)
+    for id, uses in folded_apart(model).items():
+        because = f"{len(uses)} of its uses go through a Transpose that a runtime folds into a second copy"
+        yield Candidate("dedup", (Member(id),), 0, True, because, action="respell")
+
+
+def _constants(subject: Subject, ids: tuple[str, ...], declared: dict[str, int]) -> Iterator[Candidate]:
+    """Equal constants are no tie, but one copy is enough: where a class ties them, or where a graph's are large."""
+    model = subject.model
+    groups: dict[int, list[str]] = {}
+    for id in ids:
+        if model.has_graph or id in declared:
+            groups.setdefault(declared.get(id, -1), []).append(id)
+    for group in groups.values():
+        saved = sum(model.by_id[id].n_bytes for id in group[1:])
+        if len(group) > 1 and (not model.has_graph or saved >= MIN_CONSTANT_BYTES):
+            yield Candidate("dedup", tuple(Member(id) for id in group), saved, True, f"{len(group)} equal constants")
+
+
+dedup = Scheme(
+    name="dedup",
+    summary="every lossless tie that the target can hold becomes one stored tensor",
+    source="onnx-ir DeduplicateHashedInitializersPass sees equal bytes of one graph; here also transposes, subgraphs, "
+    "parts and what the declaring class restores",
+    propose=_propose,
+    page="""dedup: keep one stored copy of everything that is bit for bit the same.
+
+Takes every measured tie (equal or transposed, never constants that merely look alike) and stores it once. In ONNX the
+consumers of a transposed copy are rewritten so that no runtime folds the copy back; in a Hugging Face folder a name is
+dropped only if the class restores it. A tie that already is one tensor, but is expressed as Transpose(W), is re-expressed
+so that it stays one. Values never change.""",
+)

@@ -1,0 +1,30 @@
+"""Every role gets a stored tensor of its own: the inverse of tying."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tieaudit.change import Refusal
+from tieaudit.schemes import Scheme
+from tieaudit.verdict import Candidate, Subject
+
+
+def _propose(subject: Subject) -> Iterator[Candidate | Refusal]:
+    for tie in subject.found.ties:
+        if tie.origin in ("aliased", "absent"):
+            stored = subject.model.by_id[tie.members[0].id]
+            added = stored.n_bytes * (len(tie.members) - 1)
+            yield Candidate("untie", tie.members, -added, True, tie.because, action="unshare")
+
+
+untie = Scheme(
+    name="untie",
+    summary="every role of a tied tensor gets a stored copy of its own",
+    source="what quantisers need before calibrating one role (onnx/ir-py#406, huggingface/transformers#37905)",
+    propose=_propose,
+    page="""untie: give every role its own copy.
+
+For consumers that cannot hold a tie, or before one role is changed alone (quantised, fine-tuned, pruned). Values do not
+change; the file grows by what the tie saved. In a Hugging Face folder the copies are written under the names that the
+class ties, and the setting that ties them is switched off where this class reads it.""",
+)

@@ -1,0 +1,97 @@
+"""Locators of bytes. A storage says where bytes are and reads ranges of them; it never loads a tensor.
+
+Every storage is picklable and has a `region`: (container, begin, end). Two weights whose regions overlap in one
+container share memory; deriving aliases from regions is the business of one algorithm in `find.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from tieaudit.errors import CorruptFile
+
+Region = tuple[str, int, int]
+BLOCK_BYTES = 4 * 1024 * 1024
+
+
+@runtime_checkable
+class Storage(Protocol):
+    """Where the canonical little-endian bytes of a tensor are."""
+
+    @property
+    def n_bytes(self) -> int: ...
+
+    @property
+    def region(self) -> Region: ...
+
+    def read_ranges(self, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
+        """The bytes of each (offset, length), relative to this storage. CorruptFile if the file is shorter."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileStorage:
+    """`n_bytes` bytes of a file from `offset` on."""
+
+    path: str
+    """Resolved path of the file."""
+    offset: int
+    n_bytes: int
+
+    @property
+    def region(self) -> Region:
+        return (self.path, self.offset, self.offset + self.n_bytes)
+
+    def read_ranges(self, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
+        found = []
+        with Path(self.path).open("rb", buffering=0) as file:
+            for begin, length in ranges:
+                file.seek(self.offset + begin)
+                block = _read_fully(file, length)
+                if len(block) != length:
+                    raise CorruptFile(
+                        f"{self.path}: expected {length} bytes at byte {self.offset + begin}, "
+                        f"found {len(block)}: the file is truncated or changed while it was read"
+                    )
+                found.append(block)
+        return found
+
+
+def _read_fully(file: object, length: int) -> bytes:
+    pieces = []
+    while length > 0:
+        piece = file.read(length)  # type: ignore[attr-defined]
+        if not piece:
+            break
+        pieces.append(piece)
+        length -= len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+@dataclass(frozen=True)
+class MemoryStorage:
+    """Bytes that had to be decoded while loading (typed protobuf fields, strings, small constants)."""
+
+    data: bytes = field(repr=False)
+    container: str
+    """Unique name of the place, so that two tensors never look like one region."""
+
+    @property
+    def n_bytes(self) -> int:
+        return len(self.data)
+
+    @property
+    def region(self) -> Region:
+        return (self.container, 0, len(self.data))
+
+    def read_ranges(self, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
+        return [self.data[begin : begin + length] for begin, length in ranges]
+
+
+def blocks(storage: Storage, n_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
+    """The whole storage in order, `n_bytes` at a time: bounded memory whatever the tensor's size."""
+    for begin in range(0, storage.n_bytes, n_bytes):
+        yield storage.read_ranges([(begin, min(n_bytes, storage.n_bytes - begin))])[0]

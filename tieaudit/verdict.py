@@ -1,0 +1,129 @@
+"""What is concluded about a model: measured classes, candidates, findings, totals, and what could not be told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tieaudit.model import Member, Model, Role, Tie
+
+Severity = Literal["error", "warning", "info"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `find` established by reading bytes and regions; judgement comes later."""
+
+    ties: tuple[Tie, ...]
+    """Every tie, of every origin."""
+    constants: frozenset[str] = frozenset()
+    """Ids of tensors filled with one value; equal constants are in `constant_classes`, never in `ties`."""
+    constant_classes: tuple[tuple[str, ...], ...] = ()
+    """Ids of equal constants stored separately."""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """sha256 of the canonical bytes of those weights that had to be read in full."""
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+    """Id → why its bytes could not be read."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A scheme's proposal for one class of weights."""
+
+    scheme: str
+    members: tuple[Member, ...]
+    n_bytes_saved: int
+    lossless: bool
+    because: str
+    action: Literal["share", "unshare", "declare", "respell"] = "share"
+    damage: str = ""
+    """For a lossy proposal: the measured difference in one sentence, where it was measured."""
+
+
+@dataclass(frozen=True)
+class Fix:
+    """What would mend a finding."""
+
+    safety: Literal["safe", "unsafe", "manual"]
+    command: str
+    """Copy-and-paste command, or a sentence for a manual fix."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One judgement of one rule. The engine stamps code, name and severity."""
+
+    ids: tuple[str, ...]
+    message: str
+    fix: Fix | None = None
+    evidence: Mapping[str, object] = field(default_factory=dict)
+    n_bytes: int = 0
+    """Bytes at stake, compared with the rule's threshold by the engine."""
+    code: str = ""
+    name: str = ""
+    severity: Severity = "warning"
+
+
+@dataclass(frozen=True)
+class CannotTell:
+    """A rule's third answer: it does not know, and why. Never shown as clean."""
+
+    because: str
+    ids: tuple[str, ...] = ()
+    code: str = ""
+
+
+@dataclass(frozen=True)
+class Crashed:
+    """A rule that raised: the tool's fault, shown and counted, exit code 2."""
+
+    code: str
+    because: str
+    traceback: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Totals of one model."""
+
+    n_weights: int
+    """Names, absent ones not counted."""
+    n_parameters: int | None
+    """`sum(p.numel() for p in model.parameters())` of the live model; None with a reason where it cannot be told."""
+    n_parameters_named: int | None
+    """The same, but every name counted, absent ones included."""
+    n_bytes: int
+    """Bytes stored, each region once."""
+    n_bytes_duplicate: int
+    """Of those, bytes that are further copies of non-constant tensors."""
+    n_parameters_because: str = ""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Everything a rule or a scheme may look at: immutable, the same for all."""
+
+    model: Model
+    found: Found
+    roles: Mapping[str, Role]
+
+    def label(self, ids: tuple[str, ...], n_most: int = 4) -> str:
+        """Names of weights for a message, shortened with a count."""
+        shown = ", ".join(ids[:n_most])
+        return shown if len(ids) <= n_most else f"{shown} and {len(ids) - n_most} more"
+
+
+@dataclass(frozen=True)
+class Report:
+    """The whole answer about one model."""
+
+    subject: Subject
+    summary: Summary
+    candidates: tuple[Candidate, ...]
+    findings: tuple[Finding, ...]
+    cannot_tell: tuple[CannotTell, ...]
+    crashed: tuple[Crashed, ...]
+    n_rules: int
+    n_silenced: int = 0
+    """Findings under their rule's threshold: not listed, still in ties and totals."""
