@@ -1,0 +1,249 @@
+"""From a plan to a delivered model: atomic, with a receipt, undone on request, never in place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_onnx
+from click.testing import CliRunner, Result
+
+from tieaudit.cli import main
+
+pytest.importorskip("onnxruntime")
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def listing(folder: Path) -> dict[str, str]:
+    """Every file below a folder with its digest."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def outputs(path: Path, ids: np.ndarray) -> np.ndarray:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    result: np.ndarray = session.run(None, {"ids": ids})[0]
+    return result
+
+
+IDS = np.array([[0, 5, 59], [7, 7, 1]], np.int64)
+
+
+def test_dedup_of_a_lost_tie_delivers_a_smaller_model_with_the_same_outputs(tmp_path: Path) -> None:
+    source, to = tiny_onnx.lost(tmp_path / "m.onnx"), tmp_path / "out.onnx"
+    result = run("apply", source, "--scheme", "dedup", "--to", to)
+    assert result.exit_code == 0, result.output
+    np.testing.assert_allclose(outputs(to, IDS), outputs(source, IDS), rtol=0, atol=1e-5)
+    # the head's 60 × 8 × 4 = 1,920 bytes are gone; a few nodes came
+    assert source.stat().st_size - to.stat().st_size > 1000
+    scan = json.loads(run("scan", to, "--format", "json").output)
+    assert scan["models"][0]["summary"]["n_bytes_duplicate"] == 0
+    assert scan["models"][0]["summary"]["n_parameters"] == tiny_onnx.V * tiny_onnx.D
+
+
+def test_external_data_is_compacted_and_lies_beside_the_output(tmp_path: Path) -> None:
+    source = tiny_onnx.lost(tmp_path / "m.onnx", external=True)
+    result = run("apply", source, "--to", tmp_path / "out" / "m.onnx")
+    assert result.exit_code == 0, result.output
+    assert sorted(listing(tmp_path / "out")) == ["m.onnx", "m.onnx.data", "m.onnx.receipt.json"]
+    assert (tmp_path / "out" / "m.onnx.data").stat().st_size < (tmp_path / "m.onnx.data").stat().st_size
+    np.testing.assert_allclose(outputs(tmp_path / "out" / "m.onnx", IDS), outputs(source, IDS), rtol=0, atol=1e-5)
+
+
+def test_io_on_unequal_weights_is_refused_in_one_sentence_with_the_difference(tmp_path: Path) -> None:
+    source = tiny_onnx.untied(tmp_path / "m.onnx")
+    before = listing(tmp_path)
+    result = run("apply", source, "--scheme", "io", "--to", tmp_path / "out.onnx")
+    assert result.exit_code == 2
+    assert "480 of 480 values differ" in result.output
+    assert "relative distance 1." in result.output
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize(("policy", "expected"), [("keep:head", 1.0), ("keep:embedding", 0.0), ("mean", 0.5)])
+def test_a_lossy_io_keeps_the_chosen_values(tmp_path: Path, policy: str, expected: float) -> None:
+    source, to = tiny_onnx.untied(tmp_path / "m.onnx"), tmp_path / "out.onnx"
+    result = run("apply", source, "--scheme", "io", "--allow-lossy", "--merge", policy, "--to", to)
+    assert result.exit_code == 0, result.output
+    one = expected * tiny_onnx.table(1).astype(np.float64) + (1 - expected) * tiny_onnx.table(0).astype(np.float64)
+    common = one.astype(np.float32)
+    np.testing.assert_allclose(outputs(to, IDS), np.tanh(common[IDS]) @ common.T, rtol=0, atol=1e-5)
+    assert "drift" in result.output
+
+
+def test_drift_beyond_the_limit_delivers_nothing(tmp_path: Path) -> None:
+    source = tiny_onnx.untied(tmp_path / "m.onnx")
+    words = ("--scheme", "io", "--allow-lossy", "--max-drift", "0.001", "--to", tmp_path / "out.onnx")
+    result = run("apply", source, *words)
+    assert result.exit_code == 1, result.output
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_a_foldable_tie_is_respelt_and_a_second_run_has_nothing_to_do(tmp_path: Path) -> None:
+    source, to = tiny_onnx.language_model(tmp_path / "m.onnx", tiny_onnx.table(), None), tmp_path / "out.onnx"
+    assert run("apply", source, "--to", to).exit_code == 0
+    again = run("apply", to, "--to", tmp_path / "again.onnx")
+    assert again.exit_code == 0
+    assert "nothing to do" in again.output
+    assert not (tmp_path / "again.onnx").exists()
+
+
+def test_untie_then_dedup_comes_back_to_the_same_bytes_stored(tmp_path: Path) -> None:
+    source, tied, untied = (tmp_path / name for name in ("m.onnx", "tied.onnx", "untied.onnx"))
+    tiny_onnx.lost(source)
+    assert run("apply", source, "--to", tied).exit_code == 0
+    result = run("apply", tied, "--scheme", "untie", "--to", untied)
+    assert result.exit_code == 0, result.output
+    summaries = [json.loads(run("scan", p, "--format", "json").output)["models"][0]["summary"] for p in (tied, untied)]
+    assert [s["n_bytes_duplicate"] for s in summaries] == [0, 60 * 8 * 4]
+    assert run("apply", untied, "--to", tmp_path / "back.onnx").exit_code == 0
+    np.testing.assert_array_equal(outputs(tmp_path / "back.onnx", IDS), outputs(tied, IDS))
+
+
+def test_without_a_destination_the_plan_is_printed_and_nothing_is_written(tmp_path: Path) -> None:
+    source = tiny_onnx.lost(tmp_path / "m.onnx")
+    before = listing(tmp_path)
+    result = run("apply", source)
+    assert result.exit_code == 0
+    assert "--to OUT" in result.output
+    assert listing(tmp_path) == before
+
+
+def test_an_existing_destination_is_never_overwritten(tmp_path: Path) -> None:
+    source, to = tiny_onnx.lost(tmp_path / "m.onnx"), tmp_path / "out.onnx"
+    to.write_text("mine")
+    result = run("apply", source, "--to", to)
+    assert result.exit_code == 2
+    assert "nothing is ever overwritten" in result.output
+    assert to.read_text() == "mine"
+
+
+def test_the_input_itself_is_never_a_destination(tmp_path: Path) -> None:
+    source = tiny_onnx.lost(tmp_path / "m.onnx")
+    before = listing(tmp_path)
+    assert run("apply", source, "--to", source).exit_code == 2
+    assert listing(tmp_path) == before
+
+
+def test_a_receipt_is_checked_and_undone(tmp_path: Path) -> None:
+    source, to = tiny_onnx.lost(tmp_path / "m.onnx"), tmp_path / "out.onnx"
+    before = listing(tmp_path)
+    assert run("apply", source, "--to", to).exit_code == 0
+    receipt = tmp_path / "out.onnx.receipt.json"
+    assert run("verify", "--receipt", receipt).exit_code == 0
+    assert run("apply", "--undo", receipt).exit_code == 0
+    assert listing(tmp_path) == before
+
+
+def test_a_changed_output_fails_its_receipt_and_is_not_undone(tmp_path: Path) -> None:
+    source, to = tiny_onnx.lost(tmp_path / "m.onnx"), tmp_path / "out.onnx"
+    assert run("apply", source, "--to", to).exit_code == 0
+    to.write_bytes(to.read_bytes() + b"\0")
+    receipt = tmp_path / "out.onnx.receipt.json"
+    checked = run("verify", "--receipt", receipt)
+    assert checked.exit_code == 1
+    assert "changed since the receipt was written" in checked.output
+    assert run("apply", "--undo", receipt).exit_code == 2
+    assert to.exists()
+
+
+def test_nothing_is_undone_when_the_input_has_gone(tmp_path: Path) -> None:
+    source, to = tiny_onnx.lost(tmp_path / "m.onnx"), tmp_path / "out.onnx"
+    assert run("apply", source, "--to", to).exit_code == 0
+    source.unlink()
+    result = run("apply", "--undo", tmp_path / "out.onnx.receipt.json")
+    assert result.exit_code == 2
+    assert to.exists()
+
+
+def test_a_receipt_that_names_files_outside_its_folder_touches_nothing(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("keep me")
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    receipt: dict[str, Any] = {
+        "schema": "tieaudit/receipt/1",
+        "input": {"path": "x", "files": {}},
+        "output": {"path": "x", "files": {"../victim": hashlib.sha256(b"keep me").hexdigest()}},
+    }
+    (inner / "r.json").write_text(json.dumps(receipt))
+    result = run("apply", "--undo", inner / "r.json")
+    assert result.exit_code == 2
+    assert "outside its own folder" in result.output
+    assert victim.read_text() == "keep me"
+
+
+KILL = """
+import os, signal, sys
+import tieaudit.{module} as module
+real, left = module.{function}, [{nth}]
+def kill(*args, **kwargs):
+    left[0] -= 1
+    if left[0] < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **kwargs)
+module.{function} = kill
+from tieaudit.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("external", [False, True])
+@pytest.mark.parametrize(
+    ("module", "function", "nth"),
+    [("rewrite", "flush", 0), ("rewrite", "_read_back", 0), ("apply", "prove", 0), ("apply", "deliver", 0),
+     ("deliver", "_rename_new", 0), ("deliver", "flush", 0)],
+)  # fmt: skip
+def test_a_kill_at_any_stage_leaves_no_output_and_the_input_intact(
+    tmp_path: Path, external: bool, module: str, function: str, nth: int
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    source = tiny_onnx.lost(home / "m.onnx", external=external)
+    before = listing(home)
+    script = KILL.format(module=module, function=function, nth=nth)
+    words = ["apply", str(source), "--to", str(home / "out.onnx"), "--require", "structural"]
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, env={**os.environ}, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    visible = {name: digest for name, digest in listing(home).items() if not name.startswith(".")}
+    assert visible == before
+
+
+def test_a_failure_while_writing_removes_the_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny_onnx.lost(tmp_path / "m.onnx")
+    before = listing(tmp_path)
+
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("tieaudit.rewrite.flush", full)
+    result = run("apply", source, "--to", tmp_path / "out.onnx")
+    assert result.exit_code == 2
+    assert "No space left on device" in result.output
+    assert listing(tmp_path) == before
+
+
+def test_too_little_room_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny_onnx.lost(tmp_path / "m.onnx")
+
+    def tiny(path: Path) -> Any:
+        return type("usage", (), {"free": 1000})()
+
+    monkeypatch.setattr("tieaudit.rewrite.shutil.disk_usage", tiny)
+    result = run("apply", source, "--to", tmp_path / "out.onnx")
+    assert result.exit_code == 2
+    assert "free bytes" in result.output
+    assert not (tmp_path / "out.onnx").exists()

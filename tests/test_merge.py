@@ -1,0 +1,80 @@
+"""Merged values are computed block by block and agree with numpy on the whole tensor."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tieaudit.errors import RewriteRefused
+from tieaudit.merge import MergedStorage, aligned, common_value, difference
+from tieaudit.merges.keep_head import keep_head
+from tieaudit.merges.mean import mean
+from tieaudit.model import Member, Weight
+from tieaudit.storage import MemoryStorage
+from tieaudit.view import AS_STORED, TRANSPOSED
+
+
+def weight(name: str, array: np.ndarray) -> Weight:
+    return Weight(name, name, array.shape, array.dtype.name, MemoryStorage(np.ascontiguousarray(array).tobytes(), name))
+
+
+def random(shape: tuple[int, ...], seed: int, dtype: str = "float32") -> np.ndarray:
+    values = np.random.default_rng(seed).standard_normal(shape)
+    return values.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+def test_the_mean_of_a_table_and_a_transposed_head_is_numpys_rounded_once(dtype: str) -> None:
+    one, other = random((700, 33), 1, dtype), random((33, 700), 2, dtype)
+    pairs = [(weight("e", one), Member("e")), (weight("h", other), Member("h", TRANSPOSED))]
+    kept, values = common_value(pairs, {}, mean)
+    assert kept is None and values is not None
+    # rounded once from float64: rounding each halved operand first would differ in the last place
+    expected = ((one.astype(np.float64) + other.T.astype(np.float64)) / 2).astype(one.dtype)
+    assert values.read_ranges([(0, values.n_bytes)])[0] == expected.tobytes()
+
+
+@given(st.integers(0, 5 * 7 * 4), st.integers(0, 5 * 7 * 4))
+def test_any_range_of_a_merged_tensor_is_that_range_of_the_whole(begin: int, length: int) -> None:
+    members = tuple(aligned(weight("w", random((5, 7), seed)), AS_STORED, (5, 7)) for seed in (1, 2))
+    merged = MergedStorage(members, "mean")
+    whole = merged.read_ranges([(0, merged.n_bytes)])[0]
+    length = min(length, merged.n_bytes - begin)
+    assert merged.read_ranges([(begin, length)])[0] == whole[begin : begin + length]
+
+
+def test_the_difference_of_independent_tables_is_said_to_be_that_of_strangers() -> None:
+    one, other = random((400, 20), 1), random((400, 20), 2)
+    sentence = difference(
+        aligned(weight("a", one), AS_STORED, one.shape), aligned(weight("b", other), AS_STORED, one.shape)
+    )
+    # ‖A−B‖/‖A‖ of two independent tables of equal norm is √2 = 1.41
+    assert "8,000 of 8,000 values differ" in sentence
+    assert "relative distance 1.4" in sentence
+    assert "no more alike than independent tables" in sentence
+
+
+def test_one_changed_value_and_one_changed_sign_of_zero_are_both_counted() -> None:
+    one = random((10, 4), 1)
+    one[0, 0] = 0.0
+    other = one.copy()
+    other[0, 0], other[5, 2] = -0.0, other[5, 2] + 1
+    sentence = difference(
+        aligned(weight("a", one), AS_STORED, one.shape), aligned(weight("b", other), AS_STORED, one.shape)
+    )
+    assert sentence.startswith("2 of 40 values differ, by 1 at most")
+
+
+def test_keeping_the_head_needs_a_head() -> None:
+    pairs = [(weight("a", random((4, 3), 1)), Member("a")), (weight("b", random((4, 3), 2)), Member("b"))]
+    assert common_value(pairs, {"b": "output_head"}, keep_head) == ("b", None)
+    with pytest.raises(RewriteRefused, match="none of a, b is a output_head"):
+        common_value(pairs, {}, keep_head)
+
+
+def test_integers_are_not_averaged() -> None:
+    with pytest.raises(RewriteRefused, match="expected a floating-point tensor"):
+        aligned(weight("a", np.arange(6).reshape(2, 3)), AS_STORED, (2, 3))

@@ -1,0 +1,219 @@
+"""Writing the planned folder: changed shards tensor by tensor, every other file byte for byte."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tieaudit.change import Plan, SetConfig, Share, Unshare, Written
+from tieaudit.errors import CorruptFile, RewriteRefused
+from tieaudit.formats.huggingface.folder import CONFIG, weight_set
+from tieaudit.formats.huggingface.realise import can_realise
+from tieaudit.formats.huggingface.spell import with_value
+from tieaudit.formats.safetensors.sharded import Checkpoint, read_checkpoint, read_index_json
+from tieaudit.formats.safetensors.write import NewEntry, write_safetensors
+from tieaudit.model import Model, Weight
+from tieaudit.storage import Storage
+
+NOT_CARRIED = frozenset({".git", ".cache", ".huggingface", "__pycache__", ".ipynb_checkpoints"})
+"""Folders that belong to a tool and not to the model."""
+
+
+@dataclass
+class _Changes:
+    """What happens to which name; the noun between plan and files."""
+
+    dropped: dict[str, str] = field(default_factory=dict)
+    """Name that goes → name that serves it from now on."""
+    values: dict[str, Storage] = field(default_factory=dict)
+    """Name → the bytes that it gets."""
+    copies: dict[str, list[tuple[str, Weight]]] = field(default_factory=dict)
+    """Name that stays → (new name, weight whose shape and type it gets), written right behind it."""
+    settings: list[SetConfig] = field(default_factory=list)
+
+
+def edit(model: Model, plan: Plan, dest: Path) -> Written:
+    """Write the planned model into the folder `dest`, which exists and is empty.
+
+    Raises: RewriteRefused if an edit cannot be made for the plan's target or would leave a tensor random; CorruptFile
+    if the source changed since it was read. Cost: one copy of the folder, in blocks.
+    """
+    folder = Path(model.path)
+    checkpoint = read_checkpoint(weight_set(folder).main)
+    _check_unchanged(model, checkpoint)
+    changes = _changes(model, plan)
+    _check_nothing_random(model, changes)
+    shards = {name: _entries(checkpoint, name, changes) for name in checkpoint.headers}
+    written = []
+    for source in _files(folder):
+        relative = source.relative_to(folder)
+        name = relative.name if relative.parent == Path() else ""
+        target = dest / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if name in shards and shards[name] is not None:
+            entries = shards[name] or []
+            if not entries:
+                continue  # nothing is left in this shard
+            write_safetensors(entries, checkpoint.headers[name].metadata, target)
+        elif name == CONFIG and changes.settings:
+            target.write_text(_configured(source, changes.settings), encoding="utf-8", newline="")
+        elif source == checkpoint.main and name not in shards and any(e is not None for e in shards.values()):
+            target.write_text(_index(checkpoint, shards), encoding="utf-8", newline="")
+        else:
+            shutil.copyfile(source, target)
+        written.append(str(relative))
+    renamed = {_id(model, gone): _id(model, kept) for gone, kept in changes.dropped.items()}
+    return Written(tuple(written), renamed)
+
+
+def _id(model: Model, name: str) -> str:
+    return next(weight.id for weight in model.weights if weight.name == name)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Every regular file below the folder; links to files are followed (as in a Hub cache), links to folders not."""
+    for home, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name not in NOT_CARRIED)
+        for name in sorted(names):
+            path = Path(home) / name
+            if path.is_file():
+                yield path
+
+
+def _check_unchanged(model: Model, checkpoint: Checkpoint) -> None:
+    for name, (_, entry) in checkpoint.entries.items():
+        weight = next((w for w in (model.by_id.get(name),) if w is not None), None)
+        if weight is not None and weight.storage is not None and weight.storage.region != entry.storage.region:
+            raise CorruptFile(f"{checkpoint.main}: tensor {name!r} moved since it was read; nothing was written")
+
+
+def _changes(model: Model, plan: Plan) -> _Changes:
+    changes = _Changes(settings=[edit for edit in plan.edits if isinstance(edit, SetConfig)])
+    switched_on = {f"{edit.file}:{'.'.join(edit.key)}" for edit in changes.settings if edit.value is True}
+    for one in plan.edits:
+        if isinstance(one, SetConfig) and one.file == CONFIG:
+            continue
+        reason = can_realise(model, one, plan.target)
+        lifted = reason is not None and any(reason.endswith(condition) for condition in switched_on)
+        if reason is not None and not lifted:
+            raise RewriteRefused(reason)
+        if isinstance(one, Share):
+            _plan_share(model, one, changes)
+        elif isinstance(one, Unshare):
+            weight = next(w for w in model.weights if w.name == one.name)
+            changes.copies.setdefault(model.by_id[one.source].name, []).append((one.name, weight))
+    return changes
+
+
+def _plan_share(model: Model, share: Share, changes: _Changes) -> None:
+    """The canonical name stays if it is stored; its bytes are the planned value, else the first member's own."""
+    ids = [member.id for member in share.members]
+    stored = [model.by_id[id] for id in dict.fromkeys(ids) if not model.by_id[id].absent]
+    order = [id for one in model.declarations if set(ids) <= set(one.members) for id in one.members]
+    kept = min(stored, key=lambda weight: order.index(weight.id) if weight.id in order else len(order))
+    value = share.values if share.values is not None else stored[0].storage
+    if value is not None and value != kept.storage:
+        if value.n_bytes != kept.n_bytes:
+            raise RewriteRefused(f"{kept.id}: expected a value of {kept.n_bytes} bytes, found {value.n_bytes}")
+        changes.values[kept.name] = value
+    for weight in stored:
+        if weight is not kept:
+            changes.dropped[weight.name] = kept.name
+
+
+def _check_nothing_random(model: Model, changes: _Changes) -> None:
+    """No absent member may lose the tie that restores it, unless a copy of it is being written."""
+    off = {f"{edit.file}:{'.'.join(edit.key)}" for edit in changes.settings if edit.value is False}
+    copied = {name for copies in changes.copies.values() for name, _ in copies}
+    for declaration in model.declarations:
+        if not declaration.active or declaration.condition not in off:
+            continue
+        for id in declaration.members:
+            weight = model.by_id[id]
+            gone = weight.absent or weight.name in changes.dropped
+            if gone and weight.name not in copied and not _restored_otherwise(model, id, off):
+                raise RewriteRefused(
+                    f"without {declaration.condition} transformers would initialise {weight.name} randomly, "
+                    "which would not be stored"
+                )
+
+
+def _restored_otherwise(model: Model, id: str, off: set[str]) -> bool:
+    return any(
+        one.active and one.restores and id in one.members and one.condition not in off for one in model.declarations
+    )
+
+
+def _entries(checkpoint: Checkpoint, shard: str, changes: _Changes) -> list[NewEntry] | None:
+    """The new content of a shard in the order of its data; None if it stays as it is."""
+    header = checkpoint.headers[shard]
+    names = {entry.name for entry in header.entries}
+    if not names & (changes.dropped.keys() | changes.values.keys() | changes.copies.keys()):
+        return None
+    found = []
+    for entry in sorted(header.entries, key=lambda one: one.storage.offset):
+        if entry.name in changes.dropped:
+            continue
+        storage = changes.values.get(entry.name, entry.storage)
+        found.append(NewEntry(entry.name, entry.dtype, entry.shape, storage))
+        for name, _ in changes.copies.get(entry.name, ()):
+            found.append(NewEntry(name, entry.dtype, entry.shape, storage))
+    return found
+
+
+def _index(checkpoint: Checkpoint, shards: Mapping[str, list[NewEntry] | None]) -> str:
+    """The index with the new weight_map and total_size, everything else and the layout of the text kept."""
+    text = checkpoint.main.read_text(encoding="utf-8")
+    index = read_index_json(checkpoint.main)
+    old_map = {tensor: file for tensor, (file, _) in checkpoint.entries.items()}
+    new_map: dict[str, str] = {}
+    contents = {file: {e.name for e in entries} for file, entries in shards.items() if entries is not None}
+    for tensor, file in old_map.items():
+        if file not in contents or tensor in contents[file]:
+            new_map[tensor] = file
+    for file, names in contents.items():
+        new_map.update((name, file) for name in sorted(names - new_map.keys()))
+    index["weight_map"] = new_map
+    metadata = index.get("metadata")
+    if isinstance(metadata, dict):
+        n_bytes, n_elements = _totals(checkpoint, shards)
+        old_elements = sum(_n_elements(entry.shape) for _, entry in checkpoint.entries.values())
+        if "total_size" in metadata:
+            metadata["total_size"] = n_bytes
+        if metadata.get("total_parameters") == old_elements:  # of the live model otherwise, which does not change
+            metadata["total_parameters"] = n_elements
+    indent = re.search(r"\n( +)\"", text)
+    ending = "\n" if text.endswith("\n") else ""
+    return json.dumps(index, indent=len(indent.group(1)) if indent else None, ensure_ascii=False) + ending
+
+
+def _totals(checkpoint: Checkpoint, shards: Mapping[str, list[NewEntry] | None]) -> tuple[int, int]:
+    n_bytes = n_elements = 0
+    for file, header in checkpoint.headers.items():
+        changed = shards[file]
+        for entry in header.entries if changed is None else changed:
+            n_bytes += entry.storage.n_bytes
+            n_elements += _n_elements(entry.shape)
+    return n_bytes, n_elements
+
+
+def _n_elements(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _configured(path: Path, settings: list[SetConfig]) -> str:
+    text = path.read_bytes().decode("utf-8")
+    try:
+        for setting in settings:
+            text = with_value(text, setting.key, setting.value)
+    except (ValueError, IndexError) as error:
+        raise CorruptFile(f"{path}: expected a JSON object: {error}") from None
+    return text

@@ -1,0 +1,220 @@
+"""Let everything that reads one matrix read another one, which holds its transpose.
+
+Follows the readings of a value through Identity, Reshape to the same shape, Cast and Transpose to the operations that
+consume it, asks `patterns` for a form of each, and says why where there is none. A Cast on the way is repeated on the
+stored matrix; a Transpose on the way disappears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from tieaudit.formats.onnx.patterns import MICROSOFT, Pattern, Reading, Style, choose, stamp
+from tieaudit.formats.onnx.uses import VIEW_OPS
+from tieaudit.formats.onnx.values import attribute, int_attribute
+from tieaudit.formats.onnx.workbench import Body, Op, Piece, Site
+
+if TYPE_CHECKING:
+    from tieaudit.formats.onnx.records import Records
+
+Shape = tuple[int, int]
+
+
+class Leaf(NamedTuple):
+    """One consumer that will read the stored matrix in another form."""
+
+    reading: Reading
+    pattern: Pattern | None
+    """None: a Transpose, whose consumers will read the stored matrix itself."""
+    casts: tuple[Op, ...]
+    """Casts between the weight and the consumer, in order."""
+
+    @property
+    def name(self) -> str:
+        return self.pattern.name if self.pattern is not None else "transpose_bypass"
+
+
+class Stuck(NamedTuple):
+    """A consumer for which there is no form, and why."""
+
+    because: str
+
+
+def leaves(
+    piece: Piece, body: Body, name: str, shape: Shape, elem: int, style: Style, casts: tuple[Op, ...] = ()
+) -> Iterator[Leaf | Stuck]:
+    """Every consumer of a value of `shape`, with the pattern that lets it read the transpose."""
+    if body.returned(name):
+        yield Stuck(f"{name!r} is an output of its graph, in this layout")
+        return
+    for site in body.readers(name):
+        op = site.op
+        reading = Reading(piece, site, shape, elem)
+        if is_same(piece, site, shape):
+            yield from leaves(piece, op.body, op.proto.output[0], shape, elem, style, casts)
+        elif op.type == "Transpose" and turns(op):
+            yield Leaf(reading, None, casts)
+        elif op.type == "Cast" and (to := int_attribute(op.proto, "to", 0)):
+            yield from leaves(piece, op.body, op.proto.output[0], shape, to, style, (*casts, op))
+        else:
+            found = choose(reading, style)
+            if isinstance(found, str):
+                yield Stuck(f"its consumer {op.handle!r} ({op.type}) reads it in this layout: {found}")
+            else:
+                yield Leaf(reading, found, casts)
+
+
+def transposed_reads(piece: Piece, body: Body, name: str, shape: Shape, elem: int) -> Iterator[tuple[Site, str, int]]:
+    """(the Transpose's input slot, the value it reads, its element type) of every Transpose of a stored matrix."""
+    for site in body.readers(name):
+        op = site.op
+        if is_same(piece, site, shape):
+            yield from transposed_reads(piece, op.body, op.proto.output[0], shape, elem)
+        elif op.type == "Transpose" and turns(op):
+            yield site, op.proto.input[0], elem
+        elif op.type == "Cast" and (to := int_attribute(op.proto, "to", 0)):
+            yield from transposed_reads(piece, op.body, op.proto.output[0], shape, to)
+
+
+def turns(op: Op) -> bool:
+    """Whether a Transpose of a matrix swaps its axes."""
+    perm = attribute(op.proto, "perm")
+    return perm is None or (not perm.ref_attr_name and list(perm.ints) == [1, 0])
+
+
+def is_same(piece: Piece, site: Site, shape: Shape) -> bool:
+    """Whether the node passes the matrix on as it is: Identity, or Reshape to the shape that it has."""
+    op = site.op
+    if op.type == "Identity":
+        return True
+    if op.type != "Reshape" or site.slot != 0 or len(op.proto.input) < 2:
+        return False
+    target = constant_ints(piece, op.body, op.proto.input[1])
+    if target is None or len(target) != 2 or target == [-1, -1]:
+        return False
+    return all(want in (have, -1) for want, have in zip(target, shape, strict=True))
+
+
+def constant_ints(piece: Piece, body: Body, name: str) -> list[int] | None:
+    """The value of a small int64 vector that is in the file, or None."""
+    from onnx import numpy_helper
+
+    owner = body.owner_of(name)
+    if owner is None or name in owner.inputs:
+        return None
+    tensor = owner.tensors.get(name)
+    if tensor is None and name in owner.makers and owner.makers[name].type == "Constant":
+        found = attribute(owner.makers[name].proto, "value")
+        tensor = found.t if found is not None else None
+    if tensor is None or tensor.data_type != 7 or tensor.data_location == 1 or int(np.prod(tensor.dims)) > 64:
+        return None
+    return [int(value) for value in numpy_helper.to_array(tensor).ravel()]
+
+
+def flip(
+    piece: Piece, body: Body, name: str, stored: str, shape: Shape, elem: int, style: Style, records: Records
+) -> None:
+    """Rewrite every consumer of a value, so that it reads `stored`, its transpose, instead.
+
+    Only called where `leaves` gave no `Stuck`. Cost: linear in the consumers, squared where they are many.
+    """
+    while (leaf := next(leaves(piece, body, name, shape, elem, style), None)) is not None:
+        if isinstance(leaf, Stuck):
+            raise AssertionError(f"flip was called on a value that cannot be flipped: {leaf.because}")
+        source = _through_casts(piece, leaf, stored)
+        before = leaf.reading.op.proto.input[leaf.reading.slot]
+        if leaf.pattern is None:
+            _bypass(piece, leaf.reading.site, source, records)
+        else:
+            _apply(leaf.pattern, leaf.reading, source, records)
+        owner = body.owner_of(before) or leaf.reading.op.body.owner_of(before)
+        if before != name and owner is not None:
+            owner.sweep(before)
+    for site in body.readers(name):
+        _remove_dead(site.op)
+
+
+def _remove_dead(op: Op) -> None:
+    """Remove a view node from which no consumer can be reached."""
+    for reader in op.body.readers(op.proto.output[0]):
+        _remove_dead(reader.op)
+    op.body.replace(op, ())
+
+
+def _apply(pattern: Pattern, reading: Reading, source: str, records: Records) -> None:
+    op, piece = reading.op, reading.piece
+    known = piece.type_of(op.body, op.proto.output[0])
+    built = pattern.build(reading, source)
+    old = op.proto
+    new = op.body.replace(op, built.nodes)
+    if any(node.domain == MICROSOFT for node in built.nodes):
+        piece.import_domain(MICROSOFT)
+    for slot, (index, to) in built.slots.items():
+        if slot < len(old.input) and old.input[slot]:
+            handle = new[index].handle
+            records.add(piece.part, (op.body.name, op.handle, slot), (op.body.name, handle, to), pattern.name)
+    _remember_type(op.body, known)
+
+
+def _remember_type(body: Body, known: object) -> None:
+    """Keep the type of the result in the file: onnx's inference does not compute the shapes we compute at run time."""
+    from onnx import ValueInfoProto
+
+    if not isinstance(known, ValueInfoProto) or known.name in body.outputs:
+        return
+    if any(value.name == known.name for value in (*body.graph.value_info, *body.new_types)):
+        return
+    copy = ValueInfoProto()
+    copy.CopyFrom(known)
+    body.new_types.append(copy)
+    body.changed = True
+
+
+def _bypass(piece: Piece, site: Site, source: str, records: Records) -> None:
+    """The consumers of a Transpose read the stored matrix itself; the Transpose goes."""
+    op = site.op
+    out = op.proto.output[0]
+    for reader in op.body.readers(out):
+        for key in final_uses(reader):
+            records.add(piece.part, key, key, "transpose_bypass")
+        reader.op.body.set_input(reader, source)
+    if op.body.returned(out):
+        from onnx import helper
+
+        node = helper.make_node("Identity", [source], [out], name=op.proto.name)
+        stamp(node, "transpose_bypass", piece)
+        op.body.replace(op, [node])
+    else:
+        op.body.replace(op, ())
+
+
+def final_uses(site: Site) -> Iterator[tuple[str, str, int]]:
+    """The uses that a slot leads to, behind view nodes."""
+    op = site.op
+    if op.type in VIEW_OPS and site.slot == 0:
+        for reader in op.body.readers(op.proto.output[0]):
+            yield from final_uses(reader)
+    else:
+        yield site.key
+
+
+def _through_casts(piece: Piece, leaf: Leaf, stored: str) -> str:
+    """The stored matrix behind copies of the casts on the way; each copy is made once."""
+    for cast in leaf.casts:
+        key = (cast, stored)
+        if key not in piece.casts:
+            from onnx import NodeProto
+
+            node = NodeProto()
+            node.CopyFrom(cast.proto)
+            node.input[0] = stored
+            node.output[0] = piece.fresh(f"{cast.handle}_stored")
+            node.name = piece.fresh(f"{cast.proto.name or cast.handle}/stored")
+            stamp(node, leaf.name, piece)
+            cast.body.insert_after(cast, node)
+            piece.casts[key] = node.output[0]
+        stored = piece.casts[key]
+    return stored

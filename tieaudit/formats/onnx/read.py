@@ -1,0 +1,210 @@
+"""ONNX files → a `Model`: weights, their uses, and which of them are parameters. Tensors stay on disk.
+
+External data is never loaded to look, and large inline tensors are only located (see `wire.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tieaudit.errors import CorruptFile
+from tieaudit.formats.onnx.discover import alternative_of, not_a_model
+from tieaudit.formats.onnx.lookups import Lookups
+from tieaudit.formats.onnx.parameters import Parameters
+from tieaudit.formats.onnx.scopes import Scope, walk_scopes
+from tieaudit.formats.onnx.tensors import Source, locate, locate_sparse, text
+from tieaudit.formats.onnx.uses import find_uses
+from tieaudit.formats.onnx.values import Value, Values, attribute
+from tieaudit.formats.onnx.wire import Malformed, skeleton
+from tieaudit.model import Model, Part, Use, Weight, make_id
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+_N_MOST_BYTES_RETRY = 256 * 1024 * 1024
+"""A file that the walk over its records refuses is given to the library for a second opinion up to this size."""
+
+
+@dataclass
+class _Read:
+    """What one file gave."""
+
+    part: Part
+    weights: list[Weight] = field(default_factory=list)
+    uses: list[Use] = field(default_factory=list)
+    metadata: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def load(path: Path, files: tuple[Path, ...]) -> Model:
+    """The model at `path`, whose main files are `files`; several files are parts of one model.
+
+    Raises CorruptFile, in one line, for whatever is not a readable ONNX model.
+    Cost: time linear in the graphs; memory: the files less their large tensors.
+    """
+    stems = [file.stem for file in files]
+    parts = [
+        read_file(file, ("" if len(files) == 1 else file.stem if stems.count(file.stem) == 1 else file.name))
+        for file in files
+    ]
+    metadata = dict(parts[0].metadata) if len(parts) == 1 else _joined(parts)
+    if (stem := alternative_of(files)) is not None:
+        metadata["alternative_of"] = stem
+    return Model(
+        path=str(path),
+        format="onnx",
+        parts=tuple(read.part for read in parts),
+        weights=tuple(weight for read in parts for weight in read.weights),
+        uses=tuple(use for read in parts for use in read.uses),
+        metadata=metadata,
+        notes=tuple(note for read in parts for note in read.notes),
+        has_graph=True,
+    )
+
+
+def _joined(parts: list[_Read]) -> dict[str, str]:
+    keys = dict.fromkeys(key for read in parts for key in read.metadata)
+    return {key: ", ".join(dict.fromkeys(read.metadata.get(key, "") for read in parts)) for key in keys}
+
+
+def read_file(file: Path, part: str) -> _Read:
+    """One ONNX file as part `part`. Raises CorruptFile."""
+    proto, source = parse(file)
+    scopes = walk_scopes(proto, str(file))
+    _check_names(scopes, file)
+    notes: list[str] = []
+    weights: dict[Value, Weight] = {}
+    for scope in scopes:
+        for value, weight in _weights_of(scope, source, part):
+            if value in weights:
+                notes.append(f"{file}: {weight.name!r} is stored twice in one graph; the last one is used")
+            weights[value] = weight
+    values = Values(scopes, weights)
+    lookups = Lookups(values)
+    parameters = Parameters(values, lookups)
+    for value, weight in weights.items():
+        verdict, because = parameters.verdict(value, weight)
+        weights[value] = replace(weight, parameter=verdict, because=because)
+    read = _Read(Part(part, (str(file), *sorted(str(path) for path, _ in source.data_files.values()))))
+    read.weights = list(weights.values())
+    read.uses = list(find_uses(values, part, lookups))
+    read.metadata = _metadata(proto, scopes, source)
+    if proto.training_info:
+        notes.append(f"{file}: holds training graphs, which were not read")
+    read.notes = notes
+    return read
+
+
+def parse(file: Path) -> tuple[ModelProto, Source]:
+    """The model without its large tensors, and where those are. Raises CorruptFile."""
+    from google.protobuf.message import DecodeError
+    from onnx import ModelProto
+
+    try:
+        reason = not_a_model(file)
+        if reason is not None:
+            raise CorruptFile(f"{file}: expected an ONNX model, found {reason}")
+        n_bytes = file.stat().st_size
+        why = ""
+        try:
+            with file.open("rb") as stream:
+                found = skeleton(stream, n_bytes)
+            data, source = found.data, Source(file, found)
+        except Malformed as error:
+            if n_bytes > _N_MOST_BYTES_RETRY:
+                raise CorruptFile(f"{file}: expected an ONNX model, found a file that breaks off: {error}") from error
+            data, source, why = file.read_bytes(), Source(file), str(error)
+    except OSError as error:
+        raise CorruptFile(f"{file}: cannot be read: {error.strerror or error}") from error
+    try:
+        proto = ModelProto.FromString(data)
+    except (DecodeError, ValueError, RuntimeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        if "MaxDepth" in reason or "recursion" in reason.lower():
+            reason = "its graphs are nested more deeply than protobuf allows (100 messages, some 30 graphs)"
+        raise CorruptFile(
+            f"{file}: expected an ONNX model, found a file that is truncated or is no protobuf message: {why or reason}"
+        ) from error
+    if not proto.HasField("graph"):
+        raise CorruptFile(f"{file}: expected an ONNX model, found no graph in it ({n_bytes} bytes)")
+    return proto, source
+
+
+def _check_names(scopes: list[Scope], file: Path) -> None:
+    """CorruptFile for a name that is not UTF-8 (the library gives bytes then); runtimes refuse such a file too."""
+    for scope in scopes:
+        names: list[object] = [scope.name, *scope.own_names, *scope.outputs]
+        for node in scope.nodes:
+            names += [node.op_type, node.domain, node.name, *node.input]
+            names += [item.name for item in node.attribute]
+        for name in names:
+            if not isinstance(name, str):
+                raise CorruptFile(f"{file}: expected names in UTF-8, found {name!r} in the graph {scope.name!r}")
+
+
+def _weights_of(scope: Scope, source: Source, part: str) -> Iterator[tuple[Value, Weight]]:
+    """Initializers, sparse initializers and tensor-valued Constant nodes of one scope."""
+    from onnx import TensorProto
+
+    outputs, inputs = set(scope.outputs), set(scope.inputs)
+    tensors = scope.graph.initializer if scope.graph is not None else ()
+    for index, tensor in enumerate(tensors):
+        place = _place(scope, tensor.name or f"initializer#{index}")
+        shape, kind, storage = locate(tensor, source, place)
+        if tensor.name:  # a tensor without a name cannot be used
+            yield Value(scope.name, tensor.name), Weight(
+                make_id(tensor.name, part, scope.name), tensor.name, shape, kind, storage, part, scope.name,
+                held_as="initializer", graph_output=tensor.name in outputs,
+                overridable=tensor.name in inputs and not scope.name,
+            )
+    for index, sparse in enumerate(scope.graph.sparse_initializer if scope.graph is not None else ()):
+        name = sparse.values.name
+        shape, kind, storage = locate_sparse(sparse, source, _place(scope, name or f"sparse_initializer#{index}"))
+        if name:
+            yield Value(scope.name, name), Weight(
+                make_id(name, part, scope.name), name, shape, kind, storage, part, scope.name,
+                held_as="sparse_initializer", graph_output=name in outputs,
+                overridable=name in inputs and not scope.name,
+            )
+    for node in scope.nodes:
+        if node.op_type != "Constant" or node.domain not in ("", "ai.onnx") or not node.output or not node.output[0]:
+            continue
+        name = node.output[0]
+        found = attribute(node, "value") or attribute(node, "sparse_value")
+        if found is None or found.ref_attr_name:
+            continue  # a number written into the attribute itself
+        is_sparse = found.HasField("sparse_tensor")
+        place = _place(scope, name)
+        if not is_sparse and found.t == TensorProto():
+            raise CorruptFile(f"{source.path}, Constant node {place!r}: expected a tensor as its value, found none")
+        shape, kind, storage = (locate_sparse if is_sparse else locate)(
+            found.sparse_tensor if is_sparse else found.t, source, place
+        )
+        yield Value(scope.name, name), Weight(
+            make_id(name, part, scope.name), name, shape, kind, storage, part, scope.name,
+            held_as="constant_node", graph_output=name in outputs,
+        )
+
+
+def _place(scope: Scope, name: str) -> str:
+    """A name for messages and for memory regions, unique in the file."""
+    return f"{scope.name}|{name}" if scope.name else name
+
+
+def _metadata(proto: ModelProto, scopes: list[Scope], source: Source) -> dict[str, str]:
+    opsets = ", ".join(f"{text(item.domain) or 'ai.onnx'} {item.version}" for item in proto.opset_import)
+    found = {
+        "ir_version": str(proto.ir_version),
+        "opset": opsets,
+        "producer": f"{text(proto.producer_name)} {text(proto.producer_version)}".strip(),
+        "n_nodes": str(sum(len(scope.nodes) for scope in scopes)),
+        "n_subgraphs": str(sum(scope.parent is not None for scope in scopes)),
+        "n_functions": str(sum(scope.function is not None for scope in scopes)),
+        "graph": text(proto.graph.name),
+        "external_data": ", ".join(sorted(path.name for path, _ in source.data_files.values())),
+    }
+    found.update((f"onnx.{text(item.key)}", text(item.value)[:200]) for item in proto.metadata_props)
+    return {key: value for key, value in found.items() if value}

@@ -1,0 +1,273 @@
+"""Write the files of an edited model: what was inline stays inline, external data becomes a fresh compact file.
+
+Files that no edit touches are copied byte for byte. Of an edited part only the graph and the layout of its data files
+change: a data file keeps its name, holds each range once (ranges that overlapped still do), and nothing else. Bytes go
+from file to file in blocks, so that memory stays bounded whatever the tensors' sizes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+
+from tieaudit.errors import RewriteRefused
+from tieaudit.formats.onnx.inline import N_MOST_BYTES, expanded, write_pieces
+from tieaudit.formats.onnx.transposed import Transposed
+from tieaudit.formats.onnx.wire import N_BYTES_INLINE
+from tieaudit.formats.onnx.workbench import EXTERNAL, Piece
+from tieaudit.storage import BLOCK_BYTES, FileStorage, Storage, blocks
+
+if TYPE_CHECKING:
+    from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
+
+    from tieaudit.model import Model
+
+PAGE_BYTES = 4096
+"""Alignment of tensors of 1 MiB and more, so that they can be mapped (onnx: docs/ExternalData.md)."""
+_N_BYTES_ALIGNED = 1024 * 1024
+_N_BYTES_SMALL_ALIGNMENT = 64
+_N_BYTES_WIDE_BLOCK = 16 * BLOCK_BYTES  # a transpose reads its whole source for every block
+
+
+class Item(NamedTuple):
+    """One tensor that goes into a data file."""
+
+    tensor: TensorProto
+    storage: Storage
+    location: str
+    """The data file as the model file will name it."""
+
+
+def write(model: Model, pieces: list[Piece], dest: Path) -> tuple[str, ...]:
+    """Write every file of the model into the new folder `dest`; paths relative to it.
+
+    Raises RewriteRefused where a file cannot be kept in the folder, CorruptFile where bytes are missing.
+    """
+    root = Path(model.path) if Path(model.path).is_dir() else _common_folder(pieces)
+    dest.mkdir(parents=True, exist_ok=True)
+    edited = _closure(pieces)
+    sources: set[Path] = set()
+    data: dict[Path, list[Item]] = {}
+    for piece in edited:
+        sources.update(path for path, _ in _data_files(piece))
+        piece.flush()
+        _move_out_if_too_large(piece)
+        for item in _items(piece):
+            data.setdefault(_inside(_relative(piece, root).parent / item.location, piece), []).append(item)
+    written = [_write_data(dest, relative, items) for relative, items in sorted(data.items())]
+    for piece in pieces:
+        relative = _relative(piece, root)
+        if piece in edited:
+            written.append(_write_piece(dest, relative, piece))
+        else:
+            written.append(_copy(piece.path, dest, relative))
+            for path, location in _data_files(piece):
+                if (target := _inside(relative.parent / location, piece)).as_posix() not in written:
+                    written.append(_copy(path, dest, target))
+    if root == Path(model.path):
+        written.extend(_copy_rest(root, dest, set(written), sources))
+    return tuple(written)
+
+
+def _common_folder(pieces: list[Piece]) -> Path:
+    return Path(os.path.commonpath([piece.path.parent.absolute() for piece in pieces]))
+
+
+def _relative(piece: Piece, root: Path) -> Path:
+    path = piece.path.absolute()
+    base = root.absolute()
+    return path.relative_to(base) if path.is_relative_to(base) else Path(path.name)
+
+
+def _inside(relative: Path, piece: Piece) -> Path:
+    """A path below the destination, without dots. The reader has refused what leads out of the model's folder."""
+    clean = Path(os.path.normpath(relative))
+    if clean.is_absolute() or ".." in clean.parts:
+        raise RewriteRefused(f"{piece.path}: its external data {str(relative)!r} is outside the model's folder")
+    return clean
+
+
+def _closure(pieces: list[Piece]) -> list[Piece]:
+    """The edited parts and those that share a data file with one, whose offsets change too."""
+    edited = [piece for piece in pieces if piece.touched]
+    files = {id(piece): {path for path, _ in _data_files(piece)} for piece in pieces}
+    while True:
+        known = set().union(*(files[id(piece)] for piece in edited)) if edited else set()
+        more = [piece for piece in pieces if piece not in edited and files[id(piece)] & known]
+        if not more:
+            return [piece for piece in pieces if piece in edited]
+        edited += more
+
+
+def _data_files(piece: Piece) -> list[tuple[Path, str]]:
+    """(resolved path, location as written) of the data files that the part had when it was read."""
+    for tensor in all_tensors(piece.proto):
+        if tensor.data_location == EXTERNAL:
+            piece.external(tensor)
+    return [(path, location) for location, (path, _) in piece.source.data_files.items()]
+
+
+def all_tensors(model: ModelProto) -> Iterator[TensorProto]:
+    """Every tensor message of a model, wherever it is."""
+    yield from _in_graph(model.graph)
+    for function in model.functions:
+        yield from _in_nodes(function)
+        for attribute in function.attribute_proto:
+            yield from ([attribute.t] if attribute.HasField("t") else [])
+    for info in model.training_info:
+        yield from _in_graph(info.initialization)
+        yield from _in_graph(info.algorithm)
+
+
+def _in_graph(graph: GraphProto) -> Iterator[TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from _in_nodes(graph)
+
+
+def _in_nodes(owner: GraphProto | FunctionProto) -> Iterator[TensorProto]:
+    for node in owner.node:
+        if node.attribute:
+            yield from _in_attributes(node)
+
+
+def _in_attributes(node: NodeProto) -> Iterator[TensorProto]:
+    for attribute in node.attribute:
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
+        for sparse in ([attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []):
+            yield from (sparse.values, sparse.indices)
+        for sparse in attribute.sparse_tensors:
+            yield from (sparse.values, sparse.indices)
+        if attribute.HasField("g"):
+            yield from _in_graph(attribute.g)
+        for graph in attribute.graphs:
+            yield from _in_graph(graph)
+
+
+def _items(piece: Piece) -> Iterator[Item]:
+    """Every tensor of an edited part that is, or will be, in a data file."""
+    for tensor in all_tensors(piece.proto):
+        if tensor.data_location == EXTERNAL:
+            yield Item(tensor, piece.external(tensor), piece.location_of(tensor) or "")
+            continue
+        number = piece.token_number(tensor.raw_data)
+        if number is not None and number in piece.outside:
+            yield Item(tensor, piece.stored[number], piece.outside[number])
+
+
+def _move_out_if_too_large(piece: Piece) -> None:
+    """A file that would exceed what protobuf can hold gets its tensors into a data file beside it."""
+    numbers = []
+    for tensor in all_tensors(piece.proto):
+        number = piece.token_number(tensor.raw_data) if tensor.data_location != EXTERNAL else None
+        if number is not None and number not in piece.outside:
+            numbers.append(number)
+    if sum(piece.stored[number].n_bytes for number in numbers) + piece.proto.ByteSize() <= N_MOST_BYTES:
+        return
+    for number in numbers:
+        if piece.stored[number].n_bytes >= N_BYTES_INLINE:
+            piece.outside[number] = f"{piece.path.name}.data"
+
+
+def _write_data(dest: Path, relative: Path, items: list[Item]) -> str:
+    """One compact data file, and the places of its tensors into their messages."""
+    target = dest / relative
+    target.parent.mkdir(parents=True, exist_ok=True)
+    by_container: dict[str, list[Item]] = {}
+    for item in items:
+        by_container.setdefault(item.storage.region[0], []).append(item)
+    with target.open("xb") as file:
+        for container, members in by_container.items():
+            for begin, end, overlapping in _runs(members):
+                first = overlapping[0].storage
+                whole = FileStorage(container, begin, end - begin) if isinstance(first, FileStorage) else first
+                at = _append(file, whole)
+                for item in overlapping:
+                    _place(item, at + item.storage.region[1] - begin)
+        file.flush()
+    return relative.as_posix()
+
+
+def _runs(items: list[Item]) -> Iterator[tuple[int, int, list[Item]]]:
+    """Maximal runs of overlapping ranges of one container, as (begin, end, items), in order."""
+    run: list[Item] = []
+    begin = end = 0
+    for item in sorted(items, key=lambda item: item.storage.region[1:]):
+        _, first, last = item.storage.region
+        if run and (first < end or (first, last) == (begin, end)):
+            run.append(item)
+            end = max(end, last)
+            continue
+        if run:
+            yield begin, end, run
+        run, begin, end = [item], first, last
+    if run:
+        yield begin, end, run
+
+
+def _append(file: BinaryIO, storage: Storage) -> int:
+    """Write a storage at the next aligned place, in blocks; its offset."""
+    alignment = PAGE_BYTES if storage.n_bytes >= _N_BYTES_ALIGNED else _N_BYTES_SMALL_ALIGNMENT
+    at = file.tell()
+    padding = -at % alignment
+    file.write(bytes(padding))
+    for block in blocks(storage, _N_BYTES_WIDE_BLOCK if isinstance(storage, Transposed) else BLOCK_BYTES):
+        file.write(block)
+    return at + padding
+
+
+def _place(item: Item, offset: int) -> None:
+    """Point a tensor to its bytes. A checksum of the old file is dropped with the old place."""
+    from onnx import TensorProto
+
+    tensor = item.tensor
+    kept = [(entry.key, entry.value) for entry in tensor.external_data
+            if entry.key not in ("location", "offset", "length", "checksum")]  # fmt: skip
+    place = [("location", item.location), ("offset", str(offset)), ("length", str(item.storage.n_bytes))]
+    tensor.ClearField("raw_data")
+    del tensor.external_data[:]
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in (*place, *kept):
+        tensor.external_data.add(key=key, value=value)
+
+
+def _write_piece(dest: Path, relative: Path, piece: Piece) -> str:
+    target = dest / relative
+    target.parent.mkdir(parents=True, exist_ok=True)
+
+    def stored(raw: bytes) -> Storage | None:
+        number = piece.token_number(raw)
+        return piece.stored[number] if number is not None else None
+
+    pieces, _ = expanded(piece.proto.SerializeToString(), piece.token, stored)
+    with target.open("xb") as file:
+        write_pieces(pieces, file)
+    return relative.as_posix()
+
+
+def _copy(source: Path, dest: Path, relative: Path) -> str:
+    target = dest / relative
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    return relative.as_posix()
+
+
+def _copy_rest(root: Path, dest: Path, written: set[str], replaced: set[Path]) -> Iterator[str]:
+    """Every other regular file of the folder, except the data files that were written anew, and git's own."""
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if name != ".git" and not _same(Path(folder) / name, dest))
+        for name in sorted(files):
+            path = Path(folder) / name
+            relative = path.relative_to(root)
+            if relative.as_posix() not in written and path.is_file() and path.resolve() not in replaced:
+                yield _copy(path, dest, relative)
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve()

@@ -1,0 +1,114 @@
+"""A safetensors checkpoint in one file or in several with an index: which files, and which tensor is where."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tieaudit.errors import CorruptFile
+from tieaudit.formats.safetensors.header import Entry, Header, parse_json, read_header
+
+INDEX_SUFFIX = ".safetensors.index.json"
+MAX_INDEX_BYTES = 200_000_000
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All tensors of a checkpoint, whichever file they are in."""
+
+    main: Path
+    """The file or the index."""
+    headers: Mapping[str, Header]
+    """File name → header, in the order of the index."""
+    entries: Mapping[str, tuple[str, Entry]]
+    """Tensor name → (file name, entry)."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files of the checkpoint, the index (if any) first."""
+        shards = tuple(self.main.parent / name for name in self.headers)
+        return shards if self.main in shards else (self.main, *shards)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """`__metadata__` of all files together; the first file wins."""
+        found: dict[str, str] = {}
+        for header in self.headers.values():
+            for key, value in header.metadata.items():
+                found.setdefault(key, value)
+        return found
+
+
+def read_checkpoint(main: Path) -> Checkpoint:
+    """A lone file, or an index with all its shards. CorruptFile where index and shards disagree."""
+    if not main.name.endswith(INDEX_SUFFIX):
+        header = read_header(main)
+        return Checkpoint(main, {main.name: header}, {e.name: (main.name, e) for e in header.entries})
+    weight_map = read_index(main)
+    headers: dict[str, Header] = {}
+    for name in dict.fromkeys(weight_map.values()):
+        if not (main.parent / name).is_file():
+            raise CorruptFile(
+                f"{main}: expected the shard {name} beside the index, found no such file",
+                hint="the download is incomplete",
+            )
+        headers[name] = read_header(main.parent / name)
+    entries: dict[str, tuple[str, Entry]] = {}
+    for name, header in headers.items():
+        for entry in header.entries:
+            if entry.name in entries:
+                both = f"{entries[entry.name][0]} and {name}"
+                raise CorruptFile(f"{main}: expected tensor {entry.name!r} in one shard, found it in {both}")
+            if entry.name not in weight_map:
+                raise CorruptFile(
+                    f"{main}: expected every tensor of {name} in weight_map, found {entry.name!r} missing"
+                )
+            entries[entry.name] = (name, entry)
+    for tensor, name in weight_map.items():
+        if tensor not in entries or entries[tensor][0] != name:
+            where = f"it in {entries[tensor][0]}" if tensor in entries else "no such tensor there"
+            raise CorruptFile(f"{main}: expected tensor {tensor!r} in {name}, found {where}")
+    return Checkpoint(main, headers, {tensor: entries[tensor] for tensor in weight_map})
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """weight_map of an index: tensor → plain file name. CorruptFile for anything else, path escapes included."""
+    found = read_index_json(path)
+    weight_map = found.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptFile(f"{path}: expected an object weight_map (tensor → file), found {type(weight_map).__name__}")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not is_plain_name(name):
+            raise CorruptFile(
+                f"{path}: tensor {tensor!r}: expected the plain name of a file beside the index, found {name!r}"
+            )
+    return weight_map
+
+
+def read_index_json(path: Path) -> dict[str, object]:
+    """The whole index as JSON."""
+    n_bytes = path.stat().st_size
+    if n_bytes > MAX_INDEX_BYTES:
+        raise CorruptFile(f"{path}: expected an index of at most {MAX_INDEX_BYTES} bytes, found {n_bytes}")
+    text = path.read_bytes()
+    found = parse_json(text.strip(), str(path))
+    if not isinstance(found, dict):
+        raise CorruptFile(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name stays inside the folder it is looked up in."""
+    return bool(name) and name not in (".", "..") and not any(sign in name for sign in "/\\\0") and ":" not in name
+
+
+def index_of(shard: Path) -> Path | None:
+    """The index beside a file that lists it as a shard, or None. An index that cannot be read lists nothing."""
+    for index in sorted(shard.parent.glob("*" + INDEX_SUFFIX)):
+        try:
+            if shard.name in read_index(index).values():
+                return index
+        except (CorruptFile, OSError):
+            continue
+    return None
