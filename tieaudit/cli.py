@@ -132,7 +132,8 @@ def scan(paths: tuple[str, ...], format_name: str) -> None:
                 reports.append(look_at(source.load(), progress=progress))
         except TieAuditError as error:
             errors.append((str(source.path), str(error)))
-    _print(_report(format_name)(reports, errors, _settings()))
+    if reports or format_name != "text":
+        _print(_report(format_name)(reports, errors, _settings()))
     for _, message in errors:
         click.echo(f"error: {printable(message, None)}", err=True)
     if errors or not reports or any(report.crashed for report in reports):

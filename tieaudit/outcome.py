@@ -10,7 +10,7 @@ from tieaudit import __version__
 from tieaudit.change import Edit, Level, Plan, Proof, Respell, SetConfig, Share, Unshare
 from tieaudit.model import Member, Model
 from tieaudit.plain import plain
-from tieaudit.printable import listed, printable, size
+from tieaudit.printable import counted, listed, printable, size
 from tieaudit.view import AS_STORED
 
 N_MOST_LINES = 12
@@ -63,7 +63,7 @@ def _json(command: str, **content: object) -> str:
 
 def _plan_lines(model: Model, plan: Plan) -> list[str]:
     described = [_edit_line(model, edit) for edit in plan.edits]
-    lines = [f"plan ({', '.join(plan.schemes)}; safe for {plan.target}): {len(plan.edits)} edits, {_saving(plan)}"]
+    lines = [f"plan ({', '.join(plan.schemes)}; safe for {plan.target}): {counted(len(plan.edits), 'edit')}, {_saving(plan)}"]
     lines += _cut([f"  {line}" for line in described])
     if plan.refusals:
         lines.append(f"refused: {len(plan.refusals)}")
@@ -118,11 +118,30 @@ def _proof_lines(proof: Proof) -> list[str]:
         lines.append(f"  drift against the original: {proof.drift:.3g}")
     if proof.not_exercised:
         lines.append(f"  not exercised (never moved the outputs): {listed(proof.not_exercised)}")
-    for name, value in proof.facts.items():
-        if isinstance(value, (str, int, float)):
-            shown = size(value) if name.startswith("n_bytes") and isinstance(value, int) else f"{value}"
-            lines.append(f"  {name.replace('_', ' ')}: {printable(shown)}")
-    return lines
+    return lines + _fact_lines(proof.facts)
+
+
+def _fact_lines(facts: Mapping[str, object]) -> list[str]:
+    """Facts before → after on one line each, the others after them."""
+    lines = []
+    for name, value in facts.items():
+        if name.endswith("_before"):
+            after = facts.get(f"{name.removesuffix('_before')}_after")
+            shown = _fact(name, value) if after is None else f"{_fact(name, value)} → {_fact(name, after)}"
+            label = name.removesuffix("_before").removeprefix("n_bytes_").replace("_", " ")
+            lines.append(f"  {label}: {shown}")
+    single = [
+        f"{name.replace('_', ' ')} {_fact(name, value)}"
+        for name, value in facts.items()
+        if isinstance(value, (str, int, float)) and not name.endswith(("_before", "_after"))
+    ]
+    return [*lines, *([f"  {'; '.join(single)}"] if single else [])]
+
+
+def _fact(name: str, value: object) -> str:
+    if name.startswith("n_bytes") and isinstance(value, int):
+        return size(value)
+    return printable(f"{value:.3g}" if isinstance(value, float) else str(value))
 
 
 def _level_line(level: Level) -> str:

@@ -14,8 +14,9 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from typing import Any, TextIO
+
+from tieaudit.formats.huggingface.naming import loaded_names
 
 FLAG = "tie_word_embeddings"
 BUDGET_SECONDS = 25.0
@@ -49,14 +50,14 @@ def answer_question(question: dict[str, Any]) -> dict[str, Any]:
 
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     torch.set_grad_enabled(False)
-    config = {k: v for k, v in question["config"].items() if k not in ("quantization_config", "auto_map")}
+    config = {k: _floats(v) for k, v in question["config"].items() if k not in ("quantization_config", "auto_map")}
     shapes: dict[str, list[int]] = question["shapes"]
     config_class = _config_class(config)
     config, left_out = accepted(config_class, config)
     model_class = _model_class(question["architecture"], config, shapes)
     model = build(model_class, config_class, config)
     unique = {id(p): p for p in model.parameters()}
-    names, converted, saved = _names(model, shapes)
+    names, converted, saved = loaded_names(model, shapes)
     return {
         "version": transformers.__version__,
         "class": model_class.__name__,
@@ -73,6 +74,15 @@ def answer_question(question: dict[str, Any]) -> dict[str, Any]:
         **_roles(model),
         **ties(model_class, config_class, config, model),
     }
+
+
+def _floats(value: Any) -> Any:
+    """Infinities as numbers again: transformers 5 writes them as {"__float__": "Infinity"}, which JSON can hold."""
+    if isinstance(value, dict):
+        if set(value) == {"__float__"} and isinstance(value["__float__"], str):
+            return float(value["__float__"])
+        return {key: _floats(item) for key, item in value.items()}
+    return [_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def _config_class(config: dict[str, Any]) -> Any:
@@ -164,11 +174,15 @@ def build(model_class: Any, config_class: Any, config: dict[str, Any]) -> Any:
         if not inner:
             raise LookupError(f"{model_class.__name__} takes a {wanted.__name__}, not a {config_class.__name__}")
         configured = inner[0]
-    with ExitStack() as stack:
-        stack.enter_context(torch.device("meta"))
-        stack.enter_context(_no_initialisation())
-        model = model_class(configured)
-        model.tie_weights()
+    try:
+        with torch.device("meta"), _no_initialisation():
+            model = model_class(configured)
+    except NotImplementedError:  # a class of transformers 4 that looks at a buffer while it is built
+        from transformers.integrations.accelerate import init_empty_weights
+
+        with init_empty_weights(), _no_initialisation():
+            model = model_class(configured)
+    model.tie_weights()
     return model
 
 
@@ -296,97 +310,6 @@ def _roles(model: Any) -> dict[str, list[str]]:
         "head": [f"{name}.weight" for name in heads],
         "head_bias": biases,
     }
-
-
-def _names(model: Any, shapes: dict[str, list[int]]) -> tuple[dict[str, list[str]], list[str], dict[str, str]]:
-    """How loading renames: stored → live names; which are converted (fused, split, transposed) and not only renamed;
-    and for live names that no stored one becomes, the spelling that saving would use beside the stored ones."""
-    try:
-        import transformers.core_model_loading  # noqa: F401 - only in transformers 5
-    except ImportError:
-        return _names_v4(model, list(shapes))
-    return _names_v5(model, shapes)
-
-
-def _names_v5(model: Any, shapes: dict[str, list[int]]) -> tuple[dict[str, list[str]], list[str], dict[str, str]]:
-    """The loop of `convert_and_load_state_dict_in_model`, on meta tensors.
-
-    Source: transformers 5.23, core_model_loading.py.
-    """
-    from copy import deepcopy
-
-    import torch
-    from transformers import core_model_loading as loading
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, loading.WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, loading.WeightConverter)]
-    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    state, prefix = model.state_dict(), model.base_model_prefix
-    names: dict[str, list[str]] = {}
-    fused: dict[str, tuple[Any, list[str]]] = {}
-    for stored in sorted(shapes, key=loading.dot_natural_key):
-        live, pattern = loading.rename_source_key(stored, renamings, converters, prefix, state)
-        if live not in state and stored in state:
-            live, pattern = loading.rename_source_key(stored, [], [], prefix, state)
-        if live not in state:
-            continue
-        if pattern is None:
-            names.setdefault(stored, []).append(live)
-            continue
-        entry, parts = fused.setdefault(live, (deepcopy(by_pattern[pattern]), []))
-        parts.append(stored)
-        meta = torch.empty(shapes[stored], device="meta")
-        entry.add_tensor(live, stored, pattern, lambda tensor=meta: tensor)
-    converted = []
-    for first, (entry, parts) in fused.items():
-        try:
-            targets = [name for name in entry.convert(first, model=model, config=model.config) if name in state]
-        except Exception:  # an incomplete or quantised checkpoint: the first target is known all the same
-            targets = [first]
-        for stored in parts:
-            names[stored] = targets
-            converted.append(stored)
-    loaded = {live for targets in names.values() for live in targets}
-    used = [entry for entry in mapping if entry.was_used()]
-    spelled = {
-        live: _spelled_v5(model, live, used, renamings, converters, state) for live in state if live not in loaded
-    }
-    return names, sorted(converted), {live: name for live, name in spelled.items() if name != live}
-
-
-def _spelled_v5(model: Any, live: str, used: list[Any], renamings: list[Any], converters: list[Any], state: Any) -> str:
-    """How saving beside the stored names would spell a live name; the live name itself unless that loads back."""
-    import torch
-    from transformers import core_model_loading as loading
-
-    kept = getattr(model, "_weight_conversions", None)
-    try:
-        model._weight_conversions = [entry for entry in used if isinstance(entry, loading.WeightRenaming)]
-        (name,) = loading.revert_weight_conversion(model, {live: torch.empty(0, device="meta")})
-        back, _ = loading.rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-    except Exception:  # not every conversion can be reverted
-        return live
-    finally:
-        model._weight_conversions = kept
-    return str(name) if back == live else live
-
-
-def _names_v4(model: Any, stored: list[str]) -> tuple[dict[str, list[str]], list[str], dict[str, str]]:
-    """`_load_pretrained_model` of transformers 4.57: class renames, then the base prefix added or removed."""
-    prefix = model.base_model_prefix
-    has_prefix = bool(prefix) and any(name.startswith(prefix) for name in stored)
-    expects_prefix = bool(prefix) and hasattr(model, prefix)
-    key_mapping = getattr(type(model), "_checkpoint_conversion_mapping", None) or None
-    state = model.state_dict()
-    try:
-        renamed = model._get_key_renaming_mapping(
-            stored, key_mapping, has_prefix and not expects_prefix, bool(prefix) and expects_prefix and not has_prefix
-        )
-    except ValueError:  # a task-specific key in what looks like a base checkpoint
-        renamed = {name: name for name in stored}
-    return {name: [live] for name, live in renamed.items() if live in state}, [], {}
 
 
 if __name__ == "__main__":

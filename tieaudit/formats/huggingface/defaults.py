@@ -34,7 +34,7 @@ def from_table(major: Major, architecture: str, config: Mapping[str, Any], store
     names = list(stored)
     source = f"the data file of transformers {data['transformers']}"
     flags = data["types"].get(config.get("model_type"), data["types"].get(entry["type"], {}))
-    spell = _Spelling(entry["prefix"], names)
+    spell = _Spelling(entry["prefix"], names, entry.get("saved", {}))
     ties = []
     for tie in entry.get("ties", ()):
         active, because = _active(tie["flag"], config, flags, f"{architecture} of transformers {data['transformers']}")
@@ -75,15 +75,19 @@ def _within_active(tie: ClassTie, ties: list[ClassTie]) -> bool:
 class _Spelling:
     """Live patterns of a class against stored names, which may carry the base model's prefix or not."""
 
-    def __init__(self, prefix: str, names: list[str]) -> None:
+    def __init__(self, prefix: str, names: list[str], saved: Mapping[str, str]) -> None:
         self.prefix = f"{prefix}." if prefix else ""
+        self.saved: Mapping[str, str] = {}
         self.names = names
         self.known = set(names)
         bare = self.prefix and not any(name.startswith(self.prefix) for name in names)
         self.bare = bool(bare)
+        if saved and not any(self.matching(pattern) for pattern in saved):
+            self.saved = saved  # names as this version saves them, which older checkpoints have too
 
     def live(self, pattern: str) -> str:
         """A pattern in the spelling of this checkpoint."""
+        pattern = self.saved.get(pattern, pattern)
         if self.bare and pattern.startswith(self.prefix):
             return pattern[len(self.prefix) :]
         return pattern

@@ -71,14 +71,16 @@ def know(config: Mapping[str, Any], checkpoint: Checkpoint) -> Known:
         asked = from_answer(answer, config)
         if answer.get("left_out"):
             keys = ", ".join(answer["left_out"])
-            notes.append(f"{asked.architecture} of {asked.source} refuses this configuration for {keys}; asked without it")
+            notes.append(
+                f"{asked.architecture} of {asked.source} refuses this configuration for {keys}; asked without it"
+            )
         architecture = architecture or asked.architecture
         by_major[4 if str(answer["version"]).startswith("4.") else 5] = asked
     elif answer["error"] != "transformers is not installed":
         notes.append(f"the class {architecture or '(none named)'} could not be asked: {answer['error']}")
     for major in LOADERS:
         if major not in by_major and (facts := from_table(major, architecture, config, names)) is not None:
-            by_major[major] = replace(facts, live=asked.live, converted=asked.converted) if asked else facts
+            by_major[major] = facts
     best = asked or by_major.get(5) or by_major.get(4)
     if best is None:
         best = from_convention(architecture, config, names)
@@ -141,7 +143,7 @@ def _declaration(names: list[str], tie: ClassTie, known: Known) -> Declaration:
         facts = known.by_major.get(major)
         if facts is None:  # a version that does not know the class restores nothing that it could be relied on for
             continue
-        does = any(one.active and set(names) <= {known.best.stored_name(m) for m in one.members} for one in facts.ties)
+        does = any(one.active and set(names) <= {facts.stored_name(m) for m in one.members} for one in facts.ties)
         if does:
             honoured.append(loader)
         if does != tie.active:

@@ -136,7 +136,7 @@ def switch(model: Model, ids: tuple[str, ...], tied: bool, target: str) -> tuple
     conditions = tuple(dict.fromkeys(one.condition for one in wrong))
     for condition in conditions:
         others = [one for one in model.declarations if one.condition == condition and one not in covering]
-        reason = _on(model, wrong, others, target) if tied else _off(model, ids, wrong, others)
+        reason = _on(model, ids, wrong, others, target) if tied else _off(model, ids, wrong, others)
         if reason:
             return reason
     wanted = "tied" if tied else "not tied"
@@ -152,8 +152,10 @@ def _is_of_class(declaration: Declaration) -> bool:
     return bool(declaration.condition) or declaration.restores or not declaration.claimed_by.endswith("__metadata__")
 
 
-def _on(model: Model, wrong: list[Declaration], others: list[Declaration], target: str) -> str | None:
-    """What else switching the flag on would do."""
+def _on(
+    model: Model, ids: tuple[str, ...], wrong: list[Declaration], others: list[Declaration], target: str
+) -> str | None:
+    """What else switching the flag on would do; `ids` are becoming one value by the same plan."""
     model_type = model.metadata.get("model_type", "")
     if target == "transformers-4" and model_type in _SCALED_WHEN_TIED:
         return (
@@ -161,6 +163,8 @@ def _on(model: Model, wrong: list[Declaration], others: list[Declaration], targe
         )
     for declaration in (*wrong, *others):
         stored = [model.by_id[id] for id in declaration.members if not model.by_id[id].absent]
+        if {weight.id for weight in stored} <= set(ids):
+            continue
         for other in stored[1:]:
             if not _same_bytes(stored[0], other):
                 return (

@@ -161,7 +161,7 @@ def _weights(pair: _Pair) -> Iterator[str]:
     """Initializers that came or went without leave."""
     names = []
     for side, scope in ((pair.one, pair.before), (pair.other, pair.after)):
-        assert scope.graph is not None  # noqa: S101 - the caller looked
+        assert scope.graph is not None
         tensors = [*scope.graph.initializer, *(sparse.values for sparse in scope.graph.sparse_initializer)]
         names.append({make_id(tensor.name, side.part, scope.name): tensor.name for tensor in tensors})
     for id in names[0].keys() - names[1].keys() - pair.allowed.serving.keys():

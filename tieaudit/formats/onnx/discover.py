@@ -36,8 +36,11 @@ _PARTS = (
     "conditional_decoder speech_decoder text_decoder image_decoder encodec_decode decoder_model_init "
     "lm_encoder lm_decoder"
 ).split()
-_PART = "|".join(sorted((name.replace("_", "[_-]") for name in _PARTS), key=len, reverse=True))
-_WITH_NAME = re.compile(rf"^(?:(?P<before>.+?)[._-])?(?P<part>{_PART})(?:[._-](?P<after>.+))?$", re.IGNORECASE)
+# The longest name that fits counts: `vision_encoder` is itself, not the encoder of something called vision.
+_WITH_NAME = [
+    (name, re.compile(rf"^(?:(.+?)[._-])?{name.replace('_', '[_-]')}(?:[._-](.+))?$", re.IGNORECASE))
+    for name in sorted(_PARTS, key=len, reverse=True)
+]
 _MERGED = {"decoder_model_merged": ("decoder_model", "decoder_with_past_model"),
            "decoder_merged": ("decoder", "decoder_with_past")}
 _DOCUMENTS = frozenset(
@@ -87,7 +90,7 @@ def _is_model(path: Path) -> bool:
 def _models_of(folder: Path) -> Iterator[Path]:
     for place in (folder, folder / "onnx"):
         if place.is_dir():
-            yield from sorted(path for path in place.iterdir() if _is_model(path))
+            yield from sorted((path for path in place.iterdir() if _is_model(path)), key=lambda path: (path.stem, path.name))
 
 
 def _owner(path: Path) -> Path | None:
@@ -109,12 +112,11 @@ class _Name(NamedTuple):
 def _parse(stem: str) -> _Name:
     variant = _VARIANT.search(stem)
     base = stem[: variant.start()] if variant else stem
-    found = _WITH_NAME.match(base)
     suffix = variant.group().lower().lstrip("._-") if variant else ""
-    if found is None:
-        return _Name("", base, suffix)
-    name = f"{found['before'] or ''}|{found['after'] or ''}"
-    return _Name(found["part"].lower().replace("-", "_"), name, suffix)
+    for part, pattern in _WITH_NAME:
+        if found := pattern.match(base):
+            return _Name(part, f"{found[1] or ''}|{found[2] or ''}", suffix)
+    return _Name("", base, suffix)
 
 
 def _grouped(folder: Path, files: list[Path]) -> list[tuple[Path, ...]]:

@@ -14,7 +14,20 @@ if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
 _SAME_IDS = frozenset(
-    {"Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose", "Expand", "Slice", "Tile", "Split", "Gather"}
+    {
+        "Identity",
+        "Cast",
+        "Reshape",
+        "Squeeze",
+        "Unsqueeze",
+        "Flatten",
+        "Transpose",
+        "Expand",
+        "Slice",
+        "Tile",
+        "Split",
+        "Gather",
+    }
 )
 """Operations whose result holds only ids of their first input."""
 _SAME_TABLE = frozenset({"Identity", "Cast", "DequantizeLinear"})

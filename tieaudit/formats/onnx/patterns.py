@@ -40,6 +40,7 @@ PROVENANCE = "tieaudit.pattern"
 FLOATS = frozenset({1, 10, 11, 16})  # float32, float16, float64, bfloat16
 _MOVABLE = FLOATS | frozenset({2, 3, 4, 5, 6, 7, 9, 12, 13})  # Gather, Transpose and Reshape take them in every opset
 MICROSOFT = "com.microsoft"
+_INT64 = 7  # TensorProto.DataType
 
 
 class Reading(NamedTuple):
@@ -139,9 +140,12 @@ class _Emit:
         return output
 
     def ints(self, *values: int) -> str:
-        """A Constant node with a vector of int64."""
+        """A Constant node with a vector of int64; before operator set 9 Constant holds floating point only."""
         from onnx import numpy_helper
 
+        if self.piece.opset < 9:
+            exact = numpy_helper.from_array(np.array(values, np.float64))  # up to 2**53, beyond any axis
+            return self.node("Cast", (self.node("Constant", (), value=exact),), to=_INT64)
         return self.node("Constant", (), value=numpy_helper.from_array(np.array(values, np.int64)))
 
     def moved(self, slot: int, to: int) -> None:

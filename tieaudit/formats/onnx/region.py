@@ -97,7 +97,9 @@ class Cutter:
                 weight = self._weight(scope, name)
                 if weight is not None:
                     weights[name] = weight
-                elif maker is not None and (tag(maker) or maker.op_type == "Constant" or self._re_arranges(scope, maker, makers)):
+                elif maker is not None and (
+                    tag(maker) or maker.op_type == "Constant" or self._re_arranges(scope, maker, makers)
+                ):
                     pending.append(maker)
                 elif maker is None and (outer := self._outer_view(scope, name)) is not None:
                     taken.update({id(one): one for one in outer[0]})
@@ -217,4 +219,3 @@ def _widened_blocks(weight: Weight) -> Iterator[bytes]:
             yield (np.frombuffer(block, "<u2").astype("<u4") << 16).tobytes()
         else:
             yield block
-

@@ -1,0 +1,231 @@
+"""The end-to-end proof: both models on the same inputs, against the noise floor of the original, with controls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tieaudit import matching
+from tieaudit.controls import Baseline
+from tieaudit.floor import Difference, difference, limit_of, rounding_bound, says_something, unstable_elements
+from tieaudit.formats.onnx.limits import id_limits
+from tieaudit.inputs import Feed, Sizes, corrected, made_up, stored_beside
+from tieaudit.runners import Array, Signature
+from tieaudit.running import VARIATIONS, Opened, opened
+from tieaudit.sandbox import ChildFailed, Sandbox
+
+N_FEEDS = 3
+_N_CORRECTIONS = 4
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two things to run and compare."""
+
+    before: str
+    """Path of what is compared against."""
+    after: str
+    sandbox: Sandbox
+    """Runs `before`."""
+    other: Sandbox
+    """Runs `after`; the same one if the runtime is the same."""
+    given: Mapping[str, Array] | None = None
+    """The user's inputs."""
+    original: str | None = None
+    """For a lossy plan: the original, from which drift is measured; `before` is then the reference."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What came of one pair on one device."""
+
+    outcome: str
+    """held, failed or not run."""
+    because: str
+    found: Difference | None = None
+    limit: float = 0.0
+    drift: float | None = None
+    baseline: Baseline | None = None
+    spread: float = 0.0
+
+
+def compare(pair: Pair, n_summed: int) -> Compared:
+    """Run both and compare. Never raises for what a runtime does.
+
+    `n_summed`: the largest number of products in one sum, for the rounding bound.
+    """
+    try:
+        with opened(pair.sandbox, pair.before) as before:
+            signature = _with_limits(before.signature, pair.before)
+            feeds, complaint = _feeds(before, signature, pair)
+            if not feeds:
+                return Compared("not run", f"the original does not run either: {complaint}")
+    except ChildFailed as error:
+        return Compared("not run", f"the original does not load or run either: {error}")
+    if not any(says_something(result) for _, result in feeds):
+        return Compared("not run", "the original gives only NaN, constants or nothing: agreeing with it proves nothing")
+    spread, unstable = _spread(pair, feeds)
+    try:
+        with opened(pair.other, pair.after) as after:
+            return _against(pair, after, signature, feeds, spread, unstable, n_summed)
+    except ChildFailed as error:
+        return Compared(
+            "failed", f"the original runs, the result does not: {error}", baseline=_baseline(feeds, spread, n_summed)
+        )
+
+
+Ran = tuple[Feed, Mapping[str, Array]]
+
+
+def _with_limits(signature: Signature, path: str) -> Signature:
+    if not path.endswith(".onnx") and Path(path).is_dir():
+        return signature
+    limits = id_limits(Path(path))
+    return replace(signature, inputs=tuple(replace(p, limit=limits.get(p.name, p.limit)) for p in signature.inputs))
+
+
+def _feeds(model: Opened, signature: Signature, pair: Pair) -> tuple[list[Ran], str]:
+    """Inputs that the original accepts, with what it gave; and its last complaint."""
+    if pair.given is not None:
+        missing = [port.name for port in signature.inputs if port.name not in pair.given]
+        if missing:
+            return [], f"--inputs lacks {', '.join(missing)}"
+        feed = Feed(pair.given, "the given inputs")
+        return _first_runs(model, signature, iter([feed]))
+    stored = stored_beside(Path(pair.original or pair.before), signature) if Path(pair.before).is_file() else []
+    if stored:
+        feeds, complaint = _first_runs(model, signature, iter(stored))
+        if feeds:
+            return feeds, complaint
+    if any(not port.dtype for port in signature.inputs):
+        names = [port.name for port in signature.inputs if not port.dtype]
+        return [], f"the input {names[0]} is no tensor; give --inputs"
+    offers = (feed for sizes, feed in made_up(signature) if _fits(sizes, signature, pair))
+    return _first_runs(model, signature, offers)
+
+
+def _fits(sizes: Sizes, signature: Signature, pair: Pair) -> bool:
+    """Across runtimes a cache cannot be handed over, so it must be empty."""
+    across = pair.sandbox.runner is not pair.other.runner
+    return not across or sizes.past == 0 or not any("past" in port.name for port in signature.inputs)
+
+
+def _first_runs(model: Opened, signature: Signature, offers: Iterator[Feed]) -> tuple[list[Ran], str]:
+    found: list[Ran] = []
+    complaint = "no inputs could be made up"
+    for offer in offers:
+        known = signature
+        for _ in range(_N_CORRECTIONS):
+            try:
+                found.append((offer, model.run(offer.arrays)))
+                break
+            except ChildFailed as error:
+                complaint = str(error)
+                if error.kind in ("crashed", "timed out"):
+                    return found, complaint
+                learned = corrected(known, offer, complaint)
+                if learned is None or "made up" not in offer.source:
+                    break
+                known = learned
+                offer = next((feed for _, feed in made_up(known) if feed.source == offer.source), offer)
+        if len(found) == N_FEEDS:
+            break
+    return found, complaint
+
+
+def _spread(pair: Pair, feeds: Sequence[Ran]) -> tuple[float, list[dict[str, Array]]]:
+    """The largest difference of the original from itself, and per feed the integers it does not reproduce."""
+    worst = 0.0
+    variants: list[list[Mapping[str, Array]]] = [[] for _ in feeds]
+    for setting in VARIATIONS.get(pair.sandbox.runner.name, ()):
+        try:
+            with opened(pair.sandbox, pair.before, setting) as model:
+                for index, (feed, usual) in enumerate(feeds):
+                    result = model.run(feed.arrays)
+                    variants[index].append(result)
+                    floats = matching.outputs(usual, result)
+                    found = difference(floats.before, floats.after)
+                    worst = max(worst, 0.0 if found.problem else found.relative)
+        except ChildFailed:
+            continue  # a setting that the original does not survive says nothing about noise
+    return worst, [unstable_elements(usual, variants[index]) for index, (_, usual) in enumerate(feeds)]
+
+
+def _baseline(feeds: Sequence[Ran], spread: float, n_summed: int) -> Baseline:
+    limits = [limit_of(spread, rounding_bound(result, n_summed)) for _, result in feeds]
+    return Baseline([feed for feed, _ in feeds], [result for _, result in feeds], limits)
+
+
+def _against(
+    pair: Pair, after: Opened, signature: Signature, feeds: Sequence[Ran], spread: float,
+    unstable: Sequence[Mapping[str, Array]], n_summed: int,
+) -> Compared:  # fmt: skip
+    baseline = _baseline(feeds, spread, n_summed)
+    worst, worst_limit, alone = Difference(0.0, 0.0, ""), min(baseline.limits), ()
+    results = []
+    for (feed, usual), limit, mask in zip(feeds, baseline.limits, unstable, strict=True):
+        own = matching.feed_for(feed, signature, after.signature)
+        if isinstance(own, str):
+            return Compared("not run", own, baseline=baseline, spread=spread)
+        results.append(after.run(own.arrays))
+        matched = matching.outputs(usual, results[-1])
+        if not matched.before:
+            names = f"{', '.join(usual)}; {', '.join(results[-1])}"
+            return Compared("not run", f"no output of one is an output of the other: {names}", baseline=baseline)
+        alone = alone or tuple(matched.alone)  # type: ignore[assignment]
+        found = difference(matched.before, matched.after, mask)
+        if found.problem or found.relative / max(limit, 1e-300) > worst.relative / max(worst_limit, 1e-300):
+            worst, worst_limit = found, limit
+        if found.problem:
+            break
+    said = _said(feeds, alone, worst)
+    outcome = "failed" if worst.problem or worst.relative > worst_limit else "held"
+    if outcome == "failed":
+        said = f"{worst.problem or f'{worst.where} differs by {worst.absolute:.3g}'}; {said}"
+    drift = _drift(pair, feeds, results) if outcome == "held" else None
+    return Compared(outcome, said, worst, worst_limit, drift, baseline, spread)
+
+
+def _said(feeds: Sequence[Ran], alone: Sequence[str], worst: Difference) -> str:
+    sources = ", ".join(dict.fromkeys(feed.source.split(":")[0] for feed, _ in feeds))
+    count = len(feeds[0][1]) - sum(name in feeds[0][1] for name in alone)
+    said = f"{len(feeds)} inputs ({sources}), {count} outputs"
+    if worst.equal:
+        said += ", equal bit for bit"
+    return said + (f"; without a partner: {', '.join(alone[:3])}" if alone else "")
+
+
+def _drift(pair: Pair, feeds: Sequence[Ran], results: Sequence[Mapping[str, Array]]) -> float | None:
+    """The largest difference of the result from the original, where that is not what it was compared against."""
+    if pair.original is None:
+        return None
+    worst = 0.0
+    with opened(pair.sandbox, pair.original) as original:
+        for (feed, _), result in zip(feeds, results, strict=True):
+            matched = matching.outputs(original.run(feed.arrays), result)
+            found = difference(
+                {n: a for n, a in matched.before.items() if a.dtype.kind not in "iub"},
+                {n: a for n, a in matched.after.items() if a.dtype.kind not in "iub"},
+            )
+            worst = max(worst, found.relative)
+    return worst
+
+
+def on_each_device(
+    device: str, sandboxes: Callable[[str], tuple[Sandbox, Sandbox]], run: Callable[[Sandbox, Sandbox], Compared]
+) -> list[tuple[str, Compared]]:
+    """`run` on the CPU and, where there is one, the GPU (auto), or only where asked; (device name, outcome) each."""
+    found: list[tuple[str, Compared]] = []
+    first = sandboxes("cpu" if device == "auto" else device)
+    try:
+        known = [box.ask("hello")[0]["devices"] for box in dict.fromkeys(first)]
+    except ChildFailed as error:
+        return [(device, Compared("not run", str(error)))]
+    for name in ("cpu", "cuda") if device == "auto" else (device,):
+        if all(name in devices for devices in known):
+            label = "CPU" if name == "cpu" else f"CUDA ({known[0][name]})"
+            found.append((label, run(*(first if first[0].device == name else sandboxes(name)))))
+        elif name == device:
+            found.append((name, Compared("not run", f"{first[0].runner.title} has no {name} device here")))
+    return found

@@ -1,0 +1,248 @@
+"""The regional proof: what was rewritten, run alone, before and after.
+
+For ONNX the region is a rewritten operation with the nodes around it, cut out of both models. For a folder it is what
+the loading class makes of the files: every parameter of the live model, bit for bit, and what is one tensor.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tieaudit.change import Level, Plan, Rewritten, Share, Written
+from tieaudit.errors import CorruptFile
+from tieaudit.floor import difference, limit_of, rounding_bound, says_something
+from tieaudit.formats.onnx.region import Cutter, Region
+from tieaudit.model import Model, Use
+from tieaudit.runners import Array
+from tieaudit.running import opened, path_of
+from tieaudit.sandbox import ChildFailed, Sandbox
+from tieaudit.structural import planned_value
+
+N_MOST_REGIONS = 48
+"""Rewritten operations that are run; models with more have hundreds of the same kind."""
+_LEADING = (2, 5)
+"""Sizes of free axes in front."""
+_EXACT = frozenset({"Gather"})
+"""Operations that only move values: no rounding is excused."""
+
+
+@dataclass(frozen=True)
+class _Case:
+    rewritten: Rewritten
+    use: Use
+    shape: tuple[int, int]
+    """What the consumer sees: rows and columns of the matrix."""
+
+    @property
+    def n_summed(self) -> int:
+        """Products in one sum: the axis that a product takes away."""
+        return self.shape[0] if self.use.slot == 1 else self.shape[1]
+
+
+def of_onnx(before: Model, after: Model, written: Written, sandbox: Sandbox) -> Level:
+    """Run every rewritten operation alone in both forms on random values."""
+    cases = _cases(before, written)
+    if not cases:
+        return Level("regional", "held", "no operation had to be written differently: there is nothing to run")
+    device = sandbox.device.upper()
+    worst, limit, n_done, skipped = 0.0, 0.0, 0, []
+    cutters: dict[tuple[str, str], Cutter] = {}
+    for case in cases[:N_MOST_REGIONS]:
+        part = case.rewritten.part
+        pair = [cutters.setdefault((side, part), Cutter(model, part)) for side, model in (("b", before), ("a", after))]
+        try:
+            found, allowed = _run_case(case, pair[0], pair[1], sandbox)
+        except _NotRun as error:
+            skipped.append(f"{case.use.op} @ {case.use.node}: {error}")
+            continue
+        except (ChildFailed, CorruptFile, _Differs) as error:
+            where = f"{case.use.op} @ {case.use.node} as {case.rewritten.pattern}"
+            return Level("regional", "failed", f"{where}: {error}", device=device)
+        n_done += 1
+        if found > allowed:
+            where = f"{case.use.op} @ {case.use.node} as {case.rewritten.pattern}"
+            return Level("regional", "failed", f"{where}: the results differ", found, allowed, device)
+        if found >= worst:
+            worst, limit = found, max(limit, allowed)
+    if not n_done:
+        return Level("regional", "not run", f"no rewritten operation could be run alone: {skipped[0]}", device=device)
+    said = f"{n_done} of {len(cases)} rewritten operations run alone, before and after"
+    said += f"; not run: {skipped[0]}" if skipped else ""
+    return Level("regional", "held", said, worst, limit, device)
+
+
+class _NotRun(Exception):
+    """The original form cannot be run alone."""
+
+
+class _Differs(Exception):
+    """The two forms are not comparable at all."""
+
+
+def _cases(before: Model, written: Written) -> list[_Case]:
+    uses = {(use.part, use.scope, use.node, use.slot): use for use in before.uses}
+    found: dict[tuple[str, str, str], _Case] = {}
+    for one in written.rewritten:
+        use = uses.get((one.part, one.scope, one.node, one.slot))
+        if use is None or one.scope.startswith("function:"):
+            continue
+        shape = use.view.shape(before.by_id[use.weight].shape)
+        if len(shape) == 2:
+            found.setdefault((one.part, one.scope, one.node), _Case(one, use, (shape[0], shape[1])))
+    return list(found.values())
+
+
+def _run_case(case: _Case, before: Cutter, after: Cutter, sandbox: Sandbox) -> tuple[float, float]:
+    """(largest difference, limit) of one rewritten operation."""
+    scope, output = case.rewritten.scope, case.rewritten.node
+    one, other = before.cut(scope, output), after.cut(scope, output)
+    if set(one.inputs) != set(other.inputs):
+        raise _Differs(f"it reads {', '.join(one.inputs)} before and {', '.join(other.inputs)} afterwards")
+    kind = _result_type(case, one, before)
+    feed = {name: _values(name, case, one, before, kind) for name in one.inputs}
+    with tempfile.TemporaryDirectory(prefix="tieaudit-region-") as folder:
+        results = []
+        for side, cutter, region in (("before", before, one), ("after", after, other)):
+            ports = {name: (_plain(array), array.ndim) for name, array in feed.items()}
+            path = cutter.write(region, output, ports, kind, Path(folder) / side)
+            try:
+                with opened(sandbox, str(path)) as model:
+                    results.append(model.run(feed))
+            except ChildFailed as error:
+                if side == "before":
+                    raise _NotRun(f"the original does not run alone either: {error}") from error
+                raise
+    if not says_something(results[0]):
+        raise _NotRun("its result is empty or constant, which proves nothing")
+    found = difference(results[0], results[1])
+    if found.problem:
+        raise _Differs(found.problem)
+    exact = case.use.op in _EXACT
+    return found.relative, 0.0 if exact else limit_of(0.0, rounding_bound(results[0], case.n_summed))
+
+
+def _result_type(case: _Case, region: Region, cutter: Cutter) -> str:
+    known = cutter.type_of(case.rewritten.scope, case.rewritten.node)
+    if known is not None:
+        return known[0]
+    cast = re.search(r"cast to (\w+)", str(case.use.view))
+    if cast:
+        return cast[1]
+    dtypes = [weight.dtype for weight in region.weights.values() if len(weight.shape) == 2]
+    return dtypes[0] if dtypes else "float32"
+
+
+def _plain(array: Array) -> str:
+    return array.dtype.name
+
+
+def _values(name: str, case: _Case, region: Region, cutter: Cutter, kind: str) -> Array:
+    """Random values for what flows in: ids for a lookup, else factors whose inner size fits the matrix."""
+    rng = np.random.default_rng(0)
+    known = cutter.type_of(case.rewritten.scope, name)
+    node = next(one for one in region.nodes if name in one.input)
+    slot = list(node.input).index(name)
+    if case.use.op == "Gather":
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+        free = known[1] if known is not None and known[1] is not None else (None, None)
+        ids = rng.integers(0, case.shape[axis], size=tuple(n or _LEADING[i % 2] for i, n in enumerate(free)))
+        return ids.astype(known[0] if known is not None else "int64")
+    sizes = known[1] if known is not None and known[1] is not None else None
+    shape = _fitting(case, slot, node.op_type, sizes, {a.name: a.i for a in node.attribute})
+    element = "float32" if kind == "bfloat16" else (known[0] if known is not None else kind)
+    element = "float32" if element == "bfloat16" else element
+    if np.dtype(element).kind in "iu":
+        return rng.integers(0, 4, size=shape).astype(element)
+    return rng.standard_normal(shape).astype(element)
+
+
+def _fitting(
+    case: _Case, slot: int, op: str, sizes: tuple[int | None, ...] | None, flags: Mapping[str, int]
+) -> tuple[int, ...]:
+    """The shape of the other factor (or the bias) of a product with a matrix of `case.shape`."""
+    rows, columns = case.shape
+    flipped = bool(flags.get("transA" if slot == 0 else "transB", 0))
+    if op == "Einsum" and (sizes is None or None in sizes):
+        raise _NotRun("the sizes of an Einsum's other factors are not known")
+    if slot > 1:
+        known = tuple(n or 1 for n in sizes or ())
+        return known
+    rank = len(sizes) if sizes is not None else (2 if op == "Gemm" else 3)
+    shape = [n or _LEADING[i % 2] for i, n in enumerate(sizes or (None,) * rank)]
+    if op == "Einsum":
+        return tuple(shape)
+    if case.use.slot == 1:  # the matrix is the right factor: the left one ends with its rows
+        shape[-2 if flipped and rank > 1 else -1] = rows
+    else:
+        shape[-1 if flipped or rank == 1 else -2] = columns
+    return tuple(shape)
+
+
+def of_folder(before: Model, after: Model, plan: Plan, sandbox: Sandbox) -> Level:
+    """Load both folders through their class and compare every parameter bit for bit."""
+    states = []
+    for model, side in ((before, "the original"), (after, "the result")):
+        try:
+            with opened(sandbox, path_of(model, "")) as one:
+                states.append((one.facts, sandbox.ask("state", {"handle": one.handle})[0]))
+        except ChildFailed as error:
+            if model is before:
+                return Level(
+                    "regional", "not run", f"{side} does not load either: {error}", device=sandbox.device.upper()
+                )
+            return Level("regional", "failed", f"{side} does not load: {error}", device=sandbox.device.upper())
+    problems = _loading_problems(states[0][0]["loading"], states[1][0]["loading"])
+    changed = _planned_digests_apart(before, plan, states[0][1]["digests"], states[1][1]["digests"])
+    problems += [f"{name}: loads with other values than before" for name in changed]
+    problems += _apart(plan, states[1][1]["tied"], set(states[1][1]["digests"]))
+    if problems:
+        return Level("regional", "failed", "; ".join(problems[:4]), device=sandbox.device.upper())
+    count = len(states[0][1]["digests"])
+    said = f"{states[0][0]['class']} loads both: {count} tensors equal bit for bit, nothing missing, ties really one tensor"
+    if not plan.lossless:
+        said = f"{states[0][0]['class']} loads both: all but the planned tensors equal bit for bit, nothing missing"
+    return Level("regional", "held", said, device=sandbox.device.upper())
+
+
+def _loading_problems(before: Mapping[str, list[str]], after: Mapping[str, list[str]]) -> list[str]:
+    """What the loader could not place and could before: those names come back random."""
+    found = []
+    for key, what in (
+        ("missing_keys", "missing, so it is initialised at random"),
+        ("mismatched_keys", "of another shape"),
+    ):
+        found += [f"{name}: {what}" for name in after[key] if name not in before[key]]
+    return found
+
+
+def _planned_digests_apart(before: Model, plan: Plan, one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    """Names whose loaded values differ, except those that a lossy plan changes knowingly."""
+    planned: set[str] = set()
+    if not plan.lossless:
+        for edit in plan.edits:
+            if isinstance(edit, Share) and planned_value(before, edit) is not None:
+                planned.update(before.by_id[member.id].name for member in edit.members)
+    loaded = {digest for name, digest in one.items() if name not in planned}
+    return [
+        name
+        for name in one.keys() | other.keys()
+        if name not in planned and one.get(name) != other.get(name) and not (name not in one and other[name] in loaded)
+    ]
+
+
+def _apart(plan: Plan, tied: list[list[str]], names: set[str]) -> list[str]:
+    """Shares that did not become one tensor in memory. Names that the class does not use are its own business."""
+    found = []
+    for edit in plan.edits:
+        if isinstance(edit, Share):
+            members = [member.id.rsplit("|", 1)[-1] for member in edit.members]
+            live = [name for name in members if name in names]
+            if len(live) > 1 and not any(set(live) <= set(group) for group in tied):
+                found.append(f"{', '.join(live)}: planned as one tensor, loaded as several")
+    return found

@@ -1,0 +1,135 @@
+"""The machine-readable report: schema `tieaudit/scan/1`, additive only (docs/schema/scan-1.schema.json)."""
+
+from __future__ import annotations
+
+import json as encoder
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+
+from tieaudit import __version__
+from tieaudit.model import Member, Role, Tie, Weight
+from tieaudit.plain import plain
+from tieaudit.reports import ReportFormat
+from tieaudit.verdict import Candidate, Finding, Report
+
+SCHEMA = "tieaudit/scan/1"
+_OF_THE_SCREEN = frozenset({"color", "width"})
+_NO_ROLE = Role("other", "")
+
+
+def document(
+    reports: Sequence[Report], errors: Sequence[tuple[str, str]], settings: Mapping[str, object]
+) -> dict[str, object]:
+    """The whole document as plain lists and dictionaries."""
+    shown = {key: value for key, value in settings.items() if key not in _OF_THE_SCREEN}
+    return {
+        "schema": SCHEMA,
+        "tool": {"name": "tieaudit", "version": __version__},
+        "settings": {key: _setting(value) for key, value in shown.items()},
+        "models": [_model(report) for report in reports],
+        "errors": [{"path": path, "message": message} for path, message in errors],
+    }
+
+
+def _render(reports: Sequence[Report], errors: Sequence[tuple[str, str]], settings: Mapping[str, object]) -> str:
+    # ASCII only: names from files may hold lone surrogates and control characters, which no terminal should get raw
+    return encoder.dumps(document(reports, errors, settings), indent=1, ensure_ascii=True, allow_nan=False) + "\n"
+
+
+def _setting(value: object) -> object:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else plain(value)
+
+
+def _model(report: Report) -> dict[str, object]:
+    model, found = report.subject.model, report.subject.found
+    return {
+        "path": model.path,
+        "format": model.format,
+        "parts": [part.name for part in model.parts],
+        "part_files": {part.name: list(part.paths) for part in model.parts},
+        "metadata": dict(model.metadata),
+        "notes": list(model.notes),
+        "summary": asdict(report.summary),
+        "weights": [_weight(report, weight, weight.id in found.constants) for weight in model.weights],
+        "groups": [_group(tie) for tie in found.ties],
+        "constant_groups": [list(ids) for ids in found.constant_classes],
+        "candidates": [_candidate(candidate) for candidate in report.candidates],
+        "findings": [_finding(finding) for finding in report.findings],
+        "cannot_tell": [
+            {"code": item.code, "because": item.because, "ids": list(item.ids)} for item in report.cannot_tell
+        ],
+        "crashed": [
+            {"code": item.code, "because": item.because, "traceback": item.traceback} for item in report.crashed
+        ],
+        "n_rules": report.n_rules,
+        "n_silenced": report.n_silenced,
+    }
+
+
+def _weight(report: Report, weight: Weight, constant: bool) -> dict[str, object]:
+    role = report.subject.roles.get(weight.id, _NO_ROLE)
+    return {
+        "id": weight.id,
+        "name": weight.name,
+        "part": weight.part,
+        "scope": weight.scope,
+        "shape": list(weight.shape),
+        "dtype": weight.dtype,
+        "n_bytes": weight.n_bytes,
+        "parameter": weight.parameter,
+        "constant": constant,
+        "absent": weight.absent,
+        "role": {
+            "kind": role.kind,
+            "layer": role.layer,
+            "side": role.side,
+            "expert": role.expert,
+            "because": role.because,
+        },
+    }
+
+
+def _member(member: Member) -> dict[str, str]:
+    shown = {"id": member.id, "view": str(member.view)}
+    return {**shown, "use": member.use} if member.use else shown
+
+
+def _group(tie: Tie) -> dict[str, object]:
+    return {
+        "origin": tie.origin,
+        "members": [_member(member) for member in tie.members],
+        "n_bytes_saved": tie.n_bytes_saved,
+        "because": tie.because,
+    }
+
+
+def _candidate(candidate: Candidate) -> dict[str, object]:
+    return {
+        "scheme": candidate.scheme,
+        "action": candidate.action,
+        "members": [_member(member) for member in candidate.members],
+        "n_bytes_saved": candidate.n_bytes_saved,
+        "lossless": candidate.lossless,
+        "because": candidate.because,
+        "damage": candidate.damage,
+    }
+
+
+def _finding(finding: Finding) -> dict[str, object]:
+    return {
+        "code": finding.code,
+        "name": finding.name,
+        "severity": finding.severity,
+        "ids": list(finding.ids),
+        "message": finding.message,
+        "n_bytes": finding.n_bytes,
+        "evidence": plain(finding.evidence),
+        "fix": asdict(finding.fix) if finding.fix is not None else None,
+    }
+
+
+json = ReportFormat(
+    name="json",
+    summary="schema tieaudit/scan/1: everything, additive only, for programs",
+    render=_render,
+)

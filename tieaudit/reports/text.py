@@ -1,0 +1,282 @@
+"""The report for people: one screen per model, the verdict last.
+
+Everything that comes from a file passes `printable`. Long lists are cut and counted; JSON lists all.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tabulate import tabulate
+
+from tieaudit.config import DEFAULTS, Settings
+from tieaudit.model import Member, Model, Origin, Role, Tie
+from tieaudit.printable import counted, printable, shorten, size
+from tieaudit.reports import ReportFormat
+from tieaudit.verdict import Candidate, Finding, Report
+
+_MEANING: dict[Origin, str] = {
+    "measured": "equal bytes, stored more than once",
+    "aliased": "one stored tensor, several names or uses",
+    "absent": "not stored, restored by the loader",
+    "declared": "claimed by the configuration or the class, true or not",
+    "proposed": "proposed",
+}
+_COLOR = {"error": "31;1", "warning": "33;1", "info": "36", "title": "1", "quiet": "2", "command": "32"}
+_LISTS_ALL = "(--format json lists all)"
+_MIN_NAME = 20
+_SHORT_ROLE = 24
+_N_MOST_USES = 3
+"""Uses listed of one stored tensor: further ones tell less than further names."""
+_LONGEST = 2000
+"""Characters of a sentence that may hold text from a file."""
+
+
+@dataclass(frozen=True)
+class _Page:
+    """How much fits, and whether escape codes of our own are wanted."""
+
+    width: int
+    color: bool
+    most: Settings
+    """How many ties, members and findings are listed."""
+
+    def paint(self, text: str, style: str) -> str:
+        return f"\x1b[{_COLOR[style]}m{text}\x1b[0m" if self.color else text
+
+    def wrap(self, text: str, indent: str) -> list[str]:
+        """Sentences, broken at spaces only: names stay whole and can be copied."""
+        return textwrap.wrap(
+            text, self.width, initial_indent=indent, subsequent_indent=indent, break_long_words=False,
+            break_on_hyphens=False,
+        ) or [indent.rstrip()]  # fmt: skip
+
+
+def _render(reports: Sequence[Report], errors: Sequence[tuple[str, str]], settings: Mapping[str, object]) -> str:
+    page = _page(settings)
+    lines: list[str] = []
+    for report in reports:
+        lines += [*_model(report, page), ""]
+    if errors:
+        lines.append(page.paint("Not read", "title"))
+        for path, message in errors:
+            shown = printable(message, _LONGEST)
+            if printable(path, None) not in shown:
+                shown = f"{printable(path)}: {shown}"
+            lines += page.wrap(shown, "  ")
+        lines.append("")
+    return "\n".join([*lines, _verdict(reports, errors)]) + "\n"
+
+
+def _page(settings: Mapping[str, object]) -> _Page:
+    width, most = settings.get("width"), settings.get("thresholds")
+    return _Page(
+        width=max(width if isinstance(width, int) else 100, 60),
+        color=bool(settings.get("color", False)),
+        most=most if isinstance(most, Settings) else DEFAULTS,
+    )
+
+
+def _verdict(reports: Sequence[Report], errors: Sequence[tuple[str, str]]) -> str:
+    n_rules = max((report.n_rules for report in reports), default=0)
+    counts = [
+        counted(n_rules, "rule"),
+        counted(sum(len(report.findings) for report in reports), "finding"),
+        f"{sum(len(report.cannot_tell) for report in reports):,} cannot tell",
+        f"{sum(len(report.crashed) for report in reports):,} crashed",
+    ]
+    if errors:
+        counts.append(f"{len(errors):,} not read")
+    return " · ".join(counts)
+
+
+def _model(report: Report, page: _Page) -> list[str]:
+    model = report.subject.model
+    lines = [page.paint(printable(model.path), "title") + " · " + _kind(model)]
+    lines += _totals(report, page)
+    for section in (_ties(report, page), _candidates(report, page), _findings(report, page), _unsure(report, page)):
+        lines += ["", *section] if section else []
+    return lines
+
+
+def _kind(model: Model) -> str:
+    facts = [printable(model.format)]
+    facts += [printable(model.metadata[key]) for key in ("architecture", "producer") if model.metadata.get(key)]
+    if len(model.parts) > 1:
+        facts.append(f"{len(model.parts)} parts: {', '.join(printable(part.name, 40) for part in model.parts[:6])}")
+        facts[-1] += " …" if len(model.parts) > 6 else ""
+    n_files = sum(len(part.paths) for part in model.parts)
+    if n_files > len(model.parts):
+        facts.append(counted(n_files, "file"))
+    return " · ".join(facts)
+
+
+def _totals(report: Report, page: _Page) -> list[str]:
+    total = report.summary
+    once = "unknown" if total.n_parameters is None else f"{total.n_parameters:,}"
+    named = "unknown" if total.n_parameters_named is None else f"{total.n_parameters_named:,}"
+    rows = [
+        ("weights", f"{total.n_weights:,}", ""),
+        ("parameters", once, f"{named} counted by name" if named != once else ""),
+        ("stored", size(total.n_bytes), f"{size(total.n_bytes_duplicate)} of it stored twice"),
+    ]
+    if not total.n_bytes_duplicate:
+        rows[2] = (*rows[2][:2], "nothing stored twice")
+    lines = ["  " + line for line in _table(rows, ("left", "right", "left"))]
+    return lines + (
+        page.wrap(printable(total.n_parameters_because, _LONGEST), "  ") if total.n_parameters_because else []
+    )
+
+
+def _table(rows: Sequence[Sequence[str]], align: Sequence[str]) -> list[str]:
+    """One line per row, so that a caller can put other lines between them."""
+    if not rows:
+        return []
+    return [line.rstrip() for line in tabulate(
+        rows, tablefmt="plain", colalign=align, disable_numparse=True).splitlines()]  # fmt: skip
+
+
+def _ties(report: Report, page: _Page) -> list[str]:
+    by_origin: dict[Origin, list[Tie]] = {origin: [] for origin in _MEANING}
+    seen: set[frozenset[str]] = set()
+    for origin in _MEANING:
+        for tie in (tie for tie in report.subject.found.ties if tie.origin == origin):
+            # a declared tie of the very weights that are already shown adds nothing to look at
+            if origin != "declared" or frozenset(tie.ids) not in seen:
+                by_origin[origin].append(tie)
+            seen.add(frozenset(tie.ids))
+    lines: list[str] = []
+    for origin, ties in by_origin.items():
+        ties.sort(key=lambda tie: -tie.n_bytes_saved)
+        if ties:
+            title = page.paint(f"Ties, {origin}", "title") + f" ({len(ties):,}): {_MEANING[origin]}"
+            lines += [title, *_tie_lines(report, ties[: page.most.n_most_ties], page)]
+            lines += _more(len(ties) - page.most.n_most_ties, "  ")
+    return lines or ["No tie of any origin."]
+
+
+def _tie_lines(report: Report, ties: Sequence[Tie], page: _Page) -> list[str]:
+    shown = [
+        [_member_row(report, tie, member, index == 0) for index, member in enumerate(_first(tie, page))] for tie in ties
+    ]
+    table = iter(_fitted([row for group in shown for row in group], page.width - 2))
+    lines: list[str] = []
+    for tie, group in zip(ties, shown, strict=True):
+        lines += ["  " + next(table) for _ in group]
+        lines += _more(len(tie.members) - len(group), "    ")
+        lines += [page.paint(line, "quiet") for line in page.wrap(printable(tie.because, _LONGEST), "    ")]
+    return lines
+
+
+def _fitted(rows: Sequence[Sequence[str]], width: int) -> list[str]:
+    """The table of members; names give way first, then roles, so that a line fits where it can."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    room = width - sum(widths[1:]) - 2 * (len(widths) - 1)
+    if room < _MIN_NAME:
+        room += max(widths[1] - _SHORT_ROLE, 0)
+        rows = [(row[0], shorten(row[1], _SHORT_ROLE), *row[2:]) for row in rows]
+    named = [(shorten(row[0], max(room, _MIN_NAME)), *row[1:]) for row in rows]
+    return _table(named, ("left",) * (len(widths) - 1) + ("right",))
+
+
+def _first(tie: Tie, page: _Page) -> Sequence[Member]:
+    n_most = page.most.n_most_members
+    return tie.members[: min(n_most, _N_MOST_USES) if tie.members[0].use else n_most]
+
+
+def _member_row(report: Report, tie: Tie, member: Member, first: bool) -> tuple[str, ...]:
+    weight = report.subject.model.by_id.get(member.id)
+    role = report.subject.roles.get(member.id)
+    kind = printable(member.use, 40) if member.use else _role(role)
+    shape = "×".join(map(str, weight.shape)) or "scalar" if weight is not None else ""
+    saved = f"saves {size(tie.n_bytes_saved)}" if first and tie.n_bytes_saved else ""
+    name = printable(member.id) if first or not member.use else "  and"
+    view = "not stored" if weight is not None and weight.absent else str(member.view)
+    return name, kind, view, f"{weight.dtype} {shape}" if weight is not None else "", saved
+
+
+def _role(role: Role | None) -> str:
+    if role is None or role.kind == "other":
+        return "–"
+    where = " ".join(
+        text for text in (role.side or "", f"layer {role.layer}" if role.layer is not None else "") if text
+    )
+    return f"{role.kind} ({where})" if where else role.kind
+
+
+def _candidates(report: Report, page: _Page) -> list[str]:
+    lines: list[str] = []
+    known = [set(tie.ids) for tie in report.subject.found.ties if tie.origin == "measured"]
+    chosen = [
+        one for one in report.candidates if not any({member.id for member in one.members} <= ids for ids in known)
+    ]
+    chosen.sort(key=lambda candidate: -candidate.n_bytes_saved)
+    for candidate in chosen[: page.most.n_most_ties]:
+        lines += _candidate(candidate, page)
+    title = page.paint("Candidates", "title") + f" ({len(chosen):,}): could be one tensor, are not"
+    return [title, *lines, *_more(len(chosen) - page.most.n_most_ties, "  ")] if chosen else []
+
+
+def _candidate(candidate: Candidate, page: _Page) -> list[str]:
+    ids = " = ".join(
+        printable(member.id) + (f" ({member.view})" if member.view.steps else "")
+        for member in candidate.members[: page.most.n_most_members]
+    )
+    cost = "lossless" if candidate.lossless else "changes values"
+    text = f"{candidate.scheme}: {ids}; saves {size(candidate.n_bytes_saved)}, {cost}"
+    reason = f"{candidate.because}. {candidate.damage}" if candidate.damage else candidate.because
+    return [
+        *page.wrap(text, "  "),
+        *(page.paint(line, "quiet") for line in page.wrap(printable(reason, _LONGEST), "    ")),
+    ]
+
+
+def _findings(report: Report, page: _Page) -> list[str]:
+    lines: list[str] = []
+    for finding in report.findings[: page.most.n_most_findings]:
+        lines += _finding(finding, page)
+    lines += _more(len(report.findings) - page.most.n_most_findings, "  ")
+    if report.n_silenced:
+        what = counted(report.n_silenced, "more finding" if report.findings else "finding")
+        lines.append(f"  {what} under the size thresholds (docs/thresholds.md)")
+    return [page.paint("Findings", "title") + f" ({len(report.findings):,})", *lines] if lines else []
+
+
+def _finding(finding: Finding, page: _Page) -> list[str]:
+    head = page.paint(f"{finding.severity:<7}", finding.severity)
+    lines = [f"  {head} {finding.code} {finding.name}", *page.wrap(printable(finding.message, _LONGEST), "    ")]
+    if finding.fix is None:
+        return lines
+    text = printable(finding.fix.command, None)
+    if finding.fix.safety == "manual":
+        return [*lines, *page.wrap(f"by hand: {text}", "    ")]
+    note = "" if finding.fix.safety == "safe" else "  # changes what the model computes for some loaders"
+    return [*lines, "    $ " + page.paint(text, "command") + note]  # never wrapped: it is there to be pasted
+
+
+def _unsure(report: Report, page: _Page) -> list[str]:
+    lines: list[str] = []
+    if report.cannot_tell:
+        lines.append(page.paint("Cannot tell", "title") + f" ({len(report.cannot_tell):,})")
+        for item in report.cannot_tell[: page.most.n_most_findings]:
+            lines += page.wrap(f"{item.code} {printable(item.because, _LONGEST)}", "  ")
+        lines += _more(len(report.cannot_tell) - page.most.n_most_findings, "  ")
+    if report.crashed:
+        lines += [""] if lines else []
+        lines.append(
+            page.paint("Crashed", "title") + f" ({len(report.crashed):,}): a fault of tieaudit, please report it"
+        )
+        for crash in report.crashed:
+            lines += page.wrap(
+                f"{crash.code} {printable(crash.because, _LONGEST)} (--format json has the traceback)", "  "
+            )
+    return lines
+
+
+def _more(n_more: int, indent: str) -> list[str]:
+    return [f"{indent}… and {n_more:,} more {_LISTS_ALL}"] if n_more > 0 else []
+
+
+text = ReportFormat(name="text", summary="one screen for people, the verdict last", render=_render)

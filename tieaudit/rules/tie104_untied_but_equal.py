@@ -1,0 +1,80 @@
+"""A tie that is switched off, while the two tensors are equal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tieaudit.equality import Equality, copies, declared, n_bytes_extra, stored
+from tieaudit.model import classes
+from tieaudit.printable import listed, printable, size
+from tieaudit.remedy import rewrite
+from tieaudit.rules import rule
+from tieaudit.toy import Broken, claim, ramp, toy
+from tieaudit.verdict import CannotTell, Finding, Subject
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+W = ramp(64, 8)
+OFF = claim(EMBED, HEAD, active=False)
+
+
+@rule(
+    "TIE104",
+    "untied-but-equal",
+    severity="warning",
+    since="0.1",
+    bad=[toy({EMBED: W, HEAD: W.copy()}, declared=[OFF])],
+    good=[
+        toy({EMBED: W, HEAD: ramp(64, 8, seed=1)}, declared=[OFF]),
+        toy({EMBED: W, HEAD: W.copy()}, declared=[(EMBED, HEAD)]),
+    ],
+    unsure=[toy({EMBED: W, HEAD: Broken((64, 8))}, declared=[OFF])],
+)
+def check(subject: Subject) -> Iterator[Finding | CannotTell]:
+    """A tie that is switched off, while the two tensors are equal.
+
+    What it does:
+        Reports weights that the class could tie, that the configuration declares untied, and that are equal bit for
+        bit.
+
+    Why it matters:
+        Equal trained tensors are no accident: the model was tied when it was trained, and a conversion or a merge
+        switched the flag off. The copy is stored, loaded and, in the next fine-tuning run, trained apart.
+
+    How it is decided:
+        Exactly: canonical bytes, element type and shape. The flag is read at the level where this class reads it.
+
+    Example:
+        config.json says tie_word_embeddings = false; lm_head.weight equals model.embed_tokens.weight.
+
+    Fix:
+        `--scheme dedup` switches the flag on where this class reads it and drops the copy; it refuses where the flag
+        changes more than the tie (T5 scales its logits with it). `--scheme declare` changes the flag only.
+
+    Cannot tell when:
+        The bytes of a member cannot be read.
+
+    Sources:
+        huggingface/transformers#46456 (an audit by hand of exactly this), vllm-project/vllm#3344. T5 under 4.57: the
+        flag alone multiplies the logits by 1/sqrt(d_model) (reproduced).
+    """
+    model = subject.model
+    equality = Equality(model, subject.found)
+    on = classes(declaration.members for declaration in model.declarations if declaration.active)
+    home = {id: index for index, members in enumerate(on) for id in members}
+    for claimed in declared(model, active=False):
+        ids = stored(subject, claimed.members)
+        groups = equality.groups(ids)
+        for group in groups:
+            if len(copies(model, group)) < 2 or len({home.get(id, id) for id in group}) < 2:
+                continue
+            n_bytes = n_bytes_extra(model, [group])
+            who = printable(claimed.condition or claimed.claimed_by)
+            message = (
+                f"{who} says untied, but {listed(tuple(group))} are equal bit for bit: {size(n_bytes)} stored again"
+            )
+            evidence = {"claimed_by": claimed.claimed_by, "condition": claimed.condition}
+            yield Finding(tuple(group), message, rewrite(model, "dedup", group), evidence, n_bytes)
+        lost = tuple(id for id in ids if id in subject.found.unreadable)
+        if lost and len(groups) > 1:
+            because = f"whether {listed(ids)} are equal, though declared untied: {listed(lost)} cannot be read"
+            yield CannotTell(because, ids)

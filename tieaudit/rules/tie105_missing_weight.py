@@ -1,0 +1,97 @@
+"""A weight that is not stored, and that no loader restores from another one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tieaudit.equality import declared, stored
+from tieaudit.model import classes
+from tieaudit.printable import listed, printable
+from tieaudit.remedy import can_edit
+from tieaudit.rules import rule
+from tieaudit.toy import UNKNOWN_CLASS, claim, ramp, toy
+from tieaudit.verdict import CannotTell, Finding, Fix, Subject
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+W = ramp(64, 8)
+NOTE = claim(EMBED, HEAD, restores=False, condition="")
+
+
+@rule(
+    "TIE105",
+    "missing-weight",
+    severity="error",
+    since="0.1",
+    bad=[
+        toy({EMBED: W, HEAD: None}, declared=[claim(EMBED, HEAD, active=False)]),
+        toy({EMBED: None, HEAD: None}, declared=[(EMBED, HEAD)]),
+        toy({EMBED: W, HEAD: None}, declared=[NOTE]),
+    ],
+    good=[
+        toy({EMBED: W, HEAD: None}, declared=[(EMBED, HEAD)]),
+        toy({EMBED: W, HEAD: W.copy()}, declared=[claim(EMBED, HEAD, active=False)]),
+        toy({EMBED: W, HEAD: None}, declared=[claim(EMBED, HEAD, active=False), (EMBED, HEAD)]),
+    ],
+    unsure=[
+        toy({EMBED: W, HEAD: None}, declared=[NOTE], format="safetensors"),
+        toy({EMBED: W, HEAD: None}, metadata=UNKNOWN_CLASS),
+    ],
+)
+def check(subject: Subject) -> Iterator[Finding | CannotTell]:
+    """A weight that is not stored, and that no loader restores from another one.
+
+    What it does:
+        Reports weights that the class needs, that the files do not hold, and that no active tie re-creates.
+
+    Why it matters:
+        The loader initialises them at random and says so in one log line. The model then runs, and answers nonsense.
+
+    How it is decided:
+        By names: a member of a declaration is absent, and no active declaration that its loader restores joins it
+        with a stored weight. Nothing is read.
+
+    Example:
+        config.json says tie_word_embeddings = false, and the files hold no lm_head.weight.
+
+    Fix:
+        `--scheme declare` cannot know whether the tie was meant. If it was, switch the flag on; if it was not, the
+        weight is lost here and has to come from the original checkpoint.
+
+    Cannot tell when:
+        The absence is only documented (an alias map in safetensors metadata), or it is not known what the class
+        declares: an absent weight may be tied or missing.
+
+    Sources:
+        transformers 4.57 and 5.23, flag off and head absent: randomly initialised head in both (reproduced);
+        huggingface/transformers#43429, vllm-project/vllm#53019, huggingface/transformers#41038 (the alias map is
+        ignored on load).
+    """
+    model = subject.model
+    restoring = classes(d.members for d in model.declarations if d.active and d.restores)
+    held = {id for members in restoring if any(_is_stored(subject, id) for id in members) for id in members}
+    absent = [weight.id for weight in model.weights if weight.absent and weight.id not in held]
+    seen: set[str] = set()
+    for claimed in (*declared(model, active=True), *declared(model, active=False)):
+        ids = tuple(id for id in absent if id in claimed.members and id not in seen)
+        if not ids:
+            continue
+        seen.update(ids)
+        kept = stored(subject, claimed.members)
+        if model.format != "huggingface":
+            yield CannotTell(f"{listed(ids)}: not stored; {printable(claimed.claimed_by)} documents a tie only", ids)
+            continue
+        switched = claimed.condition and not any(declaration.active for declaration in claimed.by)
+        why = f"{printable(claimed.condition)} is off" if switched else "no loader restores it from another weight"
+        message = f"{listed(ids)}: not stored, and {why}; transformers initialises it randomly"
+        fix = Fix("manual", "take the weight from the original checkpoint")
+        if kept and switched and can_edit(model):
+            how = f"if it was tied to {printable(kept[0])}, set {printable(claimed.condition)} to true; else restore it"
+            fix = Fix("manual", how)
+        yield Finding(ids, message, fix, {"claimed_by": claimed.claimed_by, "stored": list(kept)})
+    unclaimed = tuple(id for id in absent if id not in seen)
+    if unclaimed:
+        yield CannotTell(f"{listed(unclaimed)}: not stored, and it is not known whether the class ties it", unclaimed)
+
+
+def _is_stored(subject: Subject, id: str) -> bool:
+    return id in subject.model.by_id and not subject.model.by_id[id].absent

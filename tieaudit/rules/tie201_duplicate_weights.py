@@ -1,0 +1,86 @@
+"""Equal weights that are stored more than once, in a format that could store them once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tieaudit.equality import can_declare, duplicates
+from tieaudit.printable import listed, size
+from tieaudit.remedy import rewrite
+from tieaudit.rules import rule
+from tieaudit.toy import Broken, ramp, toy
+from tieaudit.verdict import CannotTell, Finding, Subject
+
+EMBED, HEAD = "wte.weight", "lm_head.weight"
+W = ramp(64, 8)
+ONE_BIT_OFF = W.copy()
+ONE_BIT_OFF.view("uint32")[5, 3] ^= 1
+
+
+@rule(
+    "TIE201",
+    "duplicate-weights",
+    severity="warning",
+    since="0.1",
+    bad=[
+        toy({EMBED: W, HEAD: W.copy()}, uses=[(EMBED, "Gather"), (HEAD, "Gemm")], format="onnx"),
+        toy({"layer.0": W, "layer.1": W.copy(), "layer.2": W.copy()}, format="onnx"),
+    ],
+    good=[
+        toy({EMBED: W}, uses=[(EMBED, "Gather"), (EMBED, "Gemm")], format="onnx"),
+        toy({EMBED: W, HEAD: ONE_BIT_OFF}, format="onnx"),
+        toy({EMBED: W, HEAD: W.T.copy()}, format="onnx"),
+        toy({"mask.0": W, "mask.1": W.copy()}, format="onnx", buffers=["mask.0", "mask.1"]),
+    ],
+    unsure=[toy({EMBED: W, HEAD: Broken((64, 8))}, format="onnx")],
+)
+def check(subject: Subject) -> Iterator[Finding | CannotTell]:
+    """Equal weights that are stored more than once, in a format that could store them once.
+
+    What it does:
+        Reports classes of trained tensors that are equal bit for bit, under the same shape, and stored separately in
+        one ONNX file or a bare weight file. A class with a transposed member, or with members in several parts,
+        belongs to transposed-copy or copy-across-parts.
+
+    Why it matters:
+        An exporter that lost the tie writes one matrix per name: a model with shared layers grows by the number of
+        layers, a language model by its largest matrix.
+
+    How it is decided:
+        Exactly: canonical bytes, element type and shape; 0.0 is not -0.0, NaN payloads count, integers are exact.
+        Tensors filled with one value are constants, not copies. The waste is every stored copy but the first.
+
+    Example:
+        wte.weight feeds a Gather, and an equal lm_head.weight feeds a Gemm.
+
+    Fix:
+        `--scheme dedup` keeps the first copy and lets every consumer read it. Values do not change.
+
+    Cannot tell when:
+        The bytes of a weight cannot be read, while another has the same element type and dimensions.
+
+    Sources:
+        pytorch/pytorch#108342, huggingface/transformers#8869 (ALBERT, 7 times its size), onnx/onnx#3278,
+        huggingface/optimum#1326.
+    """
+    model = subject.model
+    if can_declare(model):
+        return
+    for same in duplicates(model, subject.found, lambda weight: weight.parameter is not False):
+        if same.kind == "equal":
+            n_copies = len(same.copies)
+            message = f"{listed(same.ids)} are equal bit for bit, stored {n_copies} times: {size(same.n_bytes)} again"
+            yield Finding(same.ids, message, rewrite(model, "dedup", same.ids), {"copies": n_copies}, same.n_bytes)
+    lost = _possible_copies(subject)
+    if lost:
+        because = f"whether a weight of the same type and dimensions is a copy of {listed(lost)}: no bytes to compare"
+        yield CannotTell(because, lost)
+
+
+def _possible_copies(subject: Subject) -> tuple[str, ...]:
+    """Unreadable weights of which another one has the element type and, in any order, the dimensions."""
+    crowds: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for weight in subject.model.weights:
+        crowds.setdefault((weight.dtype, tuple(sorted(weight.shape))), []).append(weight.id)
+    unreadable = subject.found.unreadable
+    return tuple(id for crowd in crowds.values() if len(crowd) > 1 for id in crowd if id in unreadable)

@@ -1,0 +1,99 @@
+"""What the structural proof compares besides weights: the graph's nodes, and the files beside a folder's weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tieaudit.change import Plan, SetConfig, Unshare, Written
+from tieaudit.model import Model
+from tieaudit.storage import BLOCK_BYTES
+from tieaudit.structural import Check
+
+_INDEX = ".index.json"
+
+
+def differences(before: Model, after: Model, plan: Plan, written: Written, check: Check) -> list[str]:
+    """What differs between the two besides what the plan says, in sentences. Cost: linear; files in blocks."""
+    if before.format == "onnx" and after.format == "onnx":
+        return _graphs(before, after, plan, written, check)
+    if Path(before.path).is_dir() and Path(after.path).is_dir():
+        return list(_files(before, after, plan))
+    return []
+
+
+def _graphs(before: Model, after: Model, plan: Plan, written: Written, check: Check) -> list[str]:
+    from tieaudit.formats.onnx import compare
+
+    unshared = [edit for edit in plan.edits if isinstance(edit, Unshare)]
+    copies = {w.name: w.id for w in after.weights} | {w.id: w.id for w in after.weights}
+    chains = {(use.part, use.scope, use.node, use.slot): use.chain for use in before.uses}
+    vanished = {
+        (one.part, scope, name)
+        for one in written.rewritten
+        for name in chains.get((one.part, one.scope, one.node, one.slot), ())
+        for scope in _around(one.scope)
+    }
+    allowed = compare.Allowed(
+        serving={id: serving.id for id, serving in check.served.items()},
+        replaced={(one.part, one.scope, one.node): one.pattern for one in written.rewritten},
+        new_nodes=frozenset((one.part, one.scope, one.new_node) for one in written.rewritten),
+        vanished=frozenset(vanished),
+        new_weights=frozenset(copies.get(edit.name, edit.name) for edit in unshared),
+        moved={place: copies.get(edit.name, edit.name) for edit in unshared for place in edit.uses},
+    )
+    return compare.differences(before, after, allowed)
+
+
+def _around(scope: str) -> list[str]:
+    """A scope and those that may enclose it: every prefix of its path, and the main graph."""
+    pieces = scope.split("/")
+    return ["", *("/".join(pieces[: n + 1]) for n in range(len(pieces)) if scope)]
+
+
+def _files(before: Model, after: Model, plan: Plan) -> Iterator[str]:
+    one, other = Path(before.path), Path(after.path)
+    weights = {Path(path).name for model in (before, after) for part in model.parts for path in part.paths}
+    planned: dict[str, list[SetConfig]] = {}
+    for edit in plan.edits:
+        if isinstance(edit, SetConfig):
+            planned.setdefault(edit.file, []).append(edit)
+    names = sorted(str(file.relative_to(one)) for file in one.rglob("*") if file.is_file())
+    for name in names:
+        if name in planned:
+            yield from _planned_json(one / name, other / name, planned[name])
+        elif name in weights and name.endswith(".safetensors") or name.endswith(_INDEX):
+            continue  # compared tensor by tensor
+        elif not (other / name).is_file():
+            yield f"{name}: missing afterwards"
+        elif not _same_file(one / name, other / name):
+            yield f"{name}: not named by the plan, but its content changed"
+
+
+def _same_file(a: Path, b: Path) -> bool:
+    if a.stat().st_size != b.stat().st_size:
+        return False
+    with a.open("rb") as one, b.open("rb") as other:
+        while block := one.read(BLOCK_BYTES):
+            if block != other.read(BLOCK_BYTES):
+                return False
+    return True
+
+
+def _planned_json(a: Path, b: Path, edits: list[SetConfig]) -> Iterator[str]:
+    """The file must be what it was, with exactly the planned keys set."""
+    try:
+        expected, found = (json.loads(path.read_text(encoding="utf-8")) for path in (a, b))
+    except (OSError, ValueError) as error:
+        yield f"{a.name}: cannot be compared: {error}"
+        return
+    for edit in edits:
+        place: Any = expected
+        for key in edit.key[:-1]:
+            place = place.setdefault(key, {})
+        place[edit.key[-1]] = edit.value
+    if expected != found:
+        keys = [k for k in {**expected, **found} if expected.get(k) != found.get(k)]
+        yield f"{a.name}: expected only the planned keys to change, found a difference in {', '.join(keys[:4])}"

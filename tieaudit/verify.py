@@ -1,0 +1,360 @@
+"""Stage: two models → Proof. Whether a rewrite did what its plan says (parity), and what the plan changed (drift).
+
+Three levels, each held, failed, or not run because …: *structural* (bytes, views, nodes; runs nothing), *regional*
+(what was rewritten, alone), *end to end* (both models on the same inputs). Models run in child processes with limits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tieaudit import controls, cost, regional, structural
+from tieaudit.change import Level, Plan, Proof, Share, Written
+from tieaudit.dtypes import dtype
+from tieaudit.end_to_end import Compared, Pair, on_each_device
+from tieaudit.end_to_end import compare as run_pair
+from tieaudit.model import Model, Use
+from tieaudit.overlay import CannotChange, Overlay
+from tieaudit.runners import Array, Runner
+from tieaudit.running import opened, parts_of, path_of, runner_for
+from tieaudit.sandbox import LIMIT_SECONDS, Sandbox
+from tieaudit.untouched import differences
+
+_DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass
+class _Gathered:
+    """What the end-to-end level leaves behind besides its outcome."""
+
+    silent: list[str] = field(default_factory=list)
+    drift: float | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def prove(
+    before: Model,
+    after: Model,
+    plan: Plan,
+    written: Written,
+    *,
+    require: str = "regional",
+    device: str = "auto",
+    inputs: Mapping[str, Array] | None = None,
+    max_drift: float | None = None,
+    seconds: float = LIMIT_SECONDS,
+    memory_bytes: int | None = None,
+) -> Proof:
+    """Prove that `after`, read back from what was written, is `before` changed by `plan` and nothing else.
+
+    Runs every level that can run, whatever `require` says; only a failed structural level stops the others.
+    `seconds` limits one request to a child, `memory_bytes` the child's private memory on the CPU.
+    Cost: reads both models in full; runs the original about six times per input and the result once or twice.
+    """
+    check = structural.check(before, after, plan, written)
+    problems = check.problems or differences(before, after, plan, written, check)
+    if problems:
+        blocked = "the structural proof failed"
+        level = Level("structural", "failed", "; ".join(problems[:4]))
+        return Proof((level, Level("regional", "not run", blocked), Level("end to end", "not run", blocked)))
+    first = Level("structural", "held", _what_held(before, check))
+    facts: dict[str, Any] = {
+        "n_bytes_stored_before": cost.stored_bytes(before),
+        "n_bytes_stored_after": cost.stored_bytes(after),
+    }
+    runner = runner_for(before)
+    if isinstance(runner, str):
+        return Proof((first, Level("regional", "not run", runner), Level("end to end", "not run", runner)), facts=facts)
+    gathered = _Gathered(facts=facts)
+    with _children(seconds, memory_bytes) as child:
+        try:
+            with nullcontext(None) if plan.lossless else _reference(before, plan) as reference:
+                work = _Work(before, after, plan, written, check, reference, runner, child, device, inputs)
+                second = _regional(work)
+                third = _proved_by_running(work, gathered)
+        except CannotChange as error:
+            said = f"the reference of a lossy plan cannot be made: {error}"
+            second, third = Level("regional", "not run", said), Level("end to end", "not run", said)
+    if gathered.drift is not None and max_drift is not None and gathered.drift > max_drift and third.outcome == "held":
+        said = f"drift {gathered.drift:.3g} against the original is more than the limit {max_drift:g}"
+        third = Level("end to end", "failed", said, gathered.drift, max_drift, third.device)
+    return Proof((first, second, third), tuple(gathered.silent), gathered.drift, gathered.facts)
+
+
+def compare(
+    before: Model,
+    after: Model,
+    *,
+    device: str = "auto",
+    inputs: Mapping[str, Array] | None = None,
+    max_drift: float | None = None,
+    seconds: float = LIMIT_SECONDS,
+    memory_bytes: int | None = None,
+) -> Proof:
+    """Compare any two models of one signature: ONNX, folders, or one of each.
+
+    They are equal if no output differs by more than the noise floor, or by more than `max_drift` where it is given.
+    """
+    facts: dict[str, Any] = {
+        "n_bytes_stored_before": cost.stored_bytes(before),
+        "n_bytes_stored_after": cost.stored_bytes(after),
+    }
+    first = _same_weights(before, after)
+    second = Level("regional", "not run", "no plan says what was rewritten")
+    runners = [runner_for(model) for model in (before, after)]
+    reasons = [one for one in runners if isinstance(one, str)]
+    if reasons:
+        return Proof((first, second, Level("end to end", "not run", reasons[0])), facts=facts)
+    gathered = _Gathered(facts=facts)
+    with _children(seconds, memory_bytes) as child:
+
+        def boxes(name: str) -> tuple[Sandbox, Sandbox]:
+            one, other = (child(runner, name) for runner in runners if isinstance(runner, Runner))
+            return one, other
+
+        pairs, left = _pairs(before, after)
+        if not pairs:
+            said = f"no part of one is a part of the other: {', '.join(left)}"
+            return Proof((first, second, Level("end to end", "not run", said)), facts=facts)
+        results = []
+        for part, (path, other_path) in pairs.items():
+
+            def run(one: Sandbox, other: Sandbox, path: str = path, other_path: str = other_path) -> Compared:
+                return run_pair(Pair(path, other_path, one, other, inputs), _n_summed(before))
+
+            results += [(part, label, _within(one, max_drift)) for label, one in on_each_device(device, boxes, run)]
+        gathered.facts.update(_versions([child(r, "cpu") for r in runners if isinstance(r, Runner)], device))
+    third = _level(results)
+    if left:
+        third = replace(third, because=f"{third.because}; not compared: {', '.join(left)}")
+    return Proof((first, second, third), (), third.max_difference if max_drift is not None else None, gathered.facts)
+
+
+@contextmanager
+def _children(seconds: float, memory_bytes: int | None) -> Iterator[Callable[[Runner, str], Sandbox]]:
+    """One child per runner and device, ended together."""
+    with ExitStack() as stack:
+        known: dict[tuple[str, str], Sandbox] = {}
+
+        def child(runner: Runner, device: str) -> Sandbox:
+            key = (runner.name, device)
+            if key not in known:
+                known[key] = stack.enter_context(Sandbox(runner, device, seconds=seconds, memory_bytes=memory_bytes))
+            return known[key]
+
+        yield child
+
+
+def _what_held(before: Model, check: structural.Check) -> str:
+    said = f"{check.n_untouched} other weights unchanged, {len(check.served)} planned ones as planned"
+    return f"{said}, {check.n_uses} uses read the planned bytes" if before.has_graph else said
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the levels that run something share."""
+
+    before: Model
+    after: Model
+    plan: Plan
+    written: Written
+    check: structural.Check
+    reference: Overlay | None
+    """For a lossy plan: the original with the planned values in its untied slots."""
+    runner: Runner
+    child: Callable[[Runner, str], Sandbox]
+    device: str
+    inputs: Mapping[str, Array] | None
+
+    @property
+    def n_summed(self) -> int:
+        """The largest number of products in one sum among the touched uses."""
+        touched = structural.touched_ids(self.plan)
+        seen = [
+            (use.slot, use.view.shape(self.before.by_id[use.weight].shape))
+            for use in self.before.uses
+            if use.weight in touched
+        ]
+        inner = [shape[0] if slot == 1 else shape[1] for slot, shape in seen if len(shape) == 2]
+        shapes = [self.before.by_id[id].shape for id in touched]
+        return max(inner or [min(shape) for shape in shapes if shape], default=1)
+
+
+def _regional(work: _Work) -> Level:
+    if work.before.format == "onnx":
+        against = work.before if work.reference is None else work.reference.as_model()
+        return regional.of_onnx(against, work.after, work.written, work.child(work.runner, "cpu"))
+    return regional.of_folder(work.before, work.after, work.plan, work.child(work.runner, "cpu"))
+
+
+def _proved_by_running(work: _Work, gathered: _Gathered) -> Level:
+    """The end-to-end level, the controls and the facts."""
+    results: list[tuple[str, str, Compared]] = []
+    for part in parts_of(work.before):
+        path, against = path_of(work.before, part), path_of(work.before, part)
+        if work.reference is not None:
+            against = str(work.reference.file(path) if Path(path).is_file() else work.reference.path)
+
+        def run(one: Sandbox, other: Sandbox, part: str = part, path: str = path, against: str = against) -> Compared:
+            original = None if work.reference is None else path
+            return run_pair(Pair(against, path_of(work.after, part), one, other, work.inputs, original), work.n_summed)
+
+        def boxes(name: str) -> tuple[Sandbox, Sandbox]:
+            return work.child(work.runner, name), work.child(work.runner, name)
+
+        results += [(part, label, result) for label, result in on_each_device(work.device, boxes, run)]
+    drifts = [result.drift for _, _, result in results if result.drift is not None]
+    gathered.drift = max(drifts) if drifts else None
+    _control(work, results, gathered)
+    gathered.facts.update(_versions([work.child(work.runner, "cpu")], work.device))
+    gathered.facts["spread_of_the_original"] = max((result.spread for _, _, result in results), default=0.0)
+    return _level(results)
+
+
+@contextmanager
+def _reference(before: Model, plan: Plan) -> Iterator[Overlay]:
+    """The original with the planned values in its untied slots. CannotChange."""
+    with Overlay(before) as overlay:
+        for edit in plan.edits:
+            if not isinstance(edit, Share):
+                continue
+            common = structural.planned_value(before, edit)
+            if common is None or common.storage is None:
+                raise CannotChange(f"{edit.members[0].id} stores nothing")
+            values = np.frombuffer(common.storage.read_ranges([(0, common.n_bytes)])[0], np.uint8)
+            kind = dtype(common.dtype)
+            shaped = values if kind.item_bytes is None else values.view(kind.numpy()).reshape(common.shape)
+            for member in edit.members:
+                if before.by_id[member.id].storage is not None:
+                    seen = member.view.apply(shaped) if kind.item_bytes is not None else shaped
+                    overlay.change(before.by_id[member.id], _setter(seen))
+        yield overlay
+
+
+def _setter(values: Array) -> Callable[[Array], None]:
+    def put(array: Array) -> None:
+        array[...] = values
+
+    return put
+
+
+def _control(work: _Work, results: Sequence[tuple[str, str, Compared]], gathered: _Gathered) -> None:
+    """Perturb every touched use in the original, on the CPU, and measure what both models cost there."""
+    before, after, box = work.before, work.after, work.child(work.runner, "cpu")
+    touched = structural.touched_ids(work.plan)
+    for part in parts_of(before):
+        ran = next((r for p, label, r in results if p == part and label == "CPU" and r.outcome == "held"), None)
+        uses = _read([use for use in before.uses if use.weight in touched and use.part == part])
+        if ran is None or ran.baseline is None:
+            gathered.silent.extend(f"{controls.label(use)} (did not run on the CPU)" for use in uses)
+            continue
+        if before.format == "onnx":
+            gathered.silent.extend(controls.of_onnx(before, part, uses, ran.baseline, box))
+        else:
+            gathered.silent.extend(_control_folder(before, work.plan, ran, box))
+        served = sorted({one.id for one in work.check.served.values() if after.by_id[one.id].part == part})
+        facts = cost.of_part(before, after, part, served, ran.baseline.feeds[0], box)
+        gathered.facts.update(facts if not part else {f"{key} ({part})": value for key, value in facts.items()})
+
+
+def _read(uses: Sequence[Use]) -> list[Use]:
+    """Uses whose values matter: not by Shape, and not as a graph's own output."""
+    return [use for use in uses if use.op not in ("Shape", "Size") and not use.node.startswith("@")]
+
+
+def _control_folder(before: Model, plan: Plan, ran: Compared, sandbox: Sandbox) -> list[str]:
+    if ran.baseline is None:
+        return []
+    hints = before.hints
+    names = [
+        (id, before.by_id[id].name, "head" not in hints.get(id, "embedding") and "head" not in id)
+        for id in sorted(structural.touched_ids(plan))
+        if not before.by_id[id].absent and before.by_id[id].is_float
+    ]
+    with opened(sandbox, path_of(before, "")) as model:
+        return controls.of_folder(model, names, ran.baseline, sandbox)
+
+
+def _level(results: Sequence[tuple[str, str, Compared]]) -> Level:
+    """One level from all parts and devices: failed if one failed, held if one held."""
+    for outcome in ("failed", "held", "not run"):
+        chosen = [(part, label, one) for part, label, one in results if one.outcome == outcome]
+        if chosen:
+            break
+    said = [f"{part}: {one.because}" if part else one.because for part, _, one in chosen]
+    if outcome == "held":
+        said += [
+            f"not run on {label}{f' ({part})' if part else ''}: {one.because}"
+            for part, label, one in results
+            if one.outcome != "held"
+        ]
+    measured = [one for _, _, one in chosen if one.found is not None]
+    worst = max(measured, key=lambda one: _ratio(one), default=None)
+    devices = ", ".join(dict.fromkeys(label for _, label, one in chosen if one.outcome != "not run"))
+    difference = worst.found.relative if worst is not None and worst.found is not None else None
+    because = "; ".join(dict.fromkeys(said))
+    limit = worst.limit if worst is not None else None
+    if outcome == "held":
+        return Level("end to end", "held", because, difference, limit, devices)
+    if outcome == "failed":
+        return Level("end to end", "failed", because, difference, limit, devices)
+    return Level("end to end", "not run", because)
+
+
+def _ratio(one: Compared) -> float:
+    return one.found.relative / max(one.limit, 1e-300) if one.found is not None else 0.0
+
+
+def _within(result: Compared, max_drift: float | None) -> Compared:
+    """The verdict under the user's limit instead of the noise floor."""
+    if max_drift is None or result.found is None:
+        return result
+    held = not result.found.problem and result.found.relative <= max_drift
+    return Compared(
+        "held" if held else "failed", result.because, result.found, max_drift, None, result.baseline, result.spread
+    )
+
+
+def _pairs(before: Model, after: Model) -> tuple[dict[str, tuple[str, str]], list[str]]:
+    """Parts to run against each other, and those without a partner."""
+    a, b = parts_of(before), parts_of(after)
+    if len(a) == len(b) == 1:
+        return {a[0]: (path_of(before, a[0]), path_of(after, b[0]))}, []
+    common = [part for part in a if part in b]
+    left = [part for part in (*a, *b) if part not in common]
+    return {part: (path_of(before, part), path_of(after, part)) for part in common}, left
+
+
+def _same_weights(before: Model, after: Model) -> Level:
+    """Held if both hold the same bytes under the same names; different ones are a matter of drift, not of parity."""
+    if before.format != after.format or before.by_id.keys() != after.by_id.keys():
+        return Level("structural", "not run", "no plan is known, and the two do not hold the same names")
+    plan = Plan(before.path, "", (), (), 0, True)
+    written = Written(())
+    check = structural.check(before, after, plan, written)
+    problems = check.problems or differences(before, after, plan, written, check)
+    if problems:
+        return Level("structural", "not run", f"no plan is known, and the two differ: {problems[0]}")
+    return Level("structural", "held", f"{check.n_untouched} weights equal bit for bit, everything else as well")
+
+
+def _n_summed(model: Model) -> int:
+    """The largest inner size of a matrix product in the model, as far as the shapes tell."""
+    return max((min(w.shape) for w in model.weights if len(w.shape) == 2 and w.is_float), default=1024)
+
+
+def _versions(boxes: Sequence[Sandbox], device: str) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    for box in dict.fromkeys(boxes):
+        if box.alive or device != "cuda":
+            try:
+                facts.update(box.ask("hello")[0]["versions"])
+            except Exception:
+                continue
+    return facts
