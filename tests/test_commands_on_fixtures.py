@@ -88,24 +88,40 @@ def test_scan_of_an_untied_language_model_proposes_the_tie_that_could_be(fixture
 
 
 @pytest.mark.parametrize("name", LOST)
-def test_apply_frees_what_was_stored_twice_and_verify_holds(
+def test_apply_frees_what_it_promised_and_proves_the_rest_unchanged(
     fixtures_dir: Path, truths: Truths, tmp_path: Path, name: str
 ) -> None:
+    pytest.importorskip("onnxruntime")
     if name in FOLDERS:
         pytest.importorskip("transformers")
+    before, after, truth = fixtures_dir / name, tmp_path / Path(name).name, truths[name]
+    result = tieaudit("apply", before, "--scheme", "dedup", "--to", after, "--format", "json")
+    assert result.exit_code == 0, result.output
+    applied = json.loads(result.stdout)
+    held = {level["name"] for level in applied["proof"]["levels"] if level["outcome"] == "held"}
+    assert {"structural", "end to end"} <= held
+    promised = applied["plan"]["n_bytes_saved"]
+    assert promised >= sum(group["n_bytes_saved"] for group in truth["groups"] if group["parameter"]) > 0
+    old, new = (scanned(path)["summary"] for path in (before, after))
+    n_parts = len(list(before.glob("*.onnx"))) if before.is_dir() else 1
+    # A head that reads the table needs shape constants of its own: two vectors and a scalar of int64, 24 bytes or so.
+    assert abs(old["n_bytes"] - new["n_bytes"] - promised) <= 64 * n_parts
+    assert new["n_bytes_duplicate"] <= old["n_bytes_duplicate"] - promised + 64 * n_parts
+    assert new["n_parameters"] == truth["n_parameters"]
+
+
+@pytest.mark.parametrize("name", ["albert_shared/lost.onnx", "bart_seq2seq/parts_lost", "gpt_decoder/hf_lost"])
+def test_verify_finds_what_apply_wrote_equal(
+    fixtures_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     pytest.importorskip("onnxruntime")
-    before, truth = fixtures_dir / name, truths[name]
+    if name in FOLDERS:
+        pytest.importorskip("transformers")
+    monkeypatch.chdir(fixtures_dir)  # paths as people type them: relative
     after = tmp_path / Path(name).name
-    planned = json.loads(tieaudit("plan", before, "--format", "json").stdout)
-    applied = tieaudit("apply", before, "--scheme", "dedup", "--to", after)
+    applied = tieaudit("apply", name, "--to", after)
     assert applied.exit_code == 0, applied.output
-    old, new = scanned(before), scanned(after)
-    parameters = [group for group in truth["groups"] if group["parameter"]]
-    saved = sum(group["n_bytes_saved"] for group in parameters)
-    assert old["summary"]["n_bytes"] - new["summary"]["n_bytes"] >= saved > 0
-    assert planned["plan"]["n_bytes_saved"] >= saved
-    assert new["summary"]["n_parameters"] == truth["n_parameters"]
-    verified = tieaudit("verify", before, after)
+    verified = tieaudit("verify", name, after)
     assert verified.exit_code == 0, verified.output
 
 

@@ -71,7 +71,8 @@ def test_the_command_of_a_finding_is_one_that_the_command_line_takes(rule: Rule,
         for command in commands:
             program, name, *words = shlex.split(command)
             assert (program, name) == ("tieaudit", "apply")
-            given = cli.commands["apply"].make_context("apply", words).params
+            top = cli.make_context("tieaudit", [name, *words])  # its settings reach the command, as they do in a shell
+            given = cli.commands[name].make_context(name, words, parent=top).params
             assert given["path"] == subject.model.path
             assert set(given["schemes"]) <= set(discover("schemes", Scheme))
             assert given["merge"] is None or given["merge"] in discover("merges", Merge)
@@ -146,6 +147,17 @@ def test_overlapping_declarations_are_one_class_not_pairs() -> None:
     finding = only("TIE102", toy({"shared": W, "enc": W.copy(), "dec": W.copy()}, declared=pairs))
     assert set(finding.ids) == {"shared", "enc", "dec"}
     assert finding.n_bytes == 4096
+
+
+def test_a_copy_that_no_loader_restores_is_to_be_kept() -> None:
+    fix = only("TIE102", toy({"e": W, "h": W.copy()}, declared=[claim("e", "h", restores=False)])).fix
+    assert fix is not None
+    assert fix.safety == "manual"
+
+
+def test_a_pair_tied_by_another_active_claim_is_not_called_untied() -> None:
+    off = claim("e", "h", active=False)
+    assert codes(toy({"e": W, "h": W.copy()}, declared=[off, claim("e", "h")])) == ["TIE102"]
 
 
 def test_an_undeclared_equal_pair_of_layers_is_never_offered_a_command() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,12 @@ from tieaudit.sandbox import ChildFailed, Sandbox
 
 N_FEEDS = 3
 _N_CORRECTIONS = 4
+_SECONDS_FOR_FEEDS = 20.0
+"""A slow model gets fewer inputs, but at least one."""
+_SECONDS_FOR_SETTINGS = 120.0
+"""A slow model is perturbed in fewer ways, but at least in one."""
+_LARGEST_SPREAD = 0.1
+"""A model that differs from itself by more is random, and agreeing with it proves nothing."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,9 @@ def compare(pair: Pair, n_summed: int) -> Compared:
     if not any(says_something(result) for _, result in feeds):
         return Compared("not run", "the original gives only NaN, constants or nothing: agreeing with it proves nothing")
     spread, unstable = _spread(pair, feeds)
+    if spread > _LARGEST_SPREAD:
+        said = f"the original differs from itself by {spread:.3g} under settings that may not matter: is it random?"
+        return Compared("not run", said, spread=spread)
     try:
         with opened(pair.other, pair.after) as after:
             return _against(pair, after, signature, feeds, spread, unstable, n_summed)
@@ -112,6 +122,7 @@ def _fits(sizes: Sizes, signature: Signature, pair: Pair) -> bool:
 
 
 def _first_runs(model: Opened, signature: Signature, offers: Iterator[Feed]) -> tuple[list[Ran], str]:
+    began = time.perf_counter()
     found: list[Ran] = []
     complaint = "no inputs could be made up"
     for offer in offers:
@@ -129,16 +140,18 @@ def _first_runs(model: Opened, signature: Signature, offers: Iterator[Feed]) -> 
                     break
                 known = learned
                 offer = next((feed for _, feed in made_up(known) if feed.source == offer.source), offer)
-        if len(found) == N_FEEDS:
+        if len(found) == N_FEEDS or found and time.perf_counter() - began > _SECONDS_FOR_FEEDS:
             break
     return found, complaint
 
 
 def _spread(pair: Pair, feeds: Sequence[Ran]) -> tuple[float, list[dict[str, Array]]]:
     """The largest difference of the original from itself, and per feed the integers it does not reproduce."""
-    worst = 0.0
+    worst, began = 0.0, time.perf_counter()
     variants: list[list[Mapping[str, Array]]] = [[] for _ in feeds]
     for setting in VARIATIONS.get(pair.sandbox.runner.name, ()):
+        if variants[0] and time.perf_counter() - began > _SECONDS_FOR_SETTINGS:
+            break
         try:
             with opened(pair.sandbox, pair.before, setting) as model:
                 for index, (feed, usual) in enumerate(feeds):

@@ -122,19 +122,17 @@ def _proof_lines(proof: Proof) -> list[str]:
 
 
 def _fact_lines(facts: Mapping[str, object]) -> list[str]:
-    """Facts before → after on one line each, the others after them."""
-    lines = []
+    """Facts before → after, one line each; those of single parts and longer ones are left to JSON."""
+    lines, single = [], []
     for name, value in facts.items():
-        if name.endswith("_before"):
-            after = facts.get(f"{name.removesuffix('_before')}_after")
-            shown = _fact(name, value) if after is None else f"{_fact(name, value)} → {_fact(name, after)}"
-            label = name.removesuffix("_before").removeprefix("n_bytes_").replace("_", " ")
-            lines.append(f"  {label}: {shown}")
-    single = [
-        f"{name.replace('_', ' ')} {_fact(name, value)}"
-        for name, value in facts.items()
-        if isinstance(value, (str, int, float)) and not name.endswith(("_before", "_after"))
-    ]
+        if not isinstance(value, (str, int, float)) or name.endswith("_after") or "(" in name:
+            continue
+        label = name.removesuffix("_before").removeprefix("n_bytes_").replace("_", " ")
+        after = facts.get(f"{name.removesuffix('_before')}_after")
+        if name.endswith("_before") and after is not None:
+            lines.append(f"  {label}: {_fact(name, value)} → {_fact(name, after)}")
+        elif not name.endswith("_before"):
+            single.append(f"{label} {_fact(name, value)}")
     return [*lines, *([f"  {'; '.join(single)}"] if single else [])]
 
 

@@ -112,6 +112,7 @@ class Overlay:
         return Path(self._folder.name)
 
     def _target(self, file: Path) -> Path:
+        file = file.absolute()
         for home in (self.home, self.home.resolve()):
             if file.is_relative_to(home):
                 return self._root() / file.relative_to(home)
@@ -132,7 +133,7 @@ class Overlay:
     def _files(self) -> list[Path]:
         if Path(self.model.path).is_dir() and self.model.format != "onnx":
             return [file for file in sorted(self.home.rglob("*")) if file.is_file()]
-        found = [Path(path) for part in self.model.parts for path in part.paths]
+        found = [Path(path).absolute() for part in self.model.parts for path in part.paths]
         return [path for path in dict.fromkeys(found) if path.is_file()]
 
 

@@ -204,9 +204,8 @@ def of_folder(before: Model, after: Model, plan: Plan, sandbox: Sandbox) -> Leve
     if problems:
         return Level("regional", "failed", "; ".join(problems[:4]), device=sandbox.device.upper())
     count = len(states[0][1]["digests"])
-    said = f"{states[0][0]['class']} loads both: {count} tensors equal bit for bit, nothing missing, ties really one tensor"
-    if not plan.lossless:
-        said = f"{states[0][0]['class']} loads both: all but the planned tensors equal bit for bit, nothing missing"
+    which = f"{count} tensors" if plan.lossless else "all but the planned tensors"
+    said = f"{states[0][0]['class']} loads both: {which} equal bit for bit, nothing missing, ties are one tensor"
     return Level("regional", "held", said, device=sandbox.device.upper())
 
 

@@ -6,8 +6,8 @@ Nothing is written in place. `deliver.py` alone moves the result to its name.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +32,8 @@ def workspace(destination: Path) -> Iterator[Path]:
         raise RewriteRefused(f"{destination}: exists already; nothing is ever overwritten", hint="give another --to")
     home = nearest_existing(destination)
     try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.tieaudit-", dir=home))
+        folder = home / f".{destination.name}.tieaudit-{secrets.token_hex(6)}"
+        folder.mkdir()  # with the user's own permissions: the folder itself may become the delivery
     except OSError as error:
         raise RewriteRefused(f"{home}: cannot be written: {error.strerror}") from error
     try:

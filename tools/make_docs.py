@@ -125,17 +125,17 @@ def formats() -> str:
 def command_line() -> str:
     """The help of every command, as the command line prints it."""
     lines = [NOTE, "", "# Command line", ""]
-    lines += [f"```text\n{help_of(cli, 'tieaudit')}\n```", ""]
+    top = click.Context(
+        cli, info_name="tieaudit", terminal_width=WIDTH, max_content_width=WIDTH, **cli.context_settings
+    )
+    lines += [f"```text\n{help_of(top)}\n```", ""]
     for name, command in sorted(cli.commands.items()):
-        lines += [f"## {name}", "", f"```text\n{help_of(command, f'tieaudit {name}')}\n```", ""]
+        lines += [f"## {name}", "", f"```text\n{help_of(click.Context(command, top, name))}\n```", ""]
     return "\n".join(lines)
 
 
-def help_of(command: click.Command, name: str) -> str:
-    context = click.Context(
-        command, info_name=name, terminal_width=WIDTH, max_content_width=WIDTH, **command.context_settings
-    )
-    return "\n".join(line.rstrip() for line in command.get_help(context).strip().splitlines())
+def help_of(context: click.Context) -> str:
+    return "\n".join(line.rstrip() for line in context.get_help().strip().splitlines())
 
 
 def stale(docs: Path, wanted: Mapping[str, str]) -> list[str]:

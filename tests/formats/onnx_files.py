@@ -40,9 +40,7 @@ def graph(
 
 def save(path: Path, body: Any, functions: Sequence[Any] = ()) -> Path:
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1), helper.make_opsetid("mine", 1)]
-    path.write_bytes(
-        helper.make_model(body, opset_imports=opsets, functions=list(functions)).SerializeToString()
-    )
+    path.write_bytes(helper.make_model(body, opset_imports=opsets, functions=list(functions)).SerializeToString())
     return path
 
 

@@ -280,6 +280,12 @@ def test_transposed_tie_is_refused(tmp_path: Path) -> None:
     assert "transposed" in str(refusal(model, Share((Member(EMBED), Member(HEAD, TRANSPOSED)))))
 
 
+def test_quantised_pair_is_refused_because_its_scales_would_stay_behind(tmp_path: Path) -> None:
+    scales = {"lm_head.weight_scale": [0.5], "model.embed_tokens.weight_scale": [0.5]}
+    model = load(folder_of(tmp_path / "m", LLAMA, {EMBED: TABLE, HEAD: TABLE, **scales}))
+    assert "is quantised: " in str(refusal(model, share(EMBED, HEAD)))
+
+
 def test_declared_but_switched_off_needs_the_flag_and_gets_it(tmp_path: Path) -> None:
     model = load(folder_of(tmp_path / "m", {**LLAMA, "tie_word_embeddings": False}, {EMBED: TABLE, HEAD: TABLE}))
     assert str(refusal(model, share(EMBED, HEAD))).startswith("needs flag: ")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +75,8 @@ def arch(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def folders(arch: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Any]]:
-    """tied/ as save_pretrained writes it, lost/ with every name written out, untied/ with the flag off; the live model."""
+def folders(arch: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """tied/ as save_pretrained writes it, lost/ with every name written out, untied/ flag off; and the live model."""
     from safetensors.torch import save_file
 
     home = tmp_path_factory.mktemp(arch)
@@ -88,7 +87,7 @@ def folders(arch: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
     save_file(state, home / "lost" / "model.safetensors", metadata={"format": "pt"})
     live.config.save_pretrained(home / "lost")
     built(arch, tied=False).save_pretrained(home / "untied")
-    yield home, live
+    return home, live
 
 
 def load(path: Path) -> Model:

@@ -11,7 +11,21 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 from onnx_cases import (
-    AS_STORED, D, TRANSPOSED, V, model_of, n_large_copies, node, plan, rewritten, run, saved, table, tensor, tie, value,
+    AS_STORED,
+    TRANSPOSED,
+    D,
+    V,
+    model_of,
+    n_large_copies,
+    node,
+    plan,
+    rewritten,
+    run,
+    saved,
+    table,
+    tensor,
+    tie,
+    value,
 )
 
 from tieaudit.change import Respell, SetConfig, Share, Unshare
@@ -475,6 +489,33 @@ def test_sharing_and_then_respelling_one_class(tmp_path: Path) -> None:
     same(proto, after, {"ids": IDS})
 
 
+def test_edits_that_follow_one_another_report_the_first_and_the_last_place(tmp_path: Path) -> None:
+    # H becomes E, read by a Gemm; then E becomes P, whose own consumer wants [d,V], and the Gemm turns once more
+    nodes = [
+        node("Gather", ["E", "ids"], ["x"]), node("MatMul", ["x", "H"], ["y"]), node("Neg", ["P"], ["pin"]),
+    ]  # fmt: skip
+    tensors = [tensor("E", table()), tensor("H", table().T), tensor("P", table().T)]
+    outputs = [value("y", F, ["b", "t", V]), value("pin", F, [D, V])]
+    proto = model_of(nodes, [IDS_IN], outputs, tensors)
+    model = saved(proto, tmp_path / "in")
+    changes = (tie("E", "H", turned=["H"]), tie("P", "E", turned=["E"]))
+    written, again, after = rewritten(model, tmp_path / "out", *changes)
+    assert dict(written.renamed) == {"E": "P", "H": "P"}
+    assert {(item.node, item.slot, item.new_node, item.pattern) for item in written.rewritten} == {
+        ("x", 0, "x_gather", "gather_axis1"), ("y", 1, "y_gemm", "gemm_flip"),
+    }  # fmt: skip
+    assert {use.node for use in again.uses if use.weight == "P"} == {"x_gather", "y_gemm", "pin"}
+    same(proto, after, {"ids": IDS})
+
+
+def test_a_view_that_nobody_reads_goes_with_its_weight(tmp_path: Path) -> None:
+    proto = four_members()
+    proto.graph.node.extend([node("Identity", ["H1"], ["dead"]), node("Cast", ["dead"], ["deader"], to=F)])
+    _, again, after = rewritten(saved(proto, tmp_path / "in"), tmp_path / "out", tie("E1", "H1", turned=["H1"]))
+    assert "H1" not in again.by_id
+    assert not [item for item in after.graph.node if item.output[0].startswith("dead")]
+
+
 def test_respelling_is_refused_where_a_consumer_has_no_other_form(tmp_path: Path) -> None:
     proto = dynamo_style()
     proto.graph.node.append(node("Exp", ["t"], ["odd"]))
@@ -507,13 +548,16 @@ def test_views_that_only_moved_uses_need_move_along(tmp_path: Path) -> None:
 
 
 def aliased(folder: Path) -> Model:
-    """Two initializers on one range of a data file."""
-    nodes = [node("Gather", ["A", "ids"], ["x"]), node("Gather", ["B", "ids"], ["z"]), node("Add", ["x", "z"], ["y"])]
-    proto = model_of(nodes, [IDS_IN], [value("y", F, ["b", "t", D])], [tensor("A", table()), tensor("B", table())])
+    """Three initializers on one range of a data file."""
+    nodes = [node("Gather", [name, "ids"], [name.lower()]) for name in "ABC"]
+    nodes.append(node("Sum", ["a", "b", "c"], ["y"]))
+    tensors = [tensor(name, table()) for name in "ABC"]
+    proto = model_of(nodes, [IDS_IN], [value("y", F, ["b", "t", D])], tensors)
     saved(proto, folder, save_as_external_data=True, location="w.bin", size_threshold=0)
     again = onnx.load(str(folder / "model.onnx"), load_external_data=False)
-    del again.graph.initializer[1].external_data[:]
-    again.graph.initializer[1].external_data.extend(again.graph.initializer[0].external_data)
+    for other in again.graph.initializer[1:]:
+        del other.external_data[:]
+        other.external_data.extend(again.graph.initializer[0].external_data)
     (folder / "model.onnx").write_bytes(again.SerializeToString())
     return load(folder / "model.onnx", (folder / "model.onnx",))
 
@@ -521,19 +565,18 @@ def aliased(folder: Path) -> Model:
 def test_names_on_one_range_get_bytes_of_their_own(tmp_path: Path) -> None:
     model = aliased(tmp_path / "in")
     assert model.by_id["A"].storage == model.by_id["B"].storage
-    _, again, _ = rewritten(model, tmp_path / "out", Unshare("A", "B"))
-    assert (tmp_path / "out" / "w.bin").stat().st_size == 2 * 6144
-    one, other = (again.by_id[name].storage for name in "AB")
-    assert one is not None
-    assert other is not None
-    assert one.region != other.region
-    assert one.read_ranges([(0, 6144)]) == other.read_ranges([(0, 6144)])
+    _, again, _ = rewritten(model, tmp_path / "out", Unshare("A", "B"), Unshare("A", "C"))
+    assert (tmp_path / "out" / "w.bin").stat().st_size == 3 * 6144
+    regions = {again.by_id[name].storage.region for name in "ABC"}  # type: ignore[union-attr]
+    assert len(regions) == 3
+    contents = {again.by_id[name].storage.read_ranges([(0, 6144)])[0] for name in "ABC"}  # type: ignore[union-attr]
+    assert contents == {table().tobytes()}
 
 
 def test_a_shared_range_stays_shared_when_something_else_is_edited(tmp_path: Path) -> None:
     model = aliased(tmp_path / "in")
-    _, again, _ = rewritten(model, tmp_path / "out", Unshare("A", "C", (("", "", "x", 0),)))
-    # A and B on one range, C on another: not 3 × 6144
+    _, again, _ = rewritten(model, tmp_path / "out", Unshare("A", "new", (("", "", "a", 0),)))
+    # A, B and C on one range, the copy on another: not 4 × 6144
     assert (tmp_path / "out" / "w.bin").stat().st_size == 2 * 6144
-    assert again.by_id["A"].storage == again.by_id["B"].storage
-    assert again.by_id["C"].storage != again.by_id["A"].storage
+    assert again.by_id["A"].storage == again.by_id["B"].storage == again.by_id["C"].storage
+    assert again.by_id["new"].storage != again.by_id["A"].storage

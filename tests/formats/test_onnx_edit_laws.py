@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto
-from onnx_cases import D, TYPES, V, model_of, n_large_copies, node, rewritten, run, saved, table, tensor, tie, value
+from onnx_cases import TYPES, D, V, model_of, n_large_copies, node, rewritten, run, saved, table, tensor, tie, value
 
 LEVELS = {"disable": 0, "basic": 1, "extended": 2, "all": 99}
 IDS = np.array([[1, 5, 0], [V - 1, -1, -V]], np.int64)
@@ -38,19 +38,20 @@ def lost_tie(dtype: str, place: str, follows: str) -> onnx.ModelProto:
     if place == "main":
         return model_of(nodes, [ids], [y], tensors)
     condition = value("c", TensorProto.BOOL, [])
+    result = value("out", kind, ["n0", "n1", V] if place == "if" else ["n", "n0", "n1", V])
     if place == "if":
         then = onnx.helper.make_graph(nodes, "then", [], [value("y", kind, None)], tensors)
         zero = tensor("z", np.zeros((1, 1, V), table(dtype).dtype))
         other = onnx.helper.make_graph([node("Identity", ["z"], ["o"])], "else", [], [value("o", kind, None)], [zero])
         branch = node("If", ["c"], ["out"], name="branch", then_branch=then, else_branch=other)
-        return model_of([branch], [ids, condition], [value("out", kind, ["n0", "n1", V] if place == "if" else ["n", "n0", "n1", V])])
+        return model_of([branch], [ids, condition], [result])
     body = onnx.helper.make_graph(
         [*nodes, node("Identity", ["on"], ["go"])], "body",
         [value("i", TensorProto.INT64, []), value("on", TensorProto.BOOL, [])],
         [value("go", TensorProto.BOOL, []), value("y", kind, None)], tensors,
     )  # fmt: skip
     loop = node("Loop", ["n", "c"], ["out"], name="loop", body=body)
-    return model_of([loop], [ids, condition, value("n", TensorProto.INT64, [])], [value("out", kind, ["n0", "n1", V] if place == "if" else ["n", "n0", "n1", V])])
+    return model_of([loop], [ids, condition, value("n", TensorProto.INT64, [])], [result])
 
 
 def feeds(place: str) -> dict[str, Any]:

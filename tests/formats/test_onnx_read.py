@@ -329,7 +329,11 @@ def test_importing_the_format_loads_no_onnx_and_no_torch() -> None:
         "print([name for name in ('onnx', 'google.protobuf', 'torch') if name in sys.modules])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": "."},
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": "."},
         cwd=Path(__file__).resolve().parents[2],
     )
     assert done.stdout.strip() == "[]"

@@ -126,6 +126,17 @@ def test_two_bodies_of_one_path_are_told_apart(tmp_path: Path) -> None:
     assert [use.scope for use in model.uses] == ["a.then_branch", "b.then_branch"]
 
 
+def test_two_bodies_whose_handles_are_equal_by_accident_are_told_apart(tmp_path: Path) -> None:
+    body = graph([helper.make_node("Relu", ["w"], ["y"])], [rows("inner", 2, 2)])
+    nodes = [
+        helper.make_node("If", ["c"], ["a"], name="b", then_branch=body),  # called like the other's output
+        helper.make_node("If", ["c"], ["b"], then_branch=body),
+    ]
+    model = _model(tmp_path, nodes, rows("w", 3, 3), outputs=["a", "b"])
+    assert [use.scope for use in model.uses] == ["b.then_branch", "b.then_branch~2"]
+    assert len(model.by_id) == len(model.weights) == 3
+
+
 def test_a_function_is_followed_into_its_body_and_out_again(tmp_path: Path) -> None:
     opset = [helper.make_opsetid("", 17)]
     transposing = helper.make_function(
@@ -208,7 +219,7 @@ LOOKED_UP: dict[str, tuple[list[NodeProto], bool]] = {
             helper.make_node("Shape", ["ids"], ["a"]),
             helper.make_node("Gather", ["a", "two"], ["b"]),
             helper.make_node("Range", ["zero", "b", "two"], ["c"]),
-            helper.make_node("Add", ["c", "past_length"], ["i"]),
+            helper.make_node("Add", ["c", "begin"], ["i"]),
         ],
         False,
     ),
@@ -231,7 +242,7 @@ def test_ids_are_told_from_positions(tmp_path: Path, case: str) -> None:
     nodes, expected = LOOKED_UP[case]
     nodes = [*nodes, helper.make_node("Gather", ["w", "i"], ["y"])]
     constants = [_ints("flat", -1), _ints("two", 2), _ints("zero", 0), tensor("start", [[2]], np.int64)]
-    inputs = ["x", ids(), ids("mask"), ids("position_ids"), ids("past_length")]
+    inputs = ["x", ids(), ids("mask"), ids("position_ids"), ids("begin")]
     model = _model(tmp_path, nodes, rows("w", 9, 3), *constants, inputs=inputs)
     assert the_use(model, "w").reads_ids is expected
 

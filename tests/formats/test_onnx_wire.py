@@ -83,6 +83,14 @@ def test_records_that_do_not_fit_are_malformed(change: Any) -> None:
         _walk(change(_model().SerializeToString()))
 
 
+def test_a_record_that_leaves_its_message_but_not_the_file_is_malformed() -> None:
+    name = b"\x12\x90\x10" + bytes(2000)  # field 2 of the graph announces 2064 bytes, 2000 are left in it
+    graph_record = b"\x3a\xd3\x0f" + name
+    assert len(name) == 2003 == 0x53 + (0x0F << 7)
+    with pytest.raises(Malformed, match="does not fit into its message at byte 3"):
+        _walk(graph_record + b"\x12\xe8\x07" + bytes(1000))
+
+
 def test_both_spellings_of_a_repeated_field_are_collected_in_order() -> None:
     packed, single = b"\x22\x08" + b"aaaabbbb", b"\x25" + b"cccc"
     assert packed_field(single + b"\x08\x07" + packed, 4) == b"ccccaaaabbbb"

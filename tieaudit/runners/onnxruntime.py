@@ -22,7 +22,8 @@ _ONNX_NUMBERS = {
     "int16": ("int16", 5), "int32": ("int32", 6), "int64": ("int64", 7), "string": ("string", 8),
     "bool": ("bool", 9), "float16": ("float16", 10), "double": ("float64", 11), "uint32": ("uint32", 12),
     "uint64": ("uint64", 13), "bfloat16": ("bfloat16", 16), "float8e4m3fn": ("float8_e4m3fn", 17),
-    "float8e4m3fnuz": ("float8_e4m3fnuz", 18), "float8e5m2": ("float8_e5m2", 19), "float8e5m2fnuz": ("float8_e5m2fnuz", 20),
+    "float8e4m3fnuz": ("float8_e4m3fnuz", 18), "float8e5m2": ("float8_e5m2", 19),
+    "float8e5m2fnuz": ("float8_e5m2fnuz", 20),
 }  # fmt: skip
 """ONNX Runtime's spelling → (canonical name, TensorProto.DataType). Source: onnx.proto3, TensorProto.DataType."""
 _CANONICAL = dict(_ONNX_NUMBERS.values())
@@ -62,7 +63,7 @@ def _start(device: str) -> Mapping[str, Verb]:
             began = time.perf_counter()
             _run(session, arrays, None)
             seconds.append(time.perf_counter() - began)
-        return {"seconds": statistics.median(seconds), "n_bytes_resident": resident_bytes()}, {}
+        return {"seconds": statistics.median(seconds)}, {}
 
     def close(params: Params, arrays: Mapping[str, Array]) -> Answer:
         sessions.pop(params["handle"], None)

@@ -1,4 +1,7 @@
-"""Folders of transformers models under PyTorch, CPU and CUDA. Only classes of the installed library are run, never a folder's own code."""
+"""Folders of transformers models under PyTorch, CPU and CUDA.
+
+Only classes of the installed library are run, never a folder's own code, and only safetensors are read, never a pickle.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tieaudit.runners import Answer, Array, Params, Port, Runner, Signature, Verb, processor_name, resident_bytes
+from tieaudit.runners import Answer, Array, Params, Port, Runner, Signature, Verb, processor_name
 
 if TYPE_CHECKING:
     import torch
@@ -31,16 +34,13 @@ def _start(device: str) -> Mapping[str, Verb]:
     kept: dict[int, list[tuple[Any, Any]]] = {}
 
     def open_(params: Params, arrays: Mapping[str, Array]) -> Answer:
-        before = resident_bytes()
         began = time.perf_counter()
         model, loading = _load(params["path"], device)
         seconds = time.perf_counter() - began
-        after = resident_bytes()
-        growth = None if before is None or after is None else after - before
         handle = max(models, default=0) + 1
         models[handle] = model
         facts = {"handle": handle, "signature": _signature(model).to_json(), "loading": loading, "seconds": seconds}
-        return {**facts, "n_bytes_grown": growth, "class": type(model).__name__}, {}
+        return {**facts, "n_bytes_grown": _held_bytes(model), "class": type(model).__name__}, {}
 
     def run(params: Params, arrays: Mapping[str, Array]) -> Answer:
         """`threads`: 0 for the usual number; `split`: one row of the batch at a time."""
@@ -60,7 +60,7 @@ def _start(device: str) -> Mapping[str, Verb]:
             began = time.perf_counter()
             _run(model, arrays, device)
             seconds.append(time.perf_counter() - began)
-        return {"seconds": statistics.median(seconds), "n_bytes_resident": resident_bytes()}, {}
+        return {"seconds": statistics.median(seconds)}, {}
 
     def state(params: Params, arrays: Mapping[str, Array]) -> Answer:
         return _state(models[params["handle"]]), {}
@@ -221,6 +221,12 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, Array]]:
     elif isinstance(value, (tuple, list)):
         for index, item in enumerate(value):
             yield from _flat(f"{name}[{index}]", item)
+
+
+def _held_bytes(model: Any) -> int:
+    """Bytes of all parameters and buffers in memory, each storage once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.state_dict().values()}
+    return sum(storages.values())
 
 
 def _parameter(model: Any, name: str) -> Any:

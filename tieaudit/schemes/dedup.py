@@ -11,14 +11,18 @@ from tieaudit.schemes import Scheme
 from tieaudit.verdict import Candidate, Subject
 
 MIN_CONSTANT_BYTES = 1024
-"""Equal constants below this size are left alone: merging a thousand scalars helps nobody."""
+"""Equal constants, masks and shapes below this size are left alone: merging a thousand of them helps nobody."""
 
 
 def _propose(subject: Subject) -> Iterator[Candidate | Refusal]:
     model = subject.model
     for tie in subject.found.ties:
-        if tie.origin == "measured":
+        learned = any(model.by_id[id].parameter is not False for id in tie.ids)
+        if tie.origin == "measured" and (learned or tie.n_bytes_saved >= MIN_CONSTANT_BYTES):
             yield Candidate("dedup", tie.members, tie.n_bytes_saved, True, tie.because)
+        elif tie.origin == "aliased" and len(tie.ids) > 1 and model.has_graph:
+            because = f"{tie.because}: one name survives a plain load and save, several come back as copies"
+            yield Candidate("dedup", tie.members, 0, True, because)
     declared = {id: index for index, claim in enumerate(model.declarations) if claim.active for id in claim.members}
     for ids in subject.found.constant_classes:
         yield from _constants(subject, ids, declared)

@@ -35,9 +35,19 @@ def _reply(line: str, answers: TextIO) -> None:
     try:
         answer = answer_question(json.loads(line))
     except Exception as error:  # whatever a foreign class raises while it is built: the parent falls back
-        answer = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+        answer = {"error": reason(error)}
     answers.write(json.dumps(answer) + "\n")
     answers.flush()
+
+
+def reason(error: Exception) -> str:
+    """One line; the kind of error only where the library did not mean to say something."""
+    text = str(error).split("\n")[0][:300]
+    return (
+        text
+        if isinstance(error, LookupError) and not isinstance(error, KeyError)
+        else f"{type(error).__name__}: {text}"
+    )
 
 
 def answer_question(question: dict[str, Any]) -> dict[str, Any]:
@@ -68,6 +78,7 @@ def answer_question(question: dict[str, Any]) -> dict[str, Any]:
             n for n in model.state_dict() if n not in dict(model.named_parameters(remove_duplicate=False))
         ),
         "n_parameters": sum(p.numel() for p in unique.values()),
+        "recomputed": sorted(recomputed(model)),
         "names": names,
         "converted": converted,
         "saved": saved,
@@ -88,7 +99,10 @@ def _floats(value: Any) -> Any:
 def _config_class(config: dict[str, Any]) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    return CONFIG_MAPPING[config["model_type"]]
+    model_type = config.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise LookupError(f"this transformers does not know the model type {model_type!r}")
+    return CONFIG_MAPPING[model_type]
 
 
 def accepted(config_class: Any, config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -219,6 +233,13 @@ def kept_first(model: Any, found: list[list[str]]) -> list[list[str]]:
     """The groups with the name that saving keeps in front."""
     gone = dropped(model)
     return [sorted(group, key=lambda name: (name in gone, name)) for group in found]
+
+
+def recomputed(model: Any) -> set[str]:
+    """Parameters that saving leaves out on purpose, because the class computes them (sinusoidal positions)."""
+    patterns = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name for name in names if any(re.search(pattern, name) for pattern in patterns)}
 
 
 def flag_levels(configured: Any) -> list[tuple[str, ...]]:

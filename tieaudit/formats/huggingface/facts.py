@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
-
-from tieaudit.model import classes
 
 FLAG = "tie_word_embeddings"
 
@@ -47,6 +46,8 @@ class ClassFacts:
     head_bias: tuple[str, ...] = ()
     saved: Mapping[str, str] = field(default_factory=dict)
     """Live name → the name that saving would give it, where it differs."""
+    recomputed: frozenset[str] = frozenset()
+    """Live names of parameters that are never stored, because the class computes them."""
     n_parameters: int | None = None
     """Of the live model, shared ones counted once."""
 
@@ -54,7 +55,7 @@ class ClassFacts:
         """The name under which a live one is stored or would be stored."""
         return self._stored.get(live) or self.saved.get(live, live)
 
-    @property
+    @cached_property
     def _stored(self) -> dict[str, str]:
         found: dict[str, str] = {}
         for stored, targets in self.live.items():
@@ -79,6 +80,7 @@ def from_answer(answer: Mapping[str, Any], config: Mapping[str, Any]) -> ClassFa
         head=tuple(answer["head"]),
         head_bias=tuple(answer["head_bias"]),
         saved=dict(answer["saved"]),
+        recomputed=frozenset(answer["recomputed"]),
         n_parameters=int(answer["n_parameters"]),
     )
 
@@ -136,8 +138,3 @@ def said(config: Mapping[str, Any], key: str, value: object) -> str:
         return str(written).lower()
     default = str(value).lower() if isinstance(value, bool) else "no such attribute, which reads as false"
     return f"not in the file, the class default is {default}"
-
-
-def joined(ties: tuple[ClassTie, ...]) -> list[tuple[str, ...]]:
-    """Classes of live names that the active ties make one."""
-    return classes(tie.members for tie in ties if tie.active)

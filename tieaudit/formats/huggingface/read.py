@@ -46,7 +46,10 @@ def load(path: Path, files: tuple[Path, ...]) -> Model:
     weights.update(absent)
     if chosen.others:
         notes.append(f"alternatives beside the weights, not read and not counted as waste: {', '.join(chosen.others)}")
-    notes += _unfilled(known.best, checkpoint)
+    if "quantization_config" not in config:  # a quantiser replaces parameters by tensors that the bare class lacks
+        unfilled, random = _unfilled(known.best, weights)
+        weights.update(unfilled)
+        notes += random
     return Model(
         path=str(path),
         format="huggingface",
@@ -75,7 +78,11 @@ def know(config: Mapping[str, Any], checkpoint: Checkpoint) -> Known:
                 f"{asked.architecture} of {asked.source} refuses this configuration for {keys}; asked without it"
             )
         architecture = architecture or asked.architecture
-        by_major[4 if str(answer["version"]).startswith("4.") else 5] = asked
+        if 2 * len(asked.live) >= len(names) or "quantization_config" in config:
+            by_major[4 if str(answer["version"]).startswith("4.") else 5] = asked
+        else:  # names of another version: what this class would do with them says nothing about the model
+            notes.append(f"{asked.architecture} of {asked.source} knows {len(asked.live)} of {len(names)} stored names")
+            asked = None
     elif answer["error"] != "transformers is not installed":
         notes.append(f"the class {architecture or '(none named)'} could not be asked: {answer['error']}")
     for major in LOADERS:
@@ -188,12 +195,28 @@ def _hints(facts: ClassFacts, weights: Mapping[str, Weight]) -> dict[str, str]:
     return {id: kind for id, kind in hints.items() if id in weights}
 
 
-def _unfilled(facts: ClassFacts, checkpoint: Checkpoint) -> list[str]:
-    missing = sorted(set(facts.parameters) - _filled(facts))
-    if not missing:
-        return []
-    shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-    return [f"parameters of {facts.architecture} that are not stored and not tied, so initialised randomly: {shown}"]
+def _unfilled(facts: ClassFacts, weights: Mapping[str, Weight]) -> tuple[dict[str, Weight], list[str]]:
+    """Live parameters that no file and no tie fills, as absent weights, and a note about the random ones."""
+    missing = sorted(
+        name for name in set(facts.parameters) - _filled(facts) if make_id(facts.stored_name(name)) not in weights
+    )
+    like = next((weight.dtype for weight in weights.values() if weight.is_float and weight.parameter), "float32")
+    found = {}
+    for live in missing:
+        name = facts.stored_name(live)
+        because = (
+            f"computed by {facts.architecture}, never stored" if live in facts.recomputed else "not stored, not tied"
+        )
+        found[make_id(name)] = Weight(
+            make_id(name), name, facts.parameters[live], like, None, parameter=True, because=because
+        )
+    random = [name for name in missing if name not in facts.recomputed]
+    if not random:
+        return found, []
+    shown = ", ".join(random[:3]) + (f" and {len(random) - 3} more" if len(random) > 3 else "")
+    return found, [
+        f"parameters of {facts.architecture} that are not stored and not tied, so initialised randomly: {shown}"
+    ]
 
 
 def _filled(facts: ClassFacts) -> set[str]:
@@ -227,6 +250,6 @@ def _metadata(
         if name in facts.live and name not in facts.converted
     )
     doubled = any(len(stored & set(tie.members)) > 1 for tie in facts.ties if tie.active)
-    if facts.n_parameters is not None and as_built and not doubled and set(facts.parameters) <= _filled(facts):
+    if facts.n_parameters is not None and as_built and not doubled and "quantization_config" not in config:
         found["n_parameters_live"] = str(facts.n_parameters)
     return found

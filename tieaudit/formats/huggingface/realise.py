@@ -6,6 +6,8 @@ declare is initialised randomly (reproduced with Llama and Qwen2 under 4.57 and 
 
 from __future__ import annotations
 
+import re
+
 from tieaudit.change import Edit, Respell, SetConfig, Share, Unshare
 from tieaudit.formats.huggingface.facts import FLAG
 from tieaudit.formats.huggingface.folder import CONFIG
@@ -19,19 +21,28 @@ _SCALED_WHEN_TIED = frozenset(
     "t5 mt5 umt5 longt5 switch_transformers pop2piano udop kosmos-2.5 pix2struct_text_model".split()
 )
 """Model types whose decoder output 4.57 scales by 1/√d_model exactly if the flag is on (reproduced with T5)."""
-_PLAIN = frozenset({"weight", "bias"})
+_COMPANION = re.compile(r"scale|zero|qzeros|g_idx|absmax|quant|SCB|meta$|lut|perm", re.IGNORECASE)
+"""Names of the tensors that quantisers store beside a packed one."""
 
 
 def can_realise(model: Model, edit: Edit, target: str) -> str | None:
     """Why this edit cannot be made for the target, in one sentence, or None. Begins with `needs flag: ` if a setting
     (see `switch`) would lift it."""
     if isinstance(edit, Share):
-        return _share(model, edit, target)
+        return _unknown(model) or _share(model, edit, target)
     if isinstance(edit, Unshare):
         return _unshare(model, edit)
     if isinstance(edit, Respell):
         return "a Hugging Face folder holds no graph, so there is nothing to express differently"
     return None if edit.file == CONFIG else f"only {CONFIG} can be changed, not {edit.file}"
+
+
+def _unknown(model: Model) -> str | None:
+    """A class whose ties are only guessed must not lose a tensor over the guess."""
+    if not model.metadata.get("transformers", "").endswith("convention"):
+        return None
+    name = model.metadata.get("architecture") or "the class"
+    return f"{name} is known neither to an installed transformers nor to the data files, so nothing restores a tie"
 
 
 def _share(model: Model, edit: Share, target: str) -> str | None:
@@ -78,10 +89,10 @@ def _quantised(model: Model, stored: list[Weight]) -> str | None:
         return None
     for weight in stored:
         module, _, leaf = weight.name.rpartition(".")
-        beside = [w.name for w in model.weights if not w.absent and w.name.rpartition(".")[0] == module]
-        companions = [name for name in beside if name.rpartition(".")[2] not in _PLAIN | {leaf}]
-        if companions and leaf == "weight" and not weight.is_float:
-            return f"{weight.name} is quantised, {companions[0]} belongs to it and would not be restored with it"
+        for other in model.weights:
+            home, _, name = other.name.rpartition(".")
+            if home == module and name != leaf and not other.absent and _COMPANION.search(name):
+                return f"{weight.name} is quantised: {other.name} belongs to it and would not be restored with it"
     return None
 
 
@@ -97,8 +108,6 @@ def _canonical_is_kept(declaration: Declaration, model: Model, target: str) -> s
 
 def _undeclared(model: Model, ids: tuple[str, ...], target: str) -> str:
     name = model.metadata.get("architecture") or "the class"
-    if model.metadata.get("transformers", "").endswith("convention"):
-        return f"{name} is known neither to an installed transformers nor to the data files, so nothing restores a tie"
     kept, dropped = ids[0], ", ".join(ids[1:])
     declared = [one for one in model.declarations if set(ids) <= set(one.members) and one.active and one.honoured_by]
     if declared:
@@ -124,6 +133,8 @@ def switch(model: Model, ids: tuple[str, ...], tied: bool, target: str) -> tuple
 
     Cost: compares stored members of other ties that the same setting would switch on, in blocks.
     """
+    if unknown := _unknown(model):
+        return unknown
     covering = [one for one in model.declarations if set(ids) <= set(one.members) and _is_of_class(one)]
     if not covering:
         return f"no setting of {model.metadata.get('architecture') or 'the class'} ties {' and '.join(ids)}"

@@ -17,7 +17,7 @@ from tieaudit.formats.huggingface.realise import can_realise
 from tieaudit.formats.huggingface.spell import with_value
 from tieaudit.formats.safetensors.sharded import Checkpoint, read_checkpoint, read_index_json
 from tieaudit.formats.safetensors.write import NewEntry, write_safetensors
-from tieaudit.model import Model, Weight
+from tieaudit.model import Model, Weight, make_id
 from tieaudit.storage import Storage
 
 NOT_CARRIED = frozenset({".git", ".cache", ".huggingface", "__pycache__", ".ipynb_checkpoints"})
@@ -67,12 +67,8 @@ def edit(model: Model, plan: Plan, dest: Path) -> Written:
         else:
             shutil.copyfile(source, target)
         written.append(str(relative))
-    renamed = {_id(model, gone): _id(model, kept) for gone, kept in changes.dropped.items()}
+    renamed = {make_id(gone): make_id(kept) for gone, kept in changes.dropped.items()}
     return Written(tuple(written), renamed)
-
-
-def _id(model: Model, name: str) -> str:
-    return next(weight.id for weight in model.weights if weight.name == name)
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -87,7 +83,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _check_unchanged(model: Model, checkpoint: Checkpoint) -> None:
     for name, (_, entry) in checkpoint.entries.items():
-        weight = next((w for w in (model.by_id.get(name),) if w is not None), None)
+        weight = model.by_id.get(make_id(name))
         if weight is not None and weight.storage is not None and weight.storage.region != entry.storage.region:
             raise CorruptFile(f"{checkpoint.main}: tensor {name!r} moved since it was read; nothing was written")
 

@@ -48,6 +48,8 @@ class Bench:
     def __init__(self, parts: tuple[Part, ...]) -> None:
         self.pieces = {part.name: Piece(part) for part in parts}
         self.records = Records()
+        self.separated: set[str] = set()
+        """Ids of weights that no longer share their range of a data file."""
         self._moved: dict[str, Spot] = {}
         self._shared_files: set[str] = set()
 

@@ -41,8 +41,10 @@ _WITH_NAME = [
     (name, re.compile(rf"^(?:(.+?)[._-])?{name.replace('_', '[_-]')}(?:[._-](.+))?$", re.IGNORECASE))
     for name in sorted(_PARTS, key=len, reverse=True)
 ]
-_MERGED = {"decoder_model_merged": ("decoder_model", "decoder_with_past_model"),
-           "decoder_merged": ("decoder", "decoder_with_past")}
+_MERGED = {
+    "decoder_model_merged": ("decoder_model", "decoder_with_past_model"),
+    "decoder_merged": ("decoder", "decoder_with_past"),
+}
 _DOCUMENTS = frozenset(
     ".json .txt .md .py .yaml .yml .toml .csv .tsv .png .jpg .jpeg .gif .pdf .html .cfg .ini .sh .pb .npz .npy "
     ".model .safetensors .vocab .gitignore .gitattributes .lock .log .js .ts".split()
@@ -90,7 +92,13 @@ def _is_model(path: Path) -> bool:
 def _models_of(folder: Path) -> Iterator[Path]:
     for place in (folder, folder / "onnx"):
         if place.is_dir():
-            yield from sorted((path for path in place.iterdir() if _is_model(path)), key=lambda path: (path.stem, path.name))
+            yield from sorted(
+                (path for path in place.iterdir() if _is_model(path)), key=lambda path: (path.stem, path.name)
+            )
+
+
+def _by_stem(path: Path) -> tuple[str, str]:
+    return (path.stem, path.name)  # so that `encoder` comes before `encoder.int8`
 
 
 def _owner(path: Path) -> Path | None:
@@ -196,14 +204,18 @@ def alternative_of(files: Sequence[Path]) -> str | None:
     if name.variant:
         for stem, other in beside.items():
             if other == name._replace(variant=""):
-                return stem if len(files) == 1 else ", ".join(
-                    one for one, parsed in beside.items() if parsed.part and parsed == parsed._replace(
-                        name=name.name, variant="")
+                return (
+                    stem
+                    if len(files) == 1
+                    else ", ".join(
+                        one
+                        for one, parsed in beside.items()
+                        if parsed.part and parsed == parsed._replace(name=name.name, variant="")
+                    )
                 )
     if len(files) == 1 and name.part in _MERGED:
         separate = [
-            stem for stem, other in beside.items()
-            if other.part in _MERGED[name.part] and other[1:] == name[1:]
+            stem for stem, other in beside.items() if other.part in _MERGED[name.part] and other[1:] == name[1:]
         ]
         return ", ".join(separate) or None
     return None

@@ -93,9 +93,9 @@ def is_same(piece: Piece, site: Site, shape: Shape) -> bool:
     if op.type != "Reshape" or site.slot != 0 or len(op.proto.input) < 2:
         return False
     target = constant_ints(piece, op.body, op.proto.input[1])
-    if target is None or len(target) != 2 or target == [-1, -1]:
+    if target is None or len(target) != 2:
         return False
-    return all(want in (have, -1) for want, have in zip(target, shape, strict=True))
+    return all(want in (have, -1, 0) for want, have in zip(target, shape, strict=True))
 
 
 def constant_ints(piece: Piece, body: Body, name: str) -> list[int] | None:

@@ -75,7 +75,7 @@ def _shapes(scope: Scope) -> dict[str, tuple[int, ...]]:
         found.update({tensor.name: tuple(tensor.dims) for tensor in scope.graph.initializer})
     for node in scope.nodes:
         if node.op_type == "Constant":
-            found.update({node.output[0]: tuple(a.t.dims) for a in node.attribute if a.name == "value"})
+            found.update((node.output[0], tuple(a.t.dims)) for a in node.attribute if a.name == "value")
     return found
 
 

@@ -124,9 +124,9 @@ class Lookups:
     def _actual_inputs(self, value: Value) -> list[Value]:
         """What is passed for a formal input of a function, Loop or Scan body."""
         scope = self.values.by_name[value.scope]
-        if value.name not in scope.inputs:
+        index = scope.input_slots.get(value.name)
+        if index is None:
             return []
-        index = scope.inputs.index(value.name)
         if scope.function is not None:
             places = [(call.scope, call.node) for call in self.values.calls.get(scope.name, ())]
         elif scope.owner is not None and scope.parent is not None and scope.owner.op_type in ("Loop", "Scan"):
@@ -150,7 +150,7 @@ class Lookups:
 
     def _formal(self, value: Value, kinds: list[Kind]) -> Kind:
         scope = self.values.by_name[value.scope]
-        if value.name not in scope.inputs:
+        if value.name not in scope.input_slots:
             return Kind.OTHER
         if scope.function is not None:
             return Kind.IDS if Kind.IDS in kinds else max(kinds, default=Kind.OTHER)
@@ -168,7 +168,7 @@ class Lookups:
 
     def _counts(self, scope: Scope, name: str) -> bool:
         """Whether a Loop body's input is its iteration number, or a state that only grows by addition."""
-        index = scope.inputs.index(name)
+        index = scope.input_slots[name]
         if index == 0:
             return True
         if index < 2 or index - 1 >= len(scope.outputs):

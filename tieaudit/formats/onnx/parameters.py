@@ -25,6 +25,7 @@ from tieaudit.formats.onnx.values import Consumer, Value, Values, op_name
 from tieaudit.model import Weight
 from tieaudit.storage import blocks
 
+NOT_USED = "not used by any node"
 _N_MOST_BYTES_READ = 16 * 1024 * 1024
 _N_MOST_STEPS = 5_000
 _N_FEW = 65
@@ -88,7 +89,7 @@ class Parameters:
             if best.strength == 3:
                 break
         if best is None:
-            return None, "not used by any node"
+            return None, NOT_USED
         return best.parameter, best.because
 
     def _opinions(self, value: Value, weight: Weight) -> Iterator[Verdict]:
@@ -216,6 +217,8 @@ class Parameters:
             return _not(f"named as a mask or a computed table, {place}")
         if _was_constant_node(weight) and _is_made_up(weight) and weight.n_elements < _N_FEW:
             return _not(f"{place}, a few numbers written into the graph by the exporter")
+        if _was_constant_node(weight) and _is_made_up(weight) and sum(size > 1 for size in weight.shape) > 1:
+            return _not(f"{place}, a grid written into the graph by the exporter: anchors, priors or coordinates")
         others = [self.values.resolve(scope, name) for index, name in enumerate(node.input) if index != slot]
         if op in ("Mul", "Add", "Sub", "Div") and any(self.lookups.kind(one) is Kind.POSITIONS for one in others):
             return _not(f"{place}, combined with positions")

@@ -349,7 +349,7 @@ PATTERNS = (
     ),
     Pattern(
         "fusedmatmul_flip",
-        frozenset({f"{MICROSOFT}.FusedMatMul"}),
+        frozenset({f"{MICROSOFT}.FusedMatMul", f"{MICROSOFT}.TransposeMatMul"}),
         _fused_flip_why_not,
         _flip_attribute("fusedmatmul_flip", ("transA", "transB")),
     ),

@@ -8,22 +8,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tieaudit.errors import CorruptFile
 from tieaudit.formats.onnx.discover import alternative_of, not_a_model
 from tieaudit.formats.onnx.lookups import Lookups
-from tieaudit.formats.onnx.parameters import Parameters
-from tieaudit.formats.onnx.scopes import Scope, walk_scopes
+from tieaudit.formats.onnx.parameters import NOT_USED, Parameters
+from tieaudit.formats.onnx.scopes import Scope, first_output, walk_scopes
 from tieaudit.formats.onnx.tensors import Source, locate, locate_sparse, text
 from tieaudit.formats.onnx.uses import find_uses
-from tieaudit.formats.onnx.values import Value, Values, attribute
+from tieaudit.formats.onnx.values import DEFAULT_DOMAINS, Value, Values, attribute
 from tieaudit.formats.onnx.wire import Malformed, skeleton
 from tieaudit.model import Model, Part, Use, Weight, make_id
+from tieaudit.storage import Storage
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    from onnx import ModelProto, NodeProto
 
+HeldAs = Literal["initializer", "constant_node", "sparse_initializer"]
 _N_MOST_BYTES_RETRY = 256 * 1024 * 1024
 """A file that the walk over its records refuses is given to the library for a second opinion up to this size."""
 
@@ -92,6 +94,12 @@ def read_file(file: Path, part: str) -> _Read:
     read.weights = list(weights.values())
     read.uses = list(find_uses(values, part, lookups))
     read.metadata = _metadata(proto, scopes, source)
+    unsure = [weight for weight in read.weights if weight.parameter is None and weight.because != NOT_USED]
+    if unsure:
+        notes.append(
+            f"{file}: cannot tell whether {len(unsure)} tensors are parameters, "
+            f"the first is {unsure[0].name!r}: {unsure[0].because}"
+        )
     if proto.training_info:
         notes.append(f"{file}: holds training graphs, which were not read")
     read.notes = notes
@@ -147,46 +155,56 @@ def _check_names(scopes: list[Scope], file: Path) -> None:
 
 def _weights_of(scope: Scope, source: Source, part: str) -> Iterator[tuple[Value, Weight]]:
     """Initializers, sparse initializers and tensor-valued Constant nodes of one scope."""
-    from onnx import TensorProto
-
-    outputs, inputs = set(scope.outputs), set(scope.inputs)
     tensors = scope.graph.initializer if scope.graph is not None else ()
+    sparse_tensors = scope.graph.sparse_initializer if scope.graph is not None else ()
     for index, tensor in enumerate(tensors):
-        place = _place(scope, tensor.name or f"initializer#{index}")
-        shape, kind, storage = locate(tensor, source, place)
-        if tensor.name:  # a tensor without a name cannot be used
-            yield Value(scope.name, tensor.name), Weight(
-                make_id(tensor.name, part, scope.name), tensor.name, shape, kind, storage, part, scope.name,
-                held_as="initializer", graph_output=tensor.name in outputs,
-                overridable=tensor.name in inputs and not scope.name,
-            )
-    for index, sparse in enumerate(scope.graph.sparse_initializer if scope.graph is not None else ()):
+        found = locate(tensor, source, _place(scope, tensor.name or f"initializer#{index}"))
+        yield from _weight(scope, part, tensor.name, found, "initializer")
+    for index, sparse in enumerate(sparse_tensors):
         name = sparse.values.name
-        shape, kind, storage = locate_sparse(sparse, source, _place(scope, name or f"sparse_initializer#{index}"))
-        if name:
-            yield Value(scope.name, name), Weight(
-                make_id(name, part, scope.name), name, shape, kind, storage, part, scope.name,
-                held_as="sparse_initializer", graph_output=name in outputs,
-                overridable=name in inputs and not scope.name,
-            )
+        found = locate_sparse(sparse, source, _place(scope, name or f"sparse_initializer#{index}"))
+        yield from _weight(scope, part, name, found, "sparse_initializer")
     for node in scope.nodes:
-        if node.op_type != "Constant" or node.domain not in ("", "ai.onnx") or not node.output or not node.output[0]:
-            continue
-        name = node.output[0]
-        found = attribute(node, "value") or attribute(node, "sparse_value")
-        if found is None or found.ref_attr_name:
-            continue  # a number written into the attribute itself
-        is_sparse = found.HasField("sparse_tensor")
-        place = _place(scope, name)
-        if not is_sparse and found.t == TensorProto():
-            raise CorruptFile(f"{source.path}, Constant node {place!r}: expected a tensor as its value, found none")
-        shape, kind, storage = (locate_sparse if is_sparse else locate)(
-            found.sparse_tensor if is_sparse else found.t, source, place
-        )
-        yield Value(scope.name, name), Weight(
-            make_id(name, part, scope.name), name, shape, kind, storage, part, scope.name,
-            held_as="constant_node", graph_output=name in outputs,
-        )
+        if node.op_type == "Constant" and node.domain in DEFAULT_DOMAINS and first_output(node):
+            name = first_output(node)
+            value = _constant(node, source, _place(scope, name))
+            if value is not None:
+                yield from _weight(scope, part, name, value, "constant_node")
+
+
+def _constant(node: NodeProto, source: Source, place: str) -> tuple[tuple[int, ...], str, Storage] | None:
+    """The tensor of a Constant node; None for numbers written into the attribute itself."""
+    found = attribute(node, "value") or attribute(node, "sparse_value")
+    if found is None or found.ref_attr_name:
+        return None
+    if found.HasField("sparse_tensor"):
+        return locate_sparse(found.sparse_tensor, source, place)
+    if not found.HasField("t"):
+        raise CorruptFile(f"{source.path}, Constant node {place!r}: expected a tensor as its value, found none")
+    return locate(found.t, source, place)
+
+
+def _weight(
+    scope: Scope, part: str, name: str, found: tuple[tuple[int, ...], str, Storage], held_as: HeldAs
+) -> Iterator[tuple[Value, Weight]]:
+    if not name:  # checked like any other tensor, but nothing can use it
+        return
+    shape, kind, storage = found
+    yield (
+        Value(scope.name, name),
+        Weight(
+            id=make_id(name, part, scope.name),
+            name=name,
+            shape=shape,
+            dtype=kind,
+            storage=storage,
+            part=part,
+            scope=scope.name,
+            held_as=held_as,
+            overridable=held_as != "constant_node" and not scope.name and name in scope.input_slots,
+            graph_output=name in scope.output_names,
+        ),
+    )
 
 
 def _place(scope: Scope, name: str) -> str:

@@ -25,7 +25,6 @@ MAX_DEPTH = 100
 """Levels of subgraphs that are followed; real models use at most three or four."""
 
 
-
 @dataclass(frozen=True, eq=False)
 class Scope:
     """One namespace of values: a graph or a function body."""
@@ -58,6 +57,16 @@ class Scope:
             names.update(tensor.values.name for tensor in self.graph.sparse_initializer)
         names.discard("")
         return frozenset(names)
+
+    @cached_property
+    def input_slots(self) -> dict[str, int]:
+        """Input name → its number; old exporters list thousands of initializers as inputs."""
+        return {name: slot for slot, name in enumerate(self.inputs)}
+
+    @cached_property
+    def output_names(self) -> frozenset[str]:
+        """The outputs as a set."""
+        return frozenset(self.outputs)
 
     def owner_of(self, name: str) -> Scope | None:
         """The innermost scope from here outwards that defines `name`, or None if nobody does."""
@@ -138,8 +147,7 @@ def _descend(pending: list[Scope], found: list[Scope], taken: Counter[str], wher
             for attribute, graph in subgraphs(node):
                 if scope.depth + 1 > MAX_DEPTH:
                     raise CorruptFile(
-                        f"{where}: expected at most {MAX_DEPTH} levels of nested graphs, found more, "
-                        f"in node {handle!r}"
+                        f"{where}: expected at most {MAX_DEPTH} levels of nested graphs, found more, in node {handle!r}"
                     )
                 step = f"{handle}.{attribute}"
                 path = f"{scope.name}/{step}" if scope.name else step

@@ -9,11 +9,7 @@ from __future__ import annotations
 
 def _table(text: str) -> dict[str, frozenset[int]]:
     rows = (line.split(":") for line in text.split(";") if line.strip())
-    return {
-        name: frozenset(int(slot) for slot in slots.split(","))
-        for names, slots in rows
-        for name in names.split()
-    }
+    return {name: frozenset(int(slot) for slot in slots.split(",")) for names, slots in rows for name in names.split()}
 
 
 def _prefixed(table: dict[str, frozenset[int]], domain: str) -> dict[str, frozenset[int]]:

@@ -196,7 +196,9 @@ def _number(entries: dict[str, str], key: str, default: int, where: str) -> int:
     if not value:
         return default
     if not (value.isascii() and value.isdigit() and len(value) < 20):
-        raise CorruptFile(f"{where}: expected a number of bytes as the {key} of its external data, found {value[:40]!r}")
+        raise CorruptFile(
+            f"{where}: expected a number of bytes as the {key} of its external data, found {value[:40]!r}"
+        )
     return int(value)
 
 
@@ -222,8 +224,10 @@ def _find_data_file(folder: Path, location: str, where: str) -> tuple[Path, int]
     except (OSError, RuntimeError) as error:  # name too long, loop of links, no permission
         raise CorruptFile(f"{where}: {rule}, found {location[:200]!r}: {error}") from error
     if not inside:
-        raise CorruptFile(f"{where}: {rule}, found {location!r}, which leads to {path}; "
-                          "copy that file beside the model if you trust it")
+        raise CorruptFile(
+            f"{where}: {rule}, found {location!r}, which leads to {path}; "
+            "copy that file beside the model if you trust it"
+        )
     if not exists:
         raise CorruptFile(f"{where}: expected its data in {path}, found no such file; fetch it beside the model")
     if size < 1024 and path.read_bytes().startswith(LFS_MAGIC):

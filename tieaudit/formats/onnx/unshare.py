@@ -12,7 +12,7 @@ from tieaudit.formats.onnx.records import Key
 from tieaudit.formats.onnx.transposed import Copy
 from tieaudit.formats.onnx.uses import VIEW_OPS
 from tieaudit.formats.onnx.workbench import Body, Op, Piece, Site
-from tieaudit.model import Model, Weight, make_id
+from tieaudit.model import Model, Weight
 
 if TYPE_CHECKING:
     from onnx import TensorProto
@@ -29,7 +29,7 @@ def why_not(bench: Bench, model: Model, edit: Unshare) -> str | None:
     spot = bench.spot(source)
     if spot is None:
         return f"{edit.source} is in no graph that can be edited"
-    existing = _existing(model, edit, source)
+    existing = _existing(bench, model, edit, source)
     if existing is not None:
         if bench.spot(existing) is None:
             return f"{edit.name} is in no graph that can be edited"
@@ -52,7 +52,7 @@ def why_not(bench: Bench, model: Model, edit: Unshare) -> str | None:
 def unshare(bench: Bench, model: Model, edit: Unshare) -> None:
     """Make the copy. Only called where `why_not` gave None."""
     source = model.by_id[edit.source]
-    existing = _existing(model, edit, source)
+    existing = _existing(bench, model, edit, source)
     spot = bench.spot(existing or source)
     storage = (existing or source).storage
     assert spot is not None and storage is not None
@@ -61,6 +61,7 @@ def unshare(bench: Bench, model: Model, edit: Unshare) -> None:
     piece = spot.piece
     piece.touched = True
     if existing is not None:
+        bench.separated.add(existing.id)
         if (location := piece.location_of(tensor)) is not None:
             piece.put(tensor, Copy(storage, existing.id), location)
         return
@@ -70,15 +71,17 @@ def unshare(bench: Bench, model: Model, edit: Unshare) -> None:
     _move(piece, spot.body, spot.name, edit.name, {(scope, node, slot) for _, scope, node, slot in edit.uses})
 
 
-def _existing(model: Model, edit: Unshare, source: Weight) -> Weight | None:
-    """The weight that has the name already, if it shares its bytes with the source."""
-    for id in (edit.name, make_id(edit.name, source.part, source.scope)):
-        found = model.by_id.get(id)
-        if found is not None and found.id != source.id and found.storage is not None and source.storage is not None:
-            container, begin, end = found.storage.region
-            other = source.storage.region
-            if container == other[0] and begin < other[2] and other[1] < end:
-                return found
+def _existing(bench: Bench, model: Model, edit: Unshare, source: Weight) -> Weight | None:
+    """A weight that has the name already, in any file, and still shares its bytes with the source."""
+    if source.storage is None:
+        return None
+    container, begin, end = source.storage.region
+    for other in model.weights:
+        if edit.name not in (other.name, other.id) or other.id in (source.id, *bench.separated):
+            continue
+        region = other.storage.region if other.storage is not None else ("", 0, 0)
+        if region[0] == container and region[1] < end and begin < region[2]:
+            return other
     return None
 
 
@@ -90,7 +93,7 @@ def _copy_of(piece: Piece, tensor: TensorProto, name: str) -> TensorProto:
     copy.name = name
     location = piece.location_of(tensor)
     number = piece.token_number(tensor.raw_data)
-    if location is not None:
+    if location is not None or number is not None:
         storage = piece.stored[number] if number is not None else piece.external(tensor)
         piece.put(copy, Copy(storage, f"{piece.part}|{name}"), location)
     return copy

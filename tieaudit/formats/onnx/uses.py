@@ -74,8 +74,9 @@ def _uses_of(weight: Weight, start: _Seen, values: Values, part: str, lookups: L
             if scope.function is not None and seen.calls:
                 pending.extend(_returned(seen, index))
             else:
-                yield Use(weight.id, "output", f"@{scope.outputs[index]}", 0, seen.view, part, scope.name,
-                          chain=seen.chain)
+                yield Use(
+                    weight.id, "output", f"@{scope.outputs[index]}", 0, seen.view, part, scope.name, chain=seen.chain
+                )
         for scope, node, slot in values.consumers.get(seen.value, ()):
             n_steps += 1
             onward = None
@@ -85,9 +86,16 @@ def _uses_of(weight: Weight, start: _Seen, values: Values, part: str, lookups: L
                 pending.append(onward)
                 continue
             yield Use(
-                weight.id, op_name(node), first_output(node) or f"{node.op_type}", slot,
-                _operand(seen, node, slot), part, scope.name,
-                lookups.reads_ids(scope, node, slot), lookups.feeds_output(scope, node), seen.chain,
+                weight.id,
+                op_name(node),
+                first_output(node) or f"{node.op_type}",
+                slot,
+                _operand(seen, node, slot),
+                part,
+                scope.name,
+                lookups.reads_ids(scope, node, slot),
+                lookups.feeds_output(scope, node),
+                seen.chain,
                 seen.transposes,
             )
 

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from tieaudit.formats.onnx.everywhere import all_tensors
 from tieaudit.formats.onnx.read import parse
 from tieaudit.formats.onnx.scopes import Scope, first_output, walk_scopes
 from tieaudit.formats.onnx.tensors import locate
@@ -222,10 +223,18 @@ class Piece:
         """What each token stands for, by its number."""
         self.outside: dict[int, str] = {}
         """Token number → external data file, relative to the file's folder, that it will be written to."""
+        self.data_files = self._find_data_files()
+        """(resolved path, location as written) of the data files that the part has before any edit."""
         self.bodies = _bodies(self.proto, str(self.path))
         self.names = _all_names(self.bodies.values())
         self.casts: dict[tuple[Op, str], str] = {}
         self.touched = False
+
+    def _find_data_files(self) -> tuple[tuple[Path, str], ...]:
+        for tensor in all_tensors(self.proto):
+            if tensor.data_location == EXTERNAL:
+                self.external(tensor)
+        return tuple((path, location) for location, (path, _) in self.source.data_files.items())
 
     @cached_property
     def opset(self) -> int:

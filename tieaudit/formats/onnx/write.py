@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from tieaudit.errors import RewriteRefused
+from tieaudit.formats.onnx.everywhere import all_tensors
 from tieaudit.formats.onnx.inline import N_MOST_BYTES, expanded, write_pieces
 from tieaudit.formats.onnx.transposed import Transposed
 from tieaudit.formats.onnx.wire import N_BYTES_INLINE
@@ -21,7 +22,7 @@ from tieaudit.formats.onnx.workbench import EXTERNAL, Piece
 from tieaudit.storage import BLOCK_BYTES, FileStorage, Storage, blocks
 
 if TYPE_CHECKING:
-    from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
+    from onnx import TensorProto
 
     from tieaudit.model import Model
 
@@ -52,7 +53,7 @@ def write(model: Model, pieces: list[Piece], dest: Path) -> tuple[str, ...]:
     sources: set[Path] = set()
     data: dict[Path, list[Item]] = {}
     for piece in edited:
-        sources.update(path for path, _ in _data_files(piece))
+        sources.update(path for path, _ in piece.data_files)
         piece.flush()
         _move_out_if_too_large(piece)
         for item in _items(piece):
@@ -64,7 +65,7 @@ def write(model: Model, pieces: list[Piece], dest: Path) -> tuple[str, ...]:
             written.append(_write_piece(dest, relative, piece))
         else:
             written.append(_copy(piece.path, dest, relative))
-            for path, location in _data_files(piece):
+            for path, location in piece.data_files:
                 if (target := _inside(relative.parent / location, piece)).as_posix() not in written:
                     written.append(_copy(path, dest, target))
     if root == Path(model.path):
@@ -93,61 +94,13 @@ def _inside(relative: Path, piece: Piece) -> Path:
 def _closure(pieces: list[Piece]) -> list[Piece]:
     """The edited parts and those that share a data file with one, whose offsets change too."""
     edited = [piece for piece in pieces if piece.touched]
-    files = {id(piece): {path for path, _ in _data_files(piece)} for piece in pieces}
+    files = {id(piece): {path for path, _ in piece.data_files} for piece in pieces}
     while True:
         known = set().union(*(files[id(piece)] for piece in edited)) if edited else set()
         more = [piece for piece in pieces if piece not in edited and files[id(piece)] & known]
         if not more:
             return [piece for piece in pieces if piece in edited]
         edited += more
-
-
-def _data_files(piece: Piece) -> list[tuple[Path, str]]:
-    """(resolved path, location as written) of the data files that the part had when it was read."""
-    for tensor in all_tensors(piece.proto):
-        if tensor.data_location == EXTERNAL:
-            piece.external(tensor)
-    return [(path, location) for location, (path, _) in piece.source.data_files.items()]
-
-
-def all_tensors(model: ModelProto) -> Iterator[TensorProto]:
-    """Every tensor message of a model, wherever it is."""
-    yield from _in_graph(model.graph)
-    for function in model.functions:
-        yield from _in_nodes(function)
-        for attribute in function.attribute_proto:
-            yield from ([attribute.t] if attribute.HasField("t") else [])
-    for info in model.training_info:
-        yield from _in_graph(info.initialization)
-        yield from _in_graph(info.algorithm)
-
-
-def _in_graph(graph: GraphProto) -> Iterator[TensorProto]:
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    yield from _in_nodes(graph)
-
-
-def _in_nodes(owner: GraphProto | FunctionProto) -> Iterator[TensorProto]:
-    for node in owner.node:
-        if node.attribute:
-            yield from _in_attributes(node)
-
-
-def _in_attributes(node: NodeProto) -> Iterator[TensorProto]:
-    for attribute in node.attribute:
-        if attribute.HasField("t"):
-            yield attribute.t
-        yield from attribute.tensors
-        for sparse in ([attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []):
-            yield from (sparse.values, sparse.indices)
-        for sparse in attribute.sparse_tensors:
-            yield from (sparse.values, sparse.indices)
-        if attribute.HasField("g"):
-            yield from _in_graph(attribute.g)
-        for graph in attribute.graphs:
-            yield from _in_graph(graph)
 
 
 def _items(piece: Piece) -> Iterator[Item]:
