@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from tieaudit.change import Edit, Plan, Respell, Share, Written
+from tieaudit.change import Edit, Plan, Share, Written
 from tieaudit.formats.onnx.edit import edit
 from tieaudit.formats.onnx.read import load
 from tieaudit.model import Member, Model
@@ -108,6 +108,3 @@ def run(source: onnx.ModelProto | Path, feeds: Mapping[str, Any], level: int = 0
 def n_large_copies(path: Path, n_elements: int = V * D) -> int:
     """How many tensors of a matrix's size a model file holds, in any graph."""
     return sum(weight.n_elements == n_elements for weight in load(path, (path,)).weights)
-
-
-__all__ = ["AS_STORED", "TRANSPOSED", "Respell", "Share"]

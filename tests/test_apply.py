@@ -247,3 +247,20 @@ def test_too_little_room_is_said_before_anything_is_written(tmp_path: Path, monk
     assert result.exit_code == 2
     assert "free bytes" in result.output
     assert not (tmp_path / "out.onnx").exists()
+
+
+@pytest.mark.parametrize("command", ["plan", "apply", "verify"])
+def test_the_json_of_every_command_fits_its_published_schema(tmp_path: Path, command: str) -> None:
+    import jsonschema
+
+    source, to = tiny_onnx.lost(tmp_path / "m.onnx"), tmp_path / "out.onnx"
+    words = {"plan": (source,), "apply": (source, "--to", to), "verify": (source, source)}[command]
+    result = run(command, *words, "--format", "json")
+    assert result.exit_code == 0, result.output
+    schema = Path(__file__).parent.parent / "docs" / "schema" / f"{command}-1.schema.json"
+    wanted = json.loads(schema.read_text())
+    jsonschema.Draft202012Validator.check_schema(wanted)
+    jsonschema.validate(json.loads(result.output), wanted)
+    broken = {**json.loads(result.output), "schema": "another"}
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(broken, wanted)

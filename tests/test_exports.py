@@ -27,7 +27,7 @@ KINDS = ("plain", "basic", "torchscript")
 
 @pytest.fixture(scope="module", params=tiny_exports.ARCHITECTURES)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Path]]:
-    """One architecture: dynamo's export, what ONNX Runtime makes of it at BASIC, and the TorchScript exporter's file."""
+    """One architecture: dynamo's export, what ONNX Runtime makes of it, and the TorchScript exporter's file."""
     arch, home = request.param, tmp_path_factory.mktemp(request.param)
     plain = tiny_exports.export(arch, home / "plain.onnx")
     basic = tiny_exports.optimised(plain, home / "basic.onnx")

@@ -20,7 +20,9 @@ Names = list[set[str]]
 
 def weight(name: str, array: np.ndarray, *, dtype: str | None = None, shape: tuple[int, ...] | None = None) -> Weight:
     data = np.ascontiguousarray(array).tobytes()
-    return Weight(name, name, shape or array.shape, dtype or str(array.dtype), MemoryStorage(data, name), parameter=True)
+    return Weight(
+        name, name, shape or array.shape, dtype or str(array.dtype), MemoryStorage(data, name), parameter=True
+    )
 
 
 def model(*weights: Weight) -> Model:
@@ -71,7 +73,7 @@ def test_a_class_holds_copies_in_both_orientations_once() -> None:
     assert tie.n_bytes_saved == 3 * 30 * 6 * 4
 
 
-# --- what is not: each of these is a tie to a naive reader -------------------------------------------------------------
+# --- what is not: each of these is a tie to a naive reader
 
 
 def test_zero_and_minus_zero_are_different_values() -> None:
@@ -208,8 +210,10 @@ def test_the_classes_are_those_of_a_brute_force_comparison(data: st.DataObject) 
 
 
 def _one(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.tobytes() == b.tobytes() and a.shape == b.shape or (
-        a.ndim == 2 and a.T.shape == b.shape and np.ascontiguousarray(a.T).tobytes() == b.tobytes()
+    return (
+        a.tobytes() == b.tobytes()
+        and a.shape == b.shape
+        or (a.ndim == 2 and a.T.shape == b.shape and np.ascontiguousarray(a.T).tobytes() == b.tobytes())
     )
 
 

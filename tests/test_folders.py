@@ -87,7 +87,9 @@ def test_a_lost_tie_is_found_counted_repaired_and_loads_tied_with_the_same_logit
     source = lost(live, tmp_path / "lost")
     before = scan(source)
     parameters = {name for name, _ in live.named_parameters(remove_duplicate=False)}
-    found = [[m["id"] for m in g["members"] if m["id"] in parameters] for g in before["groups"] if g["origin"] == "measured"]
+    found = [
+        [m["id"] for m in g["members"] if m["id"] in parameters] for g in before["groups"] if g["origin"] == "measured"
+    ]
     assert sorted(sorted(ids) for ids in found if len(ids) > 1) == groups(live)
     assert before["summary"]["n_parameters"] == sum(p.numel() for p in live.parameters())
     assert "TIE102" in codes(before)
@@ -96,7 +98,9 @@ def test_a_lost_tie_is_found_counted_repaired_and_loads_tied_with_the_same_logit
     result = run("apply", source, "--scheme", "dedup", "--to", tmp_path / "out")
     assert result.exit_code == 0, result.output
     one, two = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
-    saved = sum(t.numel() * t.element_size() for t in one.values()) - sum(t.numel() * t.element_size() for t in two.values())
+    saved = sum(t.numel() * t.element_size() for t in one.values()) - sum(
+        t.numel() * t.element_size() for t in two.values()
+    )
     assert saved == plan["n_bytes_saved"] > 0
     _, expected = logits(arch, source)
     model, actual = logits(arch, tmp_path / "out")

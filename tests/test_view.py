@@ -48,6 +48,6 @@ def test_a_cast_and_an_opaque_step_have_no_inverse() -> None:
 
 
 def test_three_dimensional_permutations_compose_in_the_right_order() -> None:
-    # then() must give array.transpose(1,2,0).transpose(0,2,1) = transpose(1,0,2); the tempting wrong order gives (2,1,0)
+    # array.transpose(1,2,0).transpose(0,2,1) is transpose(1,0,2); the tempting wrong order gives (2,1,0)
     view = View().then(Transpose((1, 2, 0))).then(Transpose((0, 2, 1)))
     assert view.steps == (Transpose((1, 0, 2)),)

@@ -52,7 +52,11 @@ def inputs(arch: str) -> dict[str, Any]:
 
     ids = torch.randint(3, 300, (2, 7))
     if arch in ("t5", "bart", "marian"):
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": torch.randint(3, 300, (2, 5))}
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "decoder_input_ids": torch.randint(3, 300, (2, 5)),
+        }
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 

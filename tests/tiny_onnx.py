@@ -19,7 +19,7 @@ def language_model(path: Path, embedding: np.ndarray, head: np.ndarray | None, *
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
-    n_rows, n_columns = embedding.shape
+    n_rows = len(embedding)
     initializers = [numpy_helper.from_array(embedding, "wte.weight")]
     nodes = [helper.make_node("Gather", ["wte.weight", "ids"], ["x"]), helper.make_node("Tanh", ["x"], ["h"])]
     if head is None:

@@ -54,10 +54,10 @@ def _accept(model: Model, proof: Proof, require: str) -> None:
         raise ParityFailed(f"{model.path}: the {level.name} proof failed, nothing was delivered: {level.because}")
     needed = LEVELS[: LEVELS.index(require) + 1]
     outcomes = {level.name: level for level in proof.levels}
-    reached = [name for name in LEVELS if name in outcomes and outcomes[name].outcome == "held"]  # type: ignore[comparison-overlap]
+    reached = [name for name in LEVELS if name in outcomes and outcomes[name].outcome == "held"]
     if any(name in reached for name in LEVELS[LEVELS.index(require) :]):
         return  # a higher level that ran stands for the lower ones
-    missing = next((outcomes[name] for name in needed if name in outcomes and name not in reached), None)  # type: ignore[comparison-overlap]
+    missing = next((outcomes[name] for name in needed if name in outcomes and name not in reached), None)
     because = missing.because if missing is not None else "it was not attempted"
     raise RewriteRefused(
         f"{model.path}: expected the {require} proof, which could not run: {because}; nothing was delivered",

@@ -25,6 +25,8 @@ from tieaudit.registry import choose, discover
 from tieaudit.reports import ReportFormat
 from tieaudit.verdict import Report
 
+Render = Callable[[Sequence[Report], Sequence[tuple[str, str]], dict[str, object]], str]
+
 _EPILOG_SCAN = """\b
 Examples:
   tieaudit scan model.onnx
@@ -95,9 +97,9 @@ def _plan_options(command: Callable[..., None]) -> Callable[..., None]:
     options = [
         click.option("--scheme", "schemes", multiple=True, metavar="S",
                      help="dedup (default), io, untie or declare; repeat for several, left to right."),
-        click.option("--target", metavar="T", help="Consumer to be safe for: ort-cpu, ort-cuda, transformers-5, transformers-4."),
+        click.option("--target", metavar="T", help="Be safe for ort-cpu, ort-cuda, transformers-5 or transformers-4."),
         click.option("--allow-lossy", is_flag=True, help="Tie weights that differ. Changes what the model computes."),
-        click.option("--merge", metavar="M", help="Whose values survive a lossy tie: keep:head (default), keep:embedding, mean."),
+        click.option("--merge", metavar="M", help="Values of a lossy tie: keep:head (default), keep:embedding or mean."),
         click.option("--transposed-as", type=click.Choice(["auto", "gemm", "gather", "fused"]), default="auto",
                      show_default=True, help="How an ONNX graph reads a tied matrix transposed."),
     ]  # fmt: skip
@@ -108,7 +110,12 @@ def _plan_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def _format_option(names: Sequence[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     return click.option(
-        "--format", "format_name", type=click.Choice(names), default="text", show_default=True, help="How to print the result."
+        "--format",
+        "format_name",
+        type=click.Choice(names),
+        default="text",
+        show_default=True,
+        help="How to print the result.",
     )
 
 
@@ -161,14 +168,31 @@ def plan(path: str, format_name: str, **chosen: Any) -> None:
 @main.command(epilog=_EPILOG_APPLY)
 @click.argument("path", required=False)
 @_plan_options
-@click.option("--to", "destination", type=click.Path(path_type=Path), help="Where to write; must not exist. Without it, print the plan.")
+@click.option(
+    "--to",
+    "destination",
+    type=click.Path(path_type=Path),
+    help="Where to write; must not exist. Without it, print the plan.",
+)
 @click.option("--require", type=click.Choice(["structural", "regional", "end-to-end"]), default="regional",
               show_default=True, help="Least level of proof for delivery.")  # fmt: skip
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run the proof.")
-@click.option("--inputs", type=click.Path(path_type=Path), help="Inputs for the proof, an .npz; default: generated from the signature.")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where to run the proof.",
+)
+@click.option(
+    "--inputs",
+    type=click.Path(path_type=Path),
+    help="Inputs for the proof, an .npz; default: generated from the signature.",
+)
 @click.option("--max-drift", type=float, help="Largest output difference that a lossy plan may cause.")
 @click.option("--strict", is_flag=True, help="If any part of the plan is refused, deliver nothing.")
-@click.option("--undo", type=click.Path(path_type=Path), metavar="RECEIPT", help="Take a delivery back, given its receipt.")
+@click.option(
+    "--undo", type=click.Path(path_type=Path), metavar="RECEIPT", help="Take a delivery back, given its receipt."
+)
 @_format_option(["text", "json"])
 def apply(
     path: str | None,
@@ -184,7 +208,7 @@ def apply(
 ) -> None:
     """Plan, write, read back, prove, deliver, with a receipt. The input is only read.
 
-    Exit code: 0 delivered, or nothing to do · 1 a proof failed, nothing delivered · 2 refused, or a required proof could
+    Exit code: 0 delivered, or nothing to do · 1 a proof failed, nothing delivered · 2 refused, or a proof could
     not run, nothing delivered.
     """
     if undo is not None:
@@ -209,18 +233,40 @@ def apply(
     given = read_inputs(inputs) if inputs is not None else None
     with _spinner("writing and proving"):
         done = carry_out(
-            model, made, destination, require=require.replace("-", " "), device=device, inputs=given, max_drift=max_drift
+            model,
+            made,
+            destination,
+            require=require.replace("-", " "),
+            device=device,
+            inputs=given,
+            max_drift=max_drift,
         )
-    _print(outcome.applied(model, done.plan, done.proof, str(done.delivered.path), str(done.delivered.receipt), format_name, _settings()))
+    _print(
+        outcome.applied(
+            model,
+            done.plan,
+            done.proof,
+            str(done.delivered.path),
+            str(done.delivered.receipt),
+            format_name,
+            _settings(),
+        )
+    )
 
 
 @main.command(epilog=_EPILOG_VERIFY)
 @click.argument("before", required=False)
 @click.argument("after", required=False)
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run.")
-@click.option("--inputs", type=click.Path(path_type=Path), help="Inputs as an .npz; default: generated from the signature.")
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run."
+)
+@click.option(
+    "--inputs", type=click.Path(path_type=Path), help="Inputs as an .npz; default: generated from the signature."
+)
 @click.option("--max-drift", type=float, help="Largest output difference to accept; default: the noise floor.")
-@click.option("--receipt", type=click.Path(path_type=Path), help="Check that input and output are what this receipt says.")
+@click.option(
+    "--receipt", type=click.Path(path_type=Path), help="Check that input and output are what this receipt says."
+)
 @_format_option(["text", "json"])
 def verify(
     before: str | None,
@@ -241,7 +287,10 @@ def verify(
         from tieaudit.deliver import check_receipt
 
         problems = check_receipt(receipt)
-        _print("\n".join(printable(problem, None) for problem in problems) or "input and output are exactly what the receipt says")
+        _print(
+            "\n".join(printable(problem, None) for problem in problems)
+            or "input and output are exactly what the receipt says"
+        )
         sys.exit(1 if problems else 0)
     if before is None or after is None:
         raise UsageError("expected two models, BEFORE and AFTER, or --receipt RECEIPT")
@@ -279,8 +328,9 @@ def _choices(chosen: dict[str, Any]) -> Choices:
     )
 
 
-def _report(name: str) -> Callable[[Sequence[Report], Sequence[tuple[str, str]], dict[str, object]], str]:
-    return choose(discover("reports", ReportFormat), name, "report format").render
+def _report(name: str) -> Render:
+    render: Render = choose(discover("reports", ReportFormat), name, "report format").render
+    return render
 
 
 def _settings() -> dict[str, object]:

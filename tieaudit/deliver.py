@@ -129,7 +129,9 @@ def read_receipt(path: Path) -> dict[str, dict[str, object]]:
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise CorruptFile(f"{path}: expected a receipt of tieaudit, found something that is not JSON: {error}") from error
+        raise CorruptFile(
+            f"{path}: expected a receipt of tieaudit, found something that is not JSON: {error}"
+        ) from error
     shaped = isinstance(receipt, dict) and receipt.get("schema") == SCHEMA
     for side in ("input", "output"):
         part = receipt.get(side) if shaped else None
@@ -150,7 +152,7 @@ def check_receipt(path: Path) -> list[str]:
 
 def _changed(receipt: dict[str, dict[str, object]], side: str, path: Path) -> list[str]:
     files = receipt[side]["files"]
-    assert isinstance(files, dict)  # noqa: S101 - read_receipt checked it
+    assert isinstance(files, dict)  # read_receipt checked it
     problems = []
     for name, expected in files.items():
         file = Path(name) if side == "input" else _home(path) / name
@@ -178,7 +180,7 @@ def undo(path: Path) -> list[Path]:
     if problems:
         raise RewriteRefused(f"not undone, nothing removed: {'; '.join(problems[:3])}")
     files = read_receipt(path)["output"]["files"]
-    assert isinstance(files, dict)  # noqa: S101 - read_receipt checked it
+    assert isinstance(files, dict)  # read_receipt checked it
     home = _home(path)
     removed = [home / name for name in files]
     for file in [*removed, path]:
@@ -188,5 +190,3 @@ def undo(path: Path) -> list[Path]:
         if (folder != home or path.name == RECEIPT_NAME) and not any(folder.iterdir()):
             folder.rmdir()
     return removed
-
-

@@ -13,7 +13,7 @@ from tieaudit.floor import Difference, difference, limit_of, rounding_bound, say
 from tieaudit.formats.onnx.limits import id_limits
 from tieaudit.inputs import Feed, Sizes, corrected, made_up, stored_beside
 from tieaudit.runners import Array, Signature
-from tieaudit.running import VARIATIONS, Opened, opened
+from tieaudit.running import VARIATIONS, Chained, Opened, Paths, opened_whole
 from tieaudit.sandbox import ChildFailed, Sandbox
 
 N_FEEDS = 3
@@ -30,9 +30,9 @@ _LARGEST_SPREAD = 0.1
 class Pair:
     """Two things to run and compare."""
 
-    before: str
-    """Path of what is compared against."""
-    after: str
+    before: Paths
+    """What is compared against."""
+    after: Paths
     sandbox: Sandbox
     """Runs `before`."""
     other: Sandbox
@@ -63,7 +63,7 @@ def compare(pair: Pair, n_summed: int) -> Compared:
     `n_summed`: the largest number of products in one sum, for the rounding bound.
     """
     try:
-        with opened(pair.sandbox, pair.before) as before:
+        with opened_whole(pair.sandbox, pair.before) as before:
             signature = _with_limits(before.signature, pair.before)
             feeds, complaint = _feeds(before, signature, pair)
             if not feeds:
@@ -77,7 +77,7 @@ def compare(pair: Pair, n_summed: int) -> Compared:
         said = f"the original differs from itself by {spread:.3g} under settings that may not matter: is it random?"
         return Compared("not run", said, spread=spread)
     try:
-        with opened(pair.other, pair.after) as after:
+        with opened_whole(pair.other, pair.after) as after:
             return _against(pair, after, signature, feeds, spread, unstable, n_summed)
     except ChildFailed as error:
         return Compared(
@@ -88,14 +88,20 @@ def compare(pair: Pair, n_summed: int) -> Compared:
 Ran = tuple[Feed, Mapping[str, Array]]
 
 
-def _with_limits(signature: Signature, path: str) -> Signature:
-    if not path.endswith(".onnx") and Path(path).is_dir():
-        return signature
-    limits = id_limits(Path(path))
-    return replace(signature, inputs=tuple(replace(p, limit=limits.get(p.name, p.limit)) for p in signature.inputs))
+def _with_limits(signature: Signature, path: Paths) -> Signature:
+    """The ports with the number of valid ids, where an ONNX file tells it."""
+    limits: dict[str, int] = {}
+    for file in (path,) if isinstance(path, str) else path:
+        if Path(file).is_file():
+            for name, limit in id_limits(Path(file)).items():
+                limits[name] = min(limit, limits.get(name, limit))
+    if limits and not isinstance(path, str):
+        limits.setdefault("decoder_input_ids", limits.get("input_ids", 1))
+    ports = tuple(replace(port, limit=limits.get(port.name, port.limit)) for port in signature.inputs)
+    return replace(signature, inputs=ports)
 
 
-def _feeds(model: Opened, signature: Signature, pair: Pair) -> tuple[list[Ran], str]:
+def _feeds(model: Opened | Chained, signature: Signature, pair: Pair) -> tuple[list[Ran], str]:
     """Inputs that the original accepts, with what it gave; and its last complaint."""
     if pair.given is not None:
         missing = [port.name for port in signature.inputs if port.name not in pair.given]
@@ -103,7 +109,8 @@ def _feeds(model: Opened, signature: Signature, pair: Pair) -> tuple[list[Ran], 
             return [], f"--inputs lacks {', '.join(missing)}"
         feed = Feed(pair.given, "the given inputs")
         return _first_runs(model, signature, iter([feed]))
-    stored = stored_beside(Path(pair.original or pair.before), signature) if Path(pair.before).is_file() else []
+    home = pair.original or pair.before
+    stored = stored_beside(Path(home), signature) if isinstance(home, str) and Path(home).is_file() else []
     if stored:
         feeds, complaint = _first_runs(model, signature, iter(stored))
         if feeds:
@@ -121,7 +128,7 @@ def _fits(sizes: Sizes, signature: Signature, pair: Pair) -> bool:
     return not across or sizes.past == 0 or not any("past" in port.name for port in signature.inputs)
 
 
-def _first_runs(model: Opened, signature: Signature, offers: Iterator[Feed]) -> tuple[list[Ran], str]:
+def _first_runs(model: Opened | Chained, signature: Signature, offers: Iterator[Feed]) -> tuple[list[Ran], str]:
     began = time.perf_counter()
     found: list[Ran] = []
     complaint = "no inputs could be made up"
@@ -153,7 +160,7 @@ def _spread(pair: Pair, feeds: Sequence[Ran]) -> tuple[float, list[dict[str, Arr
         if variants[0] and time.perf_counter() - began > _SECONDS_FOR_SETTINGS:
             break
         try:
-            with opened(pair.sandbox, pair.before, setting) as model:
+            with opened_whole(pair.sandbox, pair.before, setting) as model:
                 for index, (feed, usual) in enumerate(feeds):
                     result = model.run(feed.arrays)
                     variants[index].append(result)
@@ -171,7 +178,7 @@ def _baseline(feeds: Sequence[Ran], spread: float, n_summed: int) -> Baseline:
 
 
 def _against(
-    pair: Pair, after: Opened, signature: Signature, feeds: Sequence[Ran], spread: float,
+    pair: Pair, after: Opened | Chained, signature: Signature, feeds: Sequence[Ran], spread: float,
     unstable: Sequence[Mapping[str, Array]], n_summed: int,
 ) -> Compared:  # fmt: skip
     baseline = _baseline(feeds, spread, n_summed)
@@ -214,7 +221,7 @@ def _drift(pair: Pair, feeds: Sequence[Ran], results: Sequence[Mapping[str, Arra
     if pair.original is None:
         return None
     worst = 0.0
-    with opened(pair.sandbox, pair.original) as original:
+    with opened_whole(pair.sandbox, pair.original) as original:
         for (feed, _), result in zip(feeds, results, strict=True):
             matched = matching.outputs(original.run(feed.arrays), result)
             found = difference(

@@ -121,13 +121,15 @@ class MergedStorage:
 
     def _rows(self, begin: int, end: int) -> bytes:
         combine = discover("merges", Merge)[self.policy].combine
-        assert combine is not None, "keep policies copy bytes and never come here"  # noqa: S101 - a tool bug, not input
+        assert combine is not None, "keep policies copy bytes and never come here"
         merged = combine([member.rows(begin, end) for member in self.members])
         kept: NDArray[np.generic] = merged.astype(dtype(self.members[0].dtype).numpy())
         return kept.tobytes()
 
 
-def common_value(weights: list[tuple[Weight, Member]], roles: dict[str, str], policy: Merge) -> tuple[str | None, Storage | None]:
+def common_value(
+    weights: list[tuple[Weight, Member]], roles: dict[str, str], policy: Merge
+) -> tuple[str | None, Storage | None]:
     """What a policy makes of a class: (id whose bytes survive, None) or (None, the merged bytes).
 
     Merged bytes come in the layout of the first member. RewriteRefused if no member has the role that the policy
@@ -137,7 +139,9 @@ def common_value(weights: list[tuple[Weight, Member]], roles: dict[str, str], po
     if policy.keeps is not None:
         kept = [weight.id for weight, _ in weights if roles.get(weight.id) == policy.keeps]
         if not kept:
-            raise RewriteRefused(f"--merge {policy.name}: none of {', '.join(w.id for w, _ in weights)} is a {policy.keeps}")
+            raise RewriteRefused(
+                f"--merge {policy.name}: none of {', '.join(w.id for w, _ in weights)} is a {policy.keeps}"
+            )
         return kept[0], None
     members = tuple(aligned(weight, member.view, first.shape) for weight, member in weights)
     return None, MergedStorage(members, policy.name)

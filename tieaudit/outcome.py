@@ -63,7 +63,9 @@ def _json(command: str, **content: object) -> str:
 
 def _plan_lines(model: Model, plan: Plan) -> list[str]:
     described = [_edit_line(model, edit) for edit in plan.edits]
-    lines = [f"plan ({', '.join(plan.schemes)}; safe for {plan.target}): {counted(len(plan.edits), 'edit')}, {_saving(plan)}"]
+    lines = [
+        f"plan ({', '.join(plan.schemes)}; safe for {plan.target}): {counted(len(plan.edits), 'edit')}, {_saving(plan)}"
+    ]
     lines += _cut([f"  {line}" for line in described])
     if plan.refusals:
         lines.append(f"refused: {len(plan.refusals)}")

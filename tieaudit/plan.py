@@ -1,4 +1,4 @@
-"""Stage: proposals → Plan. Measures what is lossy, merges, asks the format what it can hold, and refuses with reasons."""
+"""Stage: proposals → Plan. Measures what is lossy, merges, asks the format what it can hold, refuses with reasons."""
 
 from __future__ import annotations
 
@@ -127,8 +127,8 @@ def _lossy(draft: _Draft, candidate: Candidate) -> Share:
         one = aligned(first, AS_STORED, first.shape)
         other = aligned(weights[1][0], weights[1][1].view, first.shape)
         raise RewriteRefused(
-            f"{weights[1][0].id} and {first.id} are different tensors: {difference(one, other)}; tying them would change "
-            "the model's outputs (--allow-lossy --merge keep:head|keep:embedding|mean does it knowingly)"
+            f"{weights[1][0].id} and {first.id} are different tensors: {difference(one, other)}; tying them would "
+            "change the model's outputs (--allow-lossy --merge keep:head|keep:embedding|mean does it knowingly)"
         )
     policy = choose(discover("merges", Merge), draft.choices.merge or "keep:head", "merge policy")
     kinds = {id: role.kind for id, role in draft.subject.roles.items()}
@@ -185,7 +185,9 @@ def _unshare(draft: _Draft, candidate: Candidate) -> list[Edit]:
         edits: list[Edit] = _unshare_uses(draft, ids[0], candidate.because)
     else:
         source = next(id for id in ids if not model.by_id[id].absent)
-        edits = [Unshare(source, model.by_id[id].name, (), candidate.because) for id in dict.fromkeys(ids) if id != source]
+        edits = [
+            Unshare(source, model.by_id[id].name, (), candidate.because) for id in dict.fromkeys(ids) if id != source
+        ]
     for edit in edits:
         because = draft.format.can_realise(model, edit, draft.target) if draft.format.can_realise else "read only"
         if because is not None and not because.startswith(NEEDS_SETTING):

@@ -86,7 +86,7 @@ def _check_room(model: Model, plan: Plan, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise RewriteRefused(
-            f"{folder.parent}: expected {needed:,} free bytes for the copy, found {free:,}; free some or give another --to"
+            f"{folder.parent}: expected {needed:,} free bytes for the copy, found {free:,}; give another --to"
         )
 
 

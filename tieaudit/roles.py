@@ -56,7 +56,9 @@ def _from_graph(model: Model) -> dict[str, Role]:
     for use in model.uses:
         weight = model.by_id[use.weight]
         if use.reads_ids and use.op in _LOOKUPS and _is_table(weight, use):
-            found[weight.id] = Role("token_embedding", f"looked up by integer inputs of the graph ({use.op} @ {use.node})")
+            found[weight.id] = Role(
+                "token_embedding", f"looked up by integer inputs of the graph ({use.op} @ {use.node})"
+            )
             vocabularies.setdefault(use.view.shape(weight.shape)[0], weight.id)
     for use in model.uses:
         weight = model.by_id[use.weight]
@@ -78,7 +80,9 @@ def _from_graph(model: Model) -> dict[str, Role]:
         is_bias = (use.op == "Gemm" and use.slot == 2 and use.node in heads) or (use.op == "Add" and use.feeds_output)
         if is_bias and heads and weight.id not in found and weight.shape[-1:] and weight.n_elements == weight.shape[-1]:
             if weight.shape[-1] in vocabularies and weight.parameter is not False:
-                found[weight.id] = Role("output_head_bias", f"added to the scores of the vocabulary ({use.op} @ {use.node})")
+                found[weight.id] = Role(
+                    "output_head_bias", f"added to the scores of the vocabulary ({use.op} @ {use.node})"
+                )
     return found
 
 

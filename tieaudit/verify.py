@@ -22,7 +22,7 @@ from tieaudit.end_to_end import compare as run_pair
 from tieaudit.model import Model, Use
 from tieaudit.overlay import CannotChange, Overlay
 from tieaudit.runners import Array, Runner
-from tieaudit.running import opened, parts_of, path_of, runner_for
+from tieaudit.running import Paths, chain_of, opened, parts_of, path_of, runner_for
 from tieaudit.sandbox import LIMIT_SECONDS, Sandbox
 from tieaudit.untouched import differences
 
@@ -125,8 +125,9 @@ def compare(
         results = []
         for part, (path, other_path) in pairs.items():
 
-            def run(one: Sandbox, other: Sandbox, path: str = path, other_path: str = other_path) -> Compared:
-                return run_pair(Pair(path, other_path, one, other, inputs), _n_summed(before))
+            def run(one: Sandbox, other: Sandbox, path: Paths = path, other_path: Paths = other_path) -> Compared:
+                across = one.runner is not other.runner
+                return run_pair(Pair(path, other_path, one, other, inputs), _n_summed(before, across))
 
             results += [(part, label, _within(one, max_drift)) for label, one in on_each_device(device, boxes, run)]
         gathered.facts.update(_versions([child(r, "cpu") for r in runners if isinstance(r, Runner)], device))
@@ -321,11 +322,18 @@ def _within(result: Compared, max_drift: float | None) -> Compared:
     )
 
 
-def _pairs(before: Model, after: Model) -> tuple[dict[str, tuple[str, str]], list[str]]:
-    """Parts to run against each other, and those without a partner."""
+def _pairs(before: Model, after: Model) -> tuple[dict[str, tuple[Paths, Paths]], list[str]]:
+    """Parts to run against each other, and those without a partner.
+
+    Where one side is a whole and the other an encoder and a decoder, these two are run as one.
+    """
     a, b = parts_of(before), parts_of(after)
-    if len(a) == len(b) == 1:
-        return {a[0]: (path_of(before, a[0]), path_of(after, b[0]))}, []
+    if len(a) == 1 or len(b) == 1:
+        whole = [
+            chain_of(model) if len(parts) > 1 else path_of(model, parts[0])
+            for model, parts in ((before, a), (after, b))
+        ]
+        return {"": (whole[0], whole[1])}, []
     common = [part for part in a if part in b]
     left = [part for part in (*a, *b) if part not in common]
     return {part: (path_of(before, part), path_of(after, part)) for part in common}, left
@@ -344,9 +352,13 @@ def _same_weights(before: Model, after: Model) -> Level:
     return Level("structural", "held", f"{check.n_untouched} weights equal bit for bit, everything else as well")
 
 
-def _n_summed(model: Model) -> int:
-    """The largest inner size of a matrix product in the model, as far as the shapes tell."""
-    return max((min(w.shape) for w in model.weights if len(w.shape) == 2 and w.is_float), default=1024)
+def _n_summed(model: Model, across: bool) -> int:
+    """The largest inner size of a matrix product in the model, as far as the shapes tell.
+
+    Across runtimes every product has another kernel: their errors add up like those of one longer sum.
+    """
+    matrices = [min(w.shape) for w in model.weights if len(w.shape) == 2 and w.is_float and min(w.shape) > 1]
+    return max(matrices, default=1024) * (len(matrices) + 1 if across else 1)
 
 
 def _versions(boxes: Sequence[Sandbox], device: str) -> dict[str, Any]:

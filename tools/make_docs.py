@@ -25,6 +25,7 @@ from tieaudit.registry import discover
 from tieaudit.relations import Relation
 from tieaudit.reports import ReportFormat
 from tieaudit.rules import Rule
+from tieaudit.schemas import schemas
 from tieaudit.schemes import Scheme
 from tieaudit.verdict import Subject
 
@@ -42,6 +43,7 @@ def pages() -> dict[str, str]:
         "formats.md": formats(),
         "thresholds.md": f"{NOTE}\n\n{config.page()}",
         "cli.md": command_line(),
+        **schemas(),
     }
     found |= {f"rules/{code}.md": rule_page(rule) for code, rule in rules().items()}
     for scheme in discover("schemes", Scheme).values():

@@ -133,7 +133,9 @@ def test_a_member_in_a_branch_of_another_file(tmp_path: Path) -> None:
     )
     model = load(tmp_path / "in", files)
     inner = "decoder_model|fork.then_branch|W"
-    edit(model, plan(model, tie(ENCODER, inner, turned=[inner])), tmp_path / "out")
+    written = edit(model, plan(model, tie(ENCODER, inner, turned=[inner])), tmp_path / "out")
+    again = load(tmp_path / "out", tuple(tmp_path / "out" / file.name for file in files))
+    assert again.by_id[written.renamed[inner]].storage == again.by_id[ENCODER].storage
     feed = {"x": table(seed=3)[:4], "c": np.array(True)}
     for level in (0, 99):
         after = run(tmp_path / "out" / "decoder_model.onnx", feed, level)[0]
@@ -179,6 +181,18 @@ def test_files_that_share_a_range_are_given_bytes_of_their_own(tmp_path: Path) -
     assert (tmp_path / "out" / "shared_weights.data").stat().st_size == 2 * TABLE_BYTES
     assert again.by_id[ENCODER].storage != again.by_id[WTE].storage
     same_parts(tmp_path / "in", tmp_path / "out")
+
+
+def test_three_files_with_one_name_are_given_bytes_of_their_own(tmp_path: Path) -> None:
+    names = ("encoder_model", "decoder_model", "embed_tokens")
+    files = tuple(save(encoder(), tmp_path / "in" / f"{name}.onnx") for name in names)
+    first = load(tmp_path / "in", files)
+    edit(first, plan(first, tie(*(f"{name}||embed" for name in names))), tmp_path / "shared")
+    model = load(tmp_path / "shared", tuple(tmp_path / "shared" / file.name for file in files))
+    twice = [Unshare("encoder_model||embed", "embed")] * 2
+    edit(model, plan(model, *twice), tmp_path / "out")
+    again = load(tmp_path / "out", tuple(tmp_path / "out" / file.name for file in files))
+    assert len({again.by_id[f"{name}||embed"].storage for name in names}) == 3
 
 
 def test_an_untouched_part_is_copied_byte_for_byte(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ class Format:
     targets: tuple[str, ...]
     """Consumers a rewrite can be made safe for, the default first."""
     owns: Callable[[Path], bool]
-    """Whether this existing path (file or folder) is, or belongs to, a model of this format. Reads a few bytes at most."""
+    """Whether this existing path (file or folder) is, or belongs to, a model of this format. Reads a few bytes."""
     group: Callable[[Sequence[Path]], list[tuple[Path, tuple[Path, ...]]]]
     """Owned paths → models: (the model's path, its main files). A shard is mapped to its owner here."""
     load: Callable[[Path, tuple[Path, ...]], Model]
@@ -33,6 +33,6 @@ class Format:
     edit: Callable[[Model, Plan, Path], Written] | None = None
     """Write the planned model into the new folder `dest`; every other file of the model comes along."""
     switch: Callable[[Model, tuple[str, ...], bool, str], tuple[SetConfig, ...] | str] | None = None
-    """(model, ids, tied, target) → the settings that make the loader tie (or not tie) these ids, or why there are none."""
+    """(model, ids, tied, target) → the settings that make the loader tie (or not tie) these ids, or why not."""
     precedence: int = 0
     """Among formats that own one path the highest wins (a Hugging Face folder over the safetensors inside)."""

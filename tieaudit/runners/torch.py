@@ -112,7 +112,7 @@ def _load(path: str, device: str) -> tuple[Any, dict[str, list[str]]]:
         raise RuntimeError(
             f"transformers {transformers.__version__} has no class {config.architectures[0]}, which config.json names"
         )
-    cls = getattr(transformers, names[0]) if names else transformers.AutoModel
+    cls = getattr(transformers, names[0]) if names else _class_without_name(config)
     torch.manual_seed(0)  # what the loader draws at random is then the same in both models
     # safetensors only: a .bin file is a pickle, and pickles execute code
     model, loading = cls.from_pretrained(
@@ -123,6 +123,15 @@ def _load(path: str, device: str) -> tuple[Any, dict[str, list[str]]]:
         for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
     }
     return model.eval().to(device), problems
+
+
+def _class_without_name(config: Any) -> Any:
+    """For a config.json that names no class: the one that the model type is pre-trained with, which has the head."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_PRETRAINING_MAPPING
+
+    known = type(config) in MODEL_FOR_PRETRAINING_MAPPING
+    return transformers.AutoModelForPreTraining if known else transformers.AutoModel
 
 
 def _as_stored() -> dict[str, str]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tieaudit.change import Refusal
-from tieaudit.model import classes
+from tieaudit.model import Member, classes
 from tieaudit.schemes import Scheme
 from tieaudit.verdict import Candidate, Subject
-from tieaudit.model import Member
 
 
 def _propose(subject: Subject) -> Iterator[Candidate | Refusal]:
@@ -16,7 +15,9 @@ def _propose(subject: Subject) -> Iterator[Candidate | Refusal]:
     if not model.declarations:
         yield Refusal("declare", (), f"nothing in a model of format {model.format} can declare a tie")
         return
-    one_value = {id: group[0] for group in classes(t.ids for t in subject.found.ties if t.origin == "measured") for id in group}
+    one_value = {
+        id: group[0] for group in classes(t.ids for t in subject.found.ties if t.origin == "measured") for id in group
+    }
     for declaration in model.declarations:
         stored = [id for id in declaration.members if id in model.by_id and not model.by_id[id].absent]
         if len(stored) < 2:
@@ -39,7 +40,7 @@ declare = Scheme(
     propose=_propose,
     page="""declare: change the configuration, not the weights.
 
-A flag that says *tied* over two different trained tensors makes transformers 4.57 discard the head and 5.x keep it. This
-scheme switches the flag off where the tensors differ, and on where they are equal but declared untied, in the place where
-this class reads it. No weight file changes.""",
+A flag that says *tied* over two different trained tensors makes transformers 4.57 discard the head and 5.x keep it.
+This scheme switches the flag off where the tensors differ, and on where they are equal but declared untied, where this
+class reads it. No weight file changes.""",
 )

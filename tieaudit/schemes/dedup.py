@@ -54,6 +54,6 @@ dedup = Scheme(
 
 Takes every measured tie (equal or transposed, never constants that merely look alike) and stores it once. In ONNX the
 consumers of a transposed copy are rewritten so that no runtime folds the copy back; in a Hugging Face folder a name is
-dropped only if the class restores it. A tie that already is one tensor, but is expressed as Transpose(W), is re-expressed
-so that it stays one. Values never change.""",
+dropped only if the class restores it. A tie that already is one tensor, but is expressed as Transpose(W), is
+re-expressed so that it stays one. Values never change.""",
 )

@@ -1,0 +1,85 @@
+"""JSON Schemas of what plan, apply and verify print, made from the nouns themselves so that they cannot disagree."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from tieaudit.change import Plan, Proof
+from tieaudit.storage import Storage
+from tieaudit.view import View
+
+COMMANDS: Mapping[str, Mapping[str, type]] = {
+    "plan": {"plan": Plan},
+    "apply": {"plan": Plan, "proof": Proof, "output": str, "receipt": str},
+    "verify": {"before": str, "after": str, "proof": Proof},
+}
+
+
+def schemas() -> dict[str, str]:
+    """File name → text of the schema of every command but scan, whose contract is written by hand."""
+    return {f"schema/{name}-1.schema.json": _text(name, fields) for name, fields in COMMANDS.items()}
+
+
+def _text(command: str, fields: Mapping[str, type]) -> str:
+    nouns: dict[str, Any] = {}
+    tool = {"type": "object", "properties": {"name": {"const": "tieaudit"}, "version": {"type": "string"}}}
+    content = {name: _of(kind, nouns) for name, kind in fields.items()}
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"https://tieaudit.invalid/schema/{command}-1.schema.json",
+        "title": f"tieaudit {command}, version 1",
+        "description": f"What `tieaudit {command} --format json` prints. Additive only. Made by tools/make_docs.py.",
+        "type": "object",
+        "properties": {"schema": {"const": f"tieaudit/{command}/1"}, "tool": tool, **content},
+        "required": ["schema", "tool", *fields],
+        "$defs": dict(sorted(nouns.items())),
+    }
+    return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
+
+
+def _of(kind: Any, nouns: dict[str, Any]) -> dict[str, Any]:
+    """The schema of one annotation, as `tieaudit.plain` writes its values."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is View:
+        return {"type": "string"}
+    if kind is Storage:
+        return {"type": "object", "properties": {"n_bytes": {"type": "integer"}}, "required": ["n_bytes"]}
+    if origin is typing.Literal:
+        return {"enum": list(arguments)}
+    if origin in (typing.Union, types.UnionType):
+        return {"anyOf": [_of(one, nouns) for one in arguments]}
+    if origin is tuple:
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return {"type": "array", "items": _of(arguments[0], nouns)}
+        return {"type": "array", "prefixItems": [_of(one, nouns) for one in arguments], "minItems": len(arguments)}
+    if origin is not None and issubclass(origin, Mapping):
+        return {"type": "object"}
+    if dataclasses.is_dataclass(kind):
+        return _noun(kind, nouns)
+    # a float that is no number (infinite, NaN) is written as a string: JSON has none
+    scalars: dict[Any, dict[str, Any]] = {
+        str: {"type": "string"},
+        bool: {"type": "boolean"},
+        int: {"type": "integer"},
+        float: {"type": ["number", "string"]},
+        type(None): {"type": "null"},
+    }
+    return scalars[kind]
+
+
+def _noun(kind: Any, nouns: dict[str, Any]) -> dict[str, Any]:
+    if kind.__name__ not in nouns:
+        nouns[kind.__name__] = {}  # taken, in case it refers to itself
+        hints = typing.get_type_hints(kind)
+        fields = {field.name: _of(hints[field.name], nouns) for field in dataclasses.fields(kind)}
+        nouns[kind.__name__] = {
+            "type": "object",
+            "properties": {"kind": {"const": kind.__name__}, **fields},
+            "required": ["kind", *fields],
+        }
+    return {"$ref": f"#/$defs/{kind.__name__}"}
