@@ -284,10 +284,40 @@ def test_given_inputs_are_used_and_missing_ones_are_named(tmp_path: Path) -> Non
 
 def test_a_model_without_a_program_says_that_nothing_runs_it(tmp_path: Path) -> None:
     model = replace(saved(language_model(), tmp_path), format="safetensors")
-    assert running.runner_for(model) == "nothing runs a model of the format safetensors: it holds weights, but no program"
+    assert (
+        running.runner_for(model) == "nothing runs a model of the format safetensors: it holds weights, but no program"
+    )
 
 
 def test_the_tag_that_the_proof_looks_for_is_the_one_that_the_surgery_writes() -> None:
     from tieaudit.formats.onnx.compare import TAG
 
     assert TAG == PROVENANCE
+
+
+def test_a_tie_across_two_files_is_proved_part_by_part(tmp_path: Path) -> None:
+    from tieaudit.change import Plan
+    from tieaudit.load import load_one
+    from tieaudit.rewrite import rewrite
+
+    folder = tmp_path / "before"
+    folder.mkdir()
+    encoder = model_of(
+        [node("Gather", ["E", "input_ids"], ["x"]), node("Tanh", ["x"], ["last_hidden_state"])],
+        [value("input_ids", 7, ["batch", "sequence"])],
+        [value("last_hidden_state", 1, ["batch", "sequence", D])],
+        [tensor("E", table())],
+    )
+    onnx.save(encoder, str(folder / "encoder_model.onnx"))
+    onnx.save(language_model(), str(folder / "decoder_model.onnx"))
+    before = load_one(folder)
+    ids = ("encoder_model||E", "decoder_model||E", "decoder_model||W")
+    made = Plan(before.path, "ort-cpu", ("dedup",), (tie(*ids, turned=ids[2:]),), 0, True)
+    (tmp_path / "after").mkdir()
+    written, after = rewrite(before, made, tmp_path / "after")
+    proof = prove(before, after, made, written)
+    assert outcomes(proof) == HELD
+    assert proof.not_exercised == ()
+    # three copies become one, in a file that both parts read
+    stored = [proof.facts[f"n_bytes_stored_{side}"] for side in ("before", "after")]
+    assert 2 * V * D * 4 - 64 < stored[0] - stored[1] <= 2 * V * D * 4  # type: ignore[operator]

@@ -7,6 +7,7 @@ runs it may be told that it does not fit, and `corrected` learns from what the r
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,11 +61,11 @@ CHOICES = (
 def read_inputs(path: Path) -> Mapping[str, Array]:
     """The user's inputs, by input name. UsageError if the file is not an .npz archive of plain arrays."""
     try:
+        if not zipfile.is_zipfile(path):
+            raise UsageError(f"{path}: expected an .npz archive, found another kind of file; use numpy.savez")
         with np.load(path, allow_pickle=False) as file:
-            if not hasattr(file, "files"):
-                raise UsageError(f"{path}: expected an .npz archive, found a single array; use numpy.savez")
             return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UsageError(f"{path}: expected an .npz archive of arrays without objects: {error}") from error
 
 

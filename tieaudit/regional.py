@@ -6,6 +6,7 @@ the loading class makes of the files: every parameter of the live model, bit for
 
 from __future__ import annotations
 
+import hashlib
 import re
 import tempfile
 from collections.abc import Mapping
@@ -14,14 +15,16 @@ from pathlib import Path
 
 import numpy as np
 
-from tieaudit.change import Level, Plan, Rewritten, Share, Written
+from tieaudit.change import Level, Plan, Rewritten, SetConfig, Share, Written
+from tieaudit.compare import storage_of
 from tieaudit.errors import CorruptFile
 from tieaudit.floor import difference, limit_of, rounding_bound, says_something
 from tieaudit.formats.onnx.region import Cutter, Region
-from tieaudit.model import Model, Use
+from tieaudit.model import Model, Use, Weight
 from tieaudit.runners import Array
 from tieaudit.running import opened, path_of
 from tieaudit.sandbox import ChildFailed, Sandbox
+from tieaudit.storage import blocks
 from tieaudit.structural import planned_value
 
 N_MOST_REGIONS = 48
@@ -198,7 +201,7 @@ def of_folder(before: Model, after: Model, plan: Plan, sandbox: Sandbox) -> Leve
                 )
             return Level("regional", "failed", f"{side} does not load: {error}", device=sandbox.device.upper())
     problems = _loading_problems(states[0][0]["loading"], states[1][0]["loading"])
-    changed = _planned_digests_apart(before, plan, states[0][1]["digests"], states[1][1]["digests"])
+    changed = _changed(before, after, plan, states[0][1]["digests"], states[1][1]["digests"])
     problems += [f"{name}: loads with other values than before" for name in changed]
     problems += _apart(plan, states[1][1]["tied"], set(states[1][1]["digests"]))
     if problems:
@@ -220,19 +223,28 @@ def _loading_problems(before: Mapping[str, list[str]], after: Mapping[str, list[
     return found
 
 
-def _planned_digests_apart(before: Model, plan: Plan, one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
-    """Names whose loaded values differ, except those that a lossy plan changes knowingly."""
+def _changed(before: Model, after: Model, plan: Plan, one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    """Names whose loaded values differ, except those that a lossy plan or a setting changes knowingly."""
     planned: set[str] = set()
     if not plan.lossless:
         for edit in plan.edits:
             if isinstance(edit, Share) and planned_value(before, edit) is not None:
                 planned.update(before.by_id[member.id].name for member in edit.members)
-    loaded = {digest for name, digest in one.items() if name not in planned}
-    return [
-        name
-        for name in one.keys() | other.keys()
-        if name not in planned and one.get(name) != other.get(name) and not (name not in one and other[name] in loaded)
-    ]
+    differ = [name for name in one.keys() & other.keys() if name not in planned and one[name] != other[name]]
+    if any(isinstance(edit, SetConfig) for edit in plan.edits):
+        # a setting may make a loader keep what it discarded: then what is loaded must be what is stored
+        stored = {weight.name: weight for weight in after.weights if weight.storage is not None}
+        differ = [name for name in differ if name not in stored or loaded_digest(stored[name]) != other[name]]
+    gone = [name for name in one.keys() - other.keys() if name not in planned]
+    return sorted([*differ, *gone])
+
+
+def loaded_digest(weight: Weight) -> str:
+    """What the torch runner's verb `state` says about a parameter with exactly the stored bytes."""
+    running = hashlib.sha256(f"torch.{weight.dtype} {list(weight.shape)} ".encode())
+    for block in blocks(storage_of(weight)):
+        running.update(block)
+    return running.hexdigest()
 
 
 def _apart(plan: Plan, tied: list[list[str]], names: set[str]) -> list[str]:

@@ -47,8 +47,9 @@ class ChildFailed(TieAuditError):
 class Sandbox:
     """One child process for one runner and one device; started by the first request, restarted after a crash.
 
-    Use it as a context manager. `memory_bytes` limits the child's private memory (ignored for CUDA, whose driver
-    reserves address space far beyond it).
+    Use it as a context manager. `memory_bytes` limits the child's private memory: by default to what the machine has
+    free when the child starts, so that it fails before the system does; 0 is no limit. Ignored for CUDA, whose driver
+    reserves address space far beyond it.
     """
 
     def __init__(
@@ -125,7 +126,11 @@ class Sandbox:
         home = str(Path(__file__).resolve().parent.parent)
         paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, **_OFFLINE, "PYTHONPATH": os.pathsep.join(paths)}
-        arguments = [self.runner.name, self.device, str(self.memory_bytes or 0)]
+        arguments = [
+            self.runner.name,
+            self.device,
+            str(_free_bytes() if self.memory_bytes is None else self.memory_bytes),
+        ]
         with (self._place() / "log").open("wb") as log:
             # -P: a file called torch.py in the user's folder must not be imported
             self._child = subprocess.Popen(
@@ -177,6 +182,16 @@ class Sandbox:
             return ChildFailed(f"{title} crashed with signal {name}{hint}", "crashed", log)
         last = log.splitlines()[-1] if log else "it printed nothing"
         return ChildFailed(f"{title} ended with exit code {code}: {last}", "crashed", log)
+
+
+def _free_bytes() -> int:
+    """Memory that the system could still give, 0 if it does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, ValueError, KeyError, IndexError):
+        return 0
 
 
 def _pipe(stream: IO[str] | None) -> IO[str]:

@@ -52,7 +52,8 @@ def check(before: Model, after: Model, plan: Plan, written: Written) -> Check:
     """
     result = Check()
     touched = touched_ids(plan)
-    _untouched_weights(before, after, touched, result)
+    copies = {edit.name for edit in plan.edits if isinstance(edit, Unshare)}  # absent before, stored afterwards
+    _untouched_weights(before, after, touched | copies, result)
     for edit in plan.edits:
         if isinstance(edit, Share):
             _share(before, after, edit, plan.lossless, written, result)

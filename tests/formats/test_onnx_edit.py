@@ -456,9 +456,7 @@ def test_a_tie_made_by_a_transpose_is_expressed_without_it(gather: bool, cast: b
     assert not written.renamed
     assert all(item.op_type != "Transpose" or item.doc_string or item.metadata_props for item in after.graph.node)
     assert {item.pattern for item in written.rewritten} == {"gather_axis1" if gather else "matmul_to_gemm"}
-    assert {(item.node, item.slot) for item in written.rewritten} == (
-        {("x", 0)} if gather else {("y0", 1), ("y1", 1)}
-    )
+    assert {(item.node, item.slot) for item in written.rewritten} == ({("x", 0)} if gather else {("y0", 1), ("y1", 1)})
     kept, dest = again.by_id["W"], tmp_path / "all.onnx"
     assert kept.shape == ((D, V) if gather else (V, D))
     same(proto, after, {"ids": IDS})

@@ -75,9 +75,7 @@ def test_outputs_stay_at_every_level(dtype: str, place: str, follows: str, style
     proto = lost_tie(dtype, place, follows)
     embedding, head = ids_of(place)
     model = saved(proto, tmp_path / "in")
-    written, again, _ = rewritten(
-        model, tmp_path / "out", tie(embedding, head, turned=[head]), transposed_as=style
-    )
+    written, again, _ = rewritten(model, tmp_path / "out", tie(embedding, head, turned=[head]), transposed_as=style)
     expected_pattern = {"auto": "matmul_to_gemm", "gather": "gather_axis1", "fused": "matmul_to_fused"}[style]
     assert [item.pattern for item in written.rewritten] == [expected_pattern]
     assert dict(written.renamed) == ({embedding: head} if style == "gather" else {head: embedding})
@@ -93,9 +91,7 @@ def test_outputs_stay_at_every_level(dtype: str, place: str, follows: str, style
 
 @pytest.mark.parametrize("style", ["auto", "gather", "fused"])
 @pytest.mark.parametrize("follows", ["norm", "matmul"])
-def test_the_runtime_keeps_one_copy_where_it_would_fold_a_transpose(
-    follows: str, style: str, tmp_path: Path
-) -> None:
+def test_the_runtime_keeps_one_copy_where_it_would_fold_a_transpose(follows: str, style: str, tmp_path: Path) -> None:
     model = saved(lost_tie("float32", "main", follows), tmp_path / "in")
     rewritten(model, tmp_path / "out", tie("E", "W", turned=["W"]), transposed_as=style)
     kept = tmp_path / "optimised.onnx"

@@ -22,8 +22,12 @@ TESTED: set[str] = set()
 
 
 def pinned(
-    nodes: Sequence[onnx.NodeProto], inputs: Sequence[onnx.ValueInfoProto], rank: int, extra: Sequence[Any] = (),
-    dtype: str = "float32", **more: Any,
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Sequence[onnx.ValueInfoProto],
+    rank: int,
+    extra: Sequence[Any] = (),
+    dtype: str = "float32",
+    **more: Any,
 ) -> onnx.ModelProto:
     """W [R,C] beside its transpose E, whose consumer (Neg) has no other form: so W's consumers must change."""
     kind = {"float32": F, "float16": TensorProto.FLOAT16, "float64": TensorProto.DOUBLE}[dtype]

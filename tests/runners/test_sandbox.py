@@ -1,9 +1,8 @@
-"""The child process: whatever happens in it is a result. The runner here is a third party's, found by its entry point."""
+"""The child process: whatever happens in it is a result. The runner here is found by its entry point."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import ml_dtypes
@@ -13,7 +12,7 @@ import pytest
 from tieaudit.runners import Runner
 from tieaudit.sandbox import ChildFailed, Sandbox, pack, unpack
 
-CODE = '''
+CODE = """
 import os, signal, sys, time
 import numpy as np
 from tieaudit.runners import Runner
@@ -37,18 +36,18 @@ def start(device):
     }
 
 RUNNER = Runner("fake", "Fake Runtime", ("onnx",), (), "fake", start)
-'''
+"""
 
 
 @pytest.fixture
-def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runner]:
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
     (tmp_path / "fake_runner.py").write_text(CODE)
     facts = tmp_path / "fake_runner-1.dist-info"
     facts.mkdir()
     (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: fake-runner\nVersion: 1\n")
     (facts / "entry_points.txt").write_text("[tieaudit.runners]\nfake = fake_runner:RUNNER\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    yield Runner("fake", "Fake Runtime", ("onnx",), (), "fake", lambda device: {})
+    return Runner("fake", "Fake Runtime", ("onnx",), (), "fake", lambda device: {})
 
 
 def test_a_crash_is_a_result_with_the_signals_name_and_the_next_request_gets_a_new_child(fake: Runner) -> None:
@@ -86,7 +85,7 @@ def test_memory_beyond_the_limit_is_refused_in_the_child(fake: Runner) -> None:
 
 
 def test_an_exception_is_one_line_with_the_runtimes_name(fake: Runner) -> None:
-    with Sandbox(fake) as box, pytest.raises(ChildFailed, match="^Fake Runtime: the model is wrong$"):
+    with Sandbox(fake) as box, pytest.raises(ChildFailed, match=r"^Fake Runtime: the model is wrong$"):
         box.ask("raise")
 
 

@@ -9,6 +9,7 @@ import hashlib
 import statistics
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -112,7 +113,7 @@ def _load(path: str, device: str) -> tuple[Any, dict[str, list[str]]]:
         raise RuntimeError(
             f"transformers {transformers.__version__} has no class {config.architectures[0]}, which config.json names"
         )
-    cls = getattr(transformers, names[0]) if names else _class_without_name(config)
+    cls = getattr(transformers, names[0]) if names else _class_without_name(config, path)
     torch.manual_seed(0)  # what the loader draws at random is then the same in both models
     # safetensors only: a .bin file is a pickle, and pickles execute code
     model, loading = cls.from_pretrained(
@@ -125,13 +126,36 @@ def _load(path: str, device: str) -> tuple[Any, dict[str, list[str]]]:
     return model.eval().to(device), problems
 
 
-def _class_without_name(config: Any) -> Any:
-    """For a config.json that names no class: the one that the model type is pre-trained with, which has the head."""
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_PRETRAINING_MAPPING
+def _class_without_name(config: Any, path: str) -> Any:
+    """For a config.json that names no class: the one whose own names cover most of the stored ones."""
+    import torch
+    from transformers.models.auto import modeling_auto as auto
 
-    known = type(config) in MODEL_FOR_PRETRAINING_MAPPING
-    return transformers.AutoModelForPreTraining if known else transformers.AutoModel
+    stored = _stored_names(path)
+    best, most = None, -1
+    for kind in ("PRETRAINING", "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", ""):
+        mapping = getattr(auto, f"MODEL_FOR_{kind}_MAPPING" if kind else "MODEL_MAPPING")
+        if type(config) not in mapping:
+            continue
+        found = mapping[type(config)]
+        cls = found[0] if isinstance(found, (tuple, list)) else found
+        with torch.device("meta"):
+            covered = len(stored & set(cls(config).state_dict()))
+        if covered > most:  # on a tie the earlier kind, which has the head
+            best, most = cls, covered
+    if best is None:
+        raise RuntimeError(f"transformers has no class for the model type {config.model_type}")
+    return best
+
+
+def _stored_names(path: str) -> set[str]:
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            names.update(opened.keys())
+    return names
 
 
 def _as_stored() -> dict[str, str]:

@@ -194,26 +194,34 @@ def _nodes(pair: _Pair) -> Iterator[str]:
     """The nodes that are the same must also be in the same order."""
     allowed = pair.allowed
     makers = {first_output(node): node for node in pair.after.nodes}
+    makers_before = {first_output(node): node for node in pair.before.nodes}
     constants = allowed.serving.keys() | set(allowed.serving.values()) | allowed.new_weights
     bypassed = {place for place, pattern in allowed.replaced.items() if pattern == BYPASS}
     kept, loose = [], set()
     for node in pair.before.nodes:
-        place = pair.place(node)
-        now = makers.get(first_output(node))
+        place, now = pair.place(node), makers.get(first_output(node))
         if place in allowed.vanished or place in bypassed:
-            if now is None or tag(now):
+            if now is None or now.op_type != node.op_type:
                 continue
             loose.add(first_output(node))
-        elif place in allowed.replaced:
+        elif place in allowed.replaced or (now is not None and _turned_into_identity(node, now)):
             continue
         if not _holds(pair.one, pair.before, node, constants):
             kept.append(node)
     stayed = []
     for node in pair.after.nodes:
-        replacement = pair.place(node) in allowed.new_nodes and first_output(node) not in loose
-        if not (tag(node) or replacement or _holds(pair.other, pair.after, node, constants)):
+        place, was = pair.place(node), makers_before.get(first_output(node))
+        # a tag alone is no leave: it may be from an earlier time, on a node that must not change now
+        added = tag(node) and (was is None or place in allowed.replaced or _turned_into_identity(was, node))
+        replacement = (added or place in allowed.new_nodes) and first_output(node) not in loose
+        if not (replacement or _holds(pair.other, pair.after, node, constants)):
             stayed.append(node)
     yield from _sequence(pair, kept, stayed, loose)
+
+
+def _turned_into_identity(was: NodeProto, now: NodeProto) -> bool:
+    """A Transpose of a weight that is a graph output too; that it shows the same is compared through its view."""
+    return was.op_type == "Transpose" and now.op_type == "Identity" and tag(now) == BYPASS
 
 
 def _holds(side: Side, scope: Scope, node: NodeProto, ids: Iterable[str]) -> bool:

@@ -39,7 +39,7 @@ def _in_attributes(node: NodeProto) -> Iterator[TensorProto]:
         if attribute.HasField("t"):
             yield attribute.t
         yield from attribute.tensors
-        for sparse in ([attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []):
+        for sparse in [attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []:
             yield from (sparse.values, sparse.indices)
         for sparse in attribute.sparse_tensors:
             yield from (sparse.values, sparse.indices)

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import BinaryIO
 
+from tieaudit.formats.onnx.transposed import in_blocks
 from tieaudit.formats.onnx.wire import _BYTES, _NESTED, _RAW_DATA, Malformed, _encode
-from tieaudit.storage import Storage, blocks
+from tieaudit.storage import Storage
 
 N_MOST_BYTES = 2**31 - 2**20
 """What fits into one protobuf message (2 GiB), with a margin."""
@@ -32,7 +33,7 @@ def write_pieces(pieces: Pieces, file: BinaryIO) -> None:
         if isinstance(piece, bytes):
             file.write(piece)
         else:
-            for block in blocks(piece):
+            for block in in_blocks(piece):
                 file.write(block)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from tieaudit.storage import BLOCK_BYTES, Region, Storage
+from tieaudit.storage import BLOCK_BYTES, Region, Storage, blocks
 
 
 @dataclass(frozen=True)
@@ -70,3 +70,8 @@ class Copy:
 
     def read_ranges(self, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
         return self.source.read_ranges(ranges)
+
+
+def in_blocks(storage: Storage) -> Iterator[bytes]:
+    """A storage in order, in blocks; wide ones for a transpose, which reads its whole source for every block."""
+    return blocks(storage, 16 * BLOCK_BYTES if isinstance(storage, Transposed) else BLOCK_BYTES)

@@ -357,4 +357,3 @@ def _all_names(bodies: Iterable[Body]) -> set[str]:
         names.update(op.proto.name for op in body.ops)
         names.update(value.name for value in body.graph.value_info)
     return names
-

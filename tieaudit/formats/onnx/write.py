@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 from tieaudit.errors import RewriteRefused
 from tieaudit.formats.onnx.everywhere import all_tensors
 from tieaudit.formats.onnx.inline import N_MOST_BYTES, expanded, write_pieces
-from tieaudit.formats.onnx.transposed import Transposed
+from tieaudit.formats.onnx.transposed import in_blocks
 from tieaudit.formats.onnx.wire import N_BYTES_INLINE
 from tieaudit.formats.onnx.workbench import EXTERNAL, Piece
-from tieaudit.storage import BLOCK_BYTES, FileStorage, Storage, blocks
+from tieaudit.storage import FileStorage, Storage
 
 if TYPE_CHECKING:
     from onnx import TensorProto
@@ -30,7 +30,6 @@ PAGE_BYTES = 4096
 """Alignment of tensors of 1 MiB and more, so that they can be mapped (onnx: docs/ExternalData.md)."""
 _N_BYTES_ALIGNED = 1024 * 1024
 _N_BYTES_SMALL_ALIGNMENT = 64
-_N_BYTES_WIDE_BLOCK = 16 * BLOCK_BYTES  # a transpose reads its whole source for every block
 
 
 class Item(NamedTuple):
@@ -170,7 +169,7 @@ def _append(file: BinaryIO, storage: Storage) -> int:
     at = file.tell()
     padding = -at % alignment
     file.write(bytes(padding))
-    for block in blocks(storage, _N_BYTES_WIDE_BLOCK if isinstance(storage, Transposed) else BLOCK_BYTES):
+    for block in in_blocks(storage):
         file.write(block)
     return at + padding
 
