@@ -10,22 +10,20 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from tieaudit import __version__, outcome
-from tieaudit.config import Settings
+from tieaudit import __version__
 from tieaudit.errors import TieAuditError, UsageError
-from tieaudit.load import Source, load_one, locate
-from tieaudit.plan import Choices
-from tieaudit.plan import plan as make_plan
 from tieaudit.printable import printable
-from tieaudit.registry import choose, discover
-from tieaudit.reports import ReportFormat
-from tieaudit.verdict import Report
 
-Render = Callable[[Sequence[Report], Sequence[tuple[str, str]], dict[str, object]], str]
+if TYPE_CHECKING:  # --help and --version answer at once: what reads models is imported by the commands that need it
+    from tieaudit.load import Source
+    from tieaudit.plan import Choices
+    from tieaudit.verdict import Report
+
+    Render = Callable[[Sequence[Report], Sequence[tuple[str, str]], dict[str, object]], str]
 
 _EPILOG_SCAN = """\b
 Examples:
@@ -59,6 +57,8 @@ class _Commands(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            from tieaudit.registry import choose
+
             choose({name: name for name in self.list_commands(ctx)}, args[0], "command")
         return super().resolve_command(ctx, args)
 
@@ -129,6 +129,7 @@ def scan(paths: tuple[str, ...], format_name: str) -> None:
 
     Exit code: 0 looked, whatever it found · 2 unreadable, nothing to look at, or a crashed rule.
     """
+    from tieaudit.load import locate
     from tieaudit.scan import scan as look_at
 
     sources, errors = locate(paths)
@@ -156,6 +157,9 @@ def plan(path: str, format_name: str, **chosen: Any) -> None:
 
     Exit code: 0 printed · 2 everything was refused.
     """
+    from tieaudit import outcome
+    from tieaudit.load import load_one
+    from tieaudit.plan import plan as make_plan
     from tieaudit.scan import look
 
     model = load_one(path)
@@ -219,6 +223,9 @@ def apply(
         return
     if path is None:
         raise UsageError("expected a PATH, or --undo RECEIPT")
+    from tieaudit import outcome
+    from tieaudit.load import load_one
+    from tieaudit.plan import plan as make_plan
     from tieaudit.scan import look
 
     model = load_one(path)
@@ -294,7 +301,9 @@ def verify(
         sys.exit(1 if problems else 0)
     if before is None or after is None:
         raise UsageError("expected two models, BEFORE and AFTER, or --receipt RECEIPT")
+    from tieaudit import outcome
     from tieaudit.inputs import read_inputs
+    from tieaudit.load import load_one
     from tieaudit.verify import compare
 
     given = read_inputs(inputs) if inputs is not None else None
@@ -319,6 +328,8 @@ def explain(name: str) -> None:
 
 
 def _choices(chosen: dict[str, Any]) -> Choices:
+    from tieaudit.plan import Choices
+
     return Choices(
         schemes=tuple(chosen["schemes"]) or ("dedup",),
         target=chosen["target"],
@@ -329,12 +340,17 @@ def _choices(chosen: dict[str, Any]) -> Choices:
 
 
 def _report(name: str) -> Render:
+    from tieaudit.registry import choose, discover
+    from tieaudit.reports import ReportFormat
+
     render: Render = choose(discover("reports", ReportFormat), name, "report format").render
     return render
 
 
 def _settings() -> dict[str, object]:
     import os
+
+    from tieaudit.config import Settings
 
     terminal = sys.stdout.isatty()
     return {

@@ -14,6 +14,8 @@ from tieaudit.storage import BLOCK_BYTES, Storage, blocks
 from tieaudit.view import AS_STORED, View
 
 Bytes = NDArray[np.uint8]
+STRIPE_BYTES = 4 * BLOCK_BYTES
+"""Block for reading columns: each strided read of a block is as long as the block is wide."""
 SMALL_BYTES = 4096
 """Tensors up to this size are read whole at the first look: one read is as cheap as one probe."""
 
@@ -139,12 +141,23 @@ def _same_transposed(
     begin = 0
     while begin < n_rows:
         end = min(begin + step, n_rows)
-        rows = np.frombuffer(
-            one.read_ranges([(begin * n_columns * item, (end - begin) * n_columns * item)])[0], np.uint8
-        ).reshape(end - begin, n_columns, item)
-        if not np.array_equal(rows, transposed_block(other, (n_columns, n_rows), item, begin, end)):
+        rows = one.read_ranges([(begin * n_columns * item, (end - begin) * n_columns * item)])[0]
+        if not _all_equal(rows, transposed_block(other, (n_columns, n_rows), item, begin, end)):
             return False
         if progress is not None:
-            progress(rows.nbytes)
-        begin, step = end, max(BLOCK_BYTES // (n_columns * item), 1)
+            progress(len(rows))
+        begin, step = end, max(STRIPE_BYTES // (n_columns * item), 1)
     return True
+
+
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+def _all_equal(rows: bytes, block: Bytes) -> bool:
+    """Whether row-major bytes are those of a block of columns (uint8 [rows, columns, item]), by whole elements."""
+    unsigned = _UNSIGNED.get(block.shape[2])
+    if unsigned is None:  # complex128: compared byte by byte
+        return bool(np.array_equal(np.frombuffer(rows, np.uint8).reshape(block.shape), block))
+    stored = block.transpose(1, 0, 2)  # as it was read, so that this view copies nothing
+    elements = stored.view(unsigned)[..., 0].T
+    return bool((np.frombuffer(rows, unsigned).reshape(elements.shape) == elements).all())

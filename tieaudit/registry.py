@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from functools import cache
-from importlib.metadata import entry_points
 from typing import TypeVar
 
 from tieaudit.errors import PluginError, UsageError
@@ -23,6 +22,8 @@ def discover(package: str, kind: type[Kind]) -> dict[str, Kind]:
     PluginError if a module does not define exactly one member, if a name is taken twice, or if an entry point
     gives something else.
     """
+    from importlib.metadata import entry_points
+
     found: dict[str, Kind] = {}
     home = importlib.import_module(f"tieaudit.{package}")
     for info in sorted(pkgutil.iter_modules(home.__path__), key=lambda info: info.name):

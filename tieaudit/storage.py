@@ -6,6 +6,7 @@ container share memory; deriving aliases from regions is the business of one alg
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,29 +47,24 @@ class FileStorage:
         return (self.path, self.offset, self.offset + self.n_bytes)
 
     def read_ranges(self, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
-        found = []
         with Path(self.path).open("rb", buffering=0) as file:
-            for begin, length in ranges:
-                file.seek(self.offset + begin)
-                block = _read_fully(file, length)
-                if len(block) != length:
-                    raise CorruptFile(
-                        f"{self.path}: expected {length} bytes at byte {self.offset + begin}, "
-                        f"found {len(block)}: the file is truncated or changed while it was read"
-                    )
-                found.append(block)
-        return found
+            return [self._read(file.fileno(), begin, length) for begin, length in ranges]
 
-
-def _read_fully(file: object, length: int) -> bytes:
-    pieces = []
-    while length > 0:
-        piece = file.read(length)  # type: ignore[attr-defined]
-        if not piece:
-            break
-        pieces.append(piece)
-        length -= len(piece)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    def _read(self, handle: int, begin: int, length: int) -> bytes:
+        block = os.pread(handle, length, self.offset + begin)
+        while (
+            0 < len(block) < length
+        ):  # the system may return less than was asked for, but never nothing before the end
+            piece = os.pread(handle, length - len(block), self.offset + begin + len(block))
+            if not piece:
+                break
+            block += piece
+        if len(block) != length:
+            raise CorruptFile(
+                f"{self.path}: expected {length} bytes at byte {self.offset + begin}, "
+                f"found {len(block)}: the file is truncated or changed while it was read"
+            )
+        return block
 
 
 @dataclass(frozen=True)

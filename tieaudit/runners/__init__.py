@@ -13,6 +13,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from tieaudit.errors import MissingPackage
+
 Array = NDArray[Any]
 Params = Mapping[str, Any]
 """What JSON can hold."""
@@ -79,7 +81,7 @@ class Runner:
         """Why it cannot run here, or None. Imports nothing."""
         for package in self.packages:
             if importlib.util.find_spec(package) is None:
-                return f"{package} is not installed: pip install 'tieaudit[{self.extra}]'"
+                return str(MissingPackage(package, self.extra, "running this model"))
         return None
 
 
