@@ -54,11 +54,11 @@ def locate(patterns: Iterable[str]) -> tuple[list[Source], list[tuple[str, str]]
             errors.append((pattern, str(error)))
         except OSError as error:
             errors.append((pattern, f"{pattern}: cannot be read: {error.strerror or error}"))
-    sources: dict[Path, Source] = {}
+    sources: dict[tuple[Path, tuple[Path, ...]], Source] = {}  # variants of one export share their folder
     for format_, paths in claimed.values():
         try:
             for path, files in format_.group(paths):
-                sources.setdefault(path, Source(path, format_, files))
+                sources.setdefault((path, files), Source(path, format_, files))
         except TieAuditError as error:
             errors.append((str(paths[0]), str(error)))
         except OSError as error:
@@ -67,10 +67,14 @@ def locate(patterns: Iterable[str]) -> tuple[list[Source], list[tuple[str, str]]
 
 
 def load_one(path: str | Path) -> Model:
-    """The single model at `path`. UsageError if there are several, UnreadableModel if there is none."""
+    """The single model at `path`. UsageError if there are several, UnreadableModel if there is none.
+
+    A folder means the model whose folder it is, the plain one of several variants, not other files that lie in it.
+    """
     sources, errors = locate([str(path)])
     if errors:
         raise UnreadableModel(errors[0][1])
+    sources = [source for source in sources if source.path == Path(path)][:1] or sources
     if len(sources) != 1:
         names = ", ".join(str(source.path) for source in sources[:4])
         raise UsageError(f"{path}: expected one model, found {len(sources)}: {names}", hint="name one of them")

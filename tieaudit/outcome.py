@@ -14,6 +14,8 @@ from tieaudit.printable import counted, listed, printable, size
 from tieaudit.view import AS_STORED
 
 N_MOST_LINES = 12
+NOT_TRIED = "(one of many: not tried)"
+"""How `controls.py` marks uses beyond the number that it perturbs."""
 _MARKS = {"held": "held", "failed": "FAILED", "not run": "not run"}
 
 
@@ -118,8 +120,12 @@ def _proof_lines(proof: Proof) -> list[str]:
     lines = ["proof:", *(f"  {_level_line(level)}" for level in proof.levels)]
     if proof.drift is not None:
         lines.append(f"  drift against the original: {proof.drift:.3g}")
-    if proof.not_exercised:
-        lines.append(f"  not exercised (never moved the outputs): {listed(proof.not_exercised)}")
+    untried = [use for use in proof.not_exercised if use.endswith(NOT_TRIED)]
+    silent = tuple(use for use in proof.not_exercised if not use.endswith(NOT_TRIED))
+    if silent:
+        lines.append(f"  not exercised, never moved the outputs: {listed(silent)}")
+    if untried:
+        lines.append(f"  not exercised, one of many that were not tried: {counted(len(untried), 'use')}")
     return lines + _fact_lines(proof.facts)
 
 

@@ -75,7 +75,9 @@ def _read_back(format_: Format, model: Model, folder: Path) -> Model:
     path = folder if Path(model.path).is_dir() else folder / Path(model.path).name
     try:
         groups = format_.group([path])
-        return format_.load(*groups[0])
+        mains = {Path(part.paths[0]).name for part in model.parts}
+        same = [group for group in groups if {file.name for file in group[1]} == mains]  # not a variant beside it
+        return format_.load(*(same or groups)[0])
     except TieAuditError as error:
         raise UnreadableModel(f"what was written cannot be read back: {error.message}") from error
 

@@ -110,6 +110,8 @@ def _kind(model: Model) -> str:
     n_files = sum(len(part.paths) for part in model.parts)
     if n_files > len(model.parts):
         facts.append(counted(n_files, "file"))
+    if model.metadata.get("alternative_of"):
+        facts.append(f"alternative of {printable(model.metadata['alternative_of'])}")
     return " · ".join(facts)
 
 
