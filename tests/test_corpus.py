@@ -1,7 +1,7 @@
 """Every ONNX and safetensors file of a corpus of real models: tieaudit's measured ties against brute force.
 
-The oracle shares no code with the tool: it loads everything with the formats' own libraries, compares all pairs of equal
-byte length, and knows nothing of buckets, probes, storages or views.
+The oracle shares no code with the tool: it loads everything with the formats' own libraries, compares all pairs of
+equal byte length, and knows nothing of buckets, probes, storages or views.
 """
 
 from __future__ import annotations

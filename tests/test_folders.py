@@ -225,3 +225,30 @@ def test_the_same_model_as_folder_and_as_onnx_export_verifies_as_equal(tmp_path:
     name = next(name for name in state if name.endswith("h.0.mlp.c_fc.weight"))
     edit(tmp_path / "folder", **{name: state[name] + 0.01})
     assert run("verify", tmp_path / "folder", file).exit_code == 1
+
+
+def test_what_no_file_and_no_tie_fills_is_one_finding_and_what_the_class_computes_is_none(tmp_path: Path) -> None:
+    live = tiny_exports.live("bert")
+    base = transformers.BertModel(live.config)  # with a pooler, which a masked language model's checkpoint lacks
+    lost(base, tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "pooler" not in name}
+    save_file(kept, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    configure(tmp_path / "base", architectures=["BertModel"])
+    answer = scan(tmp_path / "base")
+    (finding,) = answer["findings"]
+    assert (finding["code"], sorted(finding["ids"])) == ("TIE105", ["pooler.dense.bias", "pooler.dense.weight"])
+    assert answer["cannot_tell"] == []
+
+    tiny_exports.live("marian").save_pretrained(tmp_path / "marian")  # its sinusoids are never stored
+    answer = scan(tmp_path / "marian")
+    assert answer["findings"] == answer["cannot_tell"] == []
+
+
+def test_nothing_to_do_is_not_said_without_what_stays_wrong(llama: Path, tmp_path: Path) -> None:
+    folder = copy(llama, tmp_path / "broken")
+    edit(folder, **{"lm_head.weight": load_file(folder / "model.safetensors")["lm_head.weight"] + 0.5})
+    result = run("apply", folder, "--to", tmp_path / "out")
+    assert result.exit_code == 0
+    assert "nothing to do for dedup" in result.output
+    assert "error TIE101 broken-tie stays" in result.output

@@ -57,7 +57,7 @@ def test_models_deep_in_a_folder_are_found_and_hidden_folders_are_not_searched(t
 
 def test_one_model_is_expected_where_a_command_takes_one(tmp_path: Path) -> None:
     copies(tmp_path, "cat.onnx", "dog.onnx")
-    with pytest.raises(UsageError, match="expected one model, found 2: .*cat.onnx, .*dog.onnx"):
+    with pytest.raises(UsageError, match=r"expected one model, found 2: .*cat\.onnx, .*dog\.onnx"):
         load_one(tmp_path)
 
 

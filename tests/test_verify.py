@@ -322,3 +322,23 @@ def test_a_tie_across_two_files_is_proved_part_by_part(tmp_path: Path) -> None:
     # three copies become one, in a file that both parts read
     stored = [proof.facts[f"n_bytes_stored_{side}"] for side in ("before", "after")]
     assert 2 * V * D * 4 - 64 < stored[0] - stored[1] <= 2 * V * D * 4  # type: ignore[operator]
+
+
+def test_models_that_take_different_inputs_could_not_be_compared_and_do_not_differ(tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from tieaudit.cli import main
+
+    paths = []
+    for name, dims in (("free", ["b", 4]), ("fixed", [3, 4]), ("other", ["b", 5])):
+        x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, dims)
+        y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, dims)
+        graph = onnx.helper.make_graph([onnx.helper.make_node("Tanh", ["x"], ["y"])], name, [x], [y])
+        model = onnx.helper.make_model(graph, ir_version=8, opset_imports=[onnx.helper.make_opsetid("", 17)])
+        paths.append(str(tmp_path / f"{name}.onnx"))
+        onnx.save(model, paths[-1])
+    free, fixed, other = paths
+    for words, code in (((free, fixed), 0), ((fixed, free), 0), ((free, other), 2)):
+        result = CliRunner().invoke(main, ["verify", *words])
+        assert result.exit_code == code, result.output
+    assert "the input x is ['b', 4] on one side and ['b', 5] on the other" in result.output

@@ -41,11 +41,23 @@ def apply(
     ParityFailed if any level of proof fails, RewriteRefused if the required level could not run or nothing can be
     written; in both cases nothing is left behind and the input was only read.
     """
+    source = Path(model.path)
+    if source.is_dir() and destination.resolve().is_relative_to(source.resolve()):
+        raise RewriteRefused(
+            f"{destination}: is inside the model's own folder, which is only read", hint="give another --to"
+        )
     with workspace(destination) as folder:
         written, after = rewrite(model, plan, folder)
         proof = prove(model, after, plan, written, require=require, device=device, inputs=inputs, max_drift=max_drift)
         _accept(model, proof, require)
+        if inputs is not None and (reason := unused(proof)) is not None:
+            raise RewriteRefused(f"the given inputs could not be used, nothing was delivered: {reason}")
         return Applied(plan, proof, deliver(model, plan, written, proof, folder, destination))
+
+
+def unused(proof: Proof) -> str | None:
+    """Why the end-to-end level, for which alone inputs are given, did not run; None if it ran."""
+    return next((one.because for one in proof.levels if one.name == LEVELS[-1] and one.outcome == "not run"), None)
 
 
 def _accept(model: Model, proof: Proof, require: str) -> None:

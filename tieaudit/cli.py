@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tieaudit import __version__
-from tieaudit.errors import TieAuditError, UsageError
+from tieaudit.console import Commands, not_negative, on_terminal, print_result
+from tieaudit.errors import TieAuditError, UsageError, in_one_line
 from tieaudit.printable import printable
 
 if TYPE_CHECKING:  # --help and --version answer at once: what reads models is imported by the commands that need it
+    from tieaudit.change import Plan
     from tieaudit.load import Source
     from tieaudit.plan import Choices
-    from tieaudit.verdict import Report
+    from tieaudit.verdict import Finding, Report, Subject
 
     Render = Callable[[Sequence[Report], Sequence[tuple[str, str]], dict[str, object]], str]
 
@@ -52,35 +54,7 @@ Examples:
 """
 
 
-class _Commands(click.Group):
-    """A group that suggests the nearest command for a misspelt one."""
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
-            from tieaudit.registry import choose
-
-            choose({name: name for name in self.list_commands(ctx)}, args[0], "command")
-        return super().resolve_command(ctx, args)
-
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Like click's, but every error of the tool is one line on stderr and its own exit code."""
-        try:
-            return super().main(*args, **kwargs)
-        except TieAuditError as error:
-            _complain(error)
-            sys.exit(error.exit_code)
-        except BrokenPipeError:
-            sys.stderr.close()  # the reader has gone; nobody is left to tell
-            sys.exit(0)
-
-
-def _complain(error: TieAuditError) -> None:
-    click.echo(f"error: {printable(error.message, None)}", err=True)
-    if error.hint:
-        click.echo(f"  {printable(error.hint, None)}", err=True)
-
-
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="tieaudit")
 def main() -> None:
     """Tell the truth about weight tying.
@@ -138,10 +112,10 @@ def scan(paths: tuple[str, ...], format_name: str) -> None:
         try:
             with _progress(source) as progress:
                 reports.append(look_at(source.load(), progress=progress))
-        except TieAuditError as error:
-            errors.append((str(source.path), str(error)))
+        except (TieAuditError, OSError, RecursionError, MemoryError) as error:  # also a file that went away meanwhile
+            errors.append((str(source.path), str(in_one_line(error, str(source.path)))))
     if reports or format_name != "text":
-        _print(_report(format_name)(reports, errors, _settings()))
+        print_result(_report(format_name)(reports, errors, _settings()))
     for _, message in errors:
         click.echo(f"error: {printable(message, None)}", err=True)
     if errors or not reports or any(report.crashed for report in reports):
@@ -162,9 +136,9 @@ def plan(path: str, format_name: str, **chosen: Any) -> None:
     from tieaudit.plan import plan as make_plan
     from tieaudit.scan import look
 
-    model = load_one(path)
-    made = make_plan(look(model), _choices(chosen))
-    _print(outcome.planned(model, made, format_name, _settings()))
+    subject = look(load_one(path))
+    made = make_plan(subject, _choices(chosen))
+    print_result(outcome.planned(subject.model, made, format_name, _settings(), left=_left(subject, made)))
     if made.refusals and not made.edits:
         sys.exit(2)
 
@@ -192,7 +166,9 @@ def plan(path: str, format_name: str, **chosen: Any) -> None:
     type=click.Path(path_type=Path),
     help="Inputs for the proof, an .npz; default: generated from the signature.",
 )
-@click.option("--max-drift", type=float, help="Largest output difference that a lossy plan may cause.")
+@click.option(
+    "--max-drift", type=float, callback=not_negative, help="Largest output difference that a lossy plan may cause."
+)
 @click.option("--strict", is_flag=True, help="If any part of the plan is refused, deliver nothing.")
 @click.option(
     "--undo", type=click.Path(path_type=Path), metavar="RECEIPT", help="Take a delivery back, given its receipt."
@@ -219,7 +195,7 @@ def apply(
         from tieaudit.deliver import undo as take_back
 
         removed = take_back(undo)
-        _print(f"undone: {len(removed)} files and the receipt removed; the input was checked and is unchanged")
+        print_result(f"undone: {len(removed)} files and the receipt removed; the input was checked and is unchanged")
         return
     if path is None:
         raise UsageError("expected a PATH, or --undo RECEIPT")
@@ -228,11 +204,12 @@ def apply(
     from tieaudit.plan import plan as make_plan
     from tieaudit.scan import look
 
-    model = load_one(path)
-    made = make_plan(look(model), _choices(chosen))
+    subject = look(load_one(path))
+    model, made = subject.model, make_plan(subject, _choices(chosen))
     refused = bool(made.refusals) and (strict or not made.edits)
     if destination is None or refused or not made.edits:
-        _print(outcome.planned(model, made, format_name, _settings(), asked_to_write=destination is not None))
+        left, asked = _left(subject, made), destination is not None
+        print_result(outcome.planned(model, made, format_name, _settings(), left=left, asked_to_write=asked))
         sys.exit(2 if refused else 0)
     from tieaudit.apply import apply as carry_out
     from tieaudit.inputs import read_inputs
@@ -248,7 +225,7 @@ def apply(
             inputs=given,
             max_drift=max_drift,
         )
-    _print(
+    print_result(
         outcome.applied(
             model,
             done.plan,
@@ -270,7 +247,12 @@ def apply(
 @click.option(
     "--inputs", type=click.Path(path_type=Path), help="Inputs as an .npz; default: generated from the signature."
 )
-@click.option("--max-drift", type=float, help="Largest output difference to accept; default: the noise floor.")
+@click.option(
+    "--max-drift",
+    type=float,
+    callback=not_negative,
+    help="Largest output difference to accept; default: the noise floor.",
+)
 @click.option(
     "--receipt", type=click.Path(path_type=Path), help="Check that input and output are what this receipt says."
 )
@@ -294,7 +276,7 @@ def verify(
         from tieaudit.deliver import check_receipt
 
         problems = check_receipt(receipt)
-        _print(
+        print_result(
             "\n".join(printable(problem, None) for problem in problems)
             or "input and output are exactly what the receipt says"
         )
@@ -302,6 +284,7 @@ def verify(
     if before is None or after is None:
         raise UsageError("expected two models, BEFORE and AFTER, or --receipt RECEIPT")
     from tieaudit import outcome
+    from tieaudit.apply import unused
     from tieaudit.inputs import read_inputs
     from tieaudit.load import load_one
     from tieaudit.verify import compare
@@ -310,21 +293,31 @@ def verify(
     one, other = load_one(before), load_one(after)
     with _spinner("running both models"):
         proof = compare(one, other, device=device, inputs=given, max_drift=max_drift)
-    _print(outcome.compared(one, other, proof, format_name, _settings()))
+    if given is not None and (reason := unused(proof)) is not None:
+        raise UsageError(f"{inputs}: the given inputs could not be used: {reason}")
+    print_result(outcome.compared(one, other, proof, format_name, _settings()))
     ran = [level for level in proof.levels if level.outcome != "not run"]
     sys.exit(1 if proof.failed else 0 if ran else 2)
 
 
 @main.command(epilog=_EPILOG_EXPLAIN)
-@click.argument("name")
-def explain(name: str) -> None:
-    """The page of a rule, a scheme, a merge policy or a relation.
+@click.argument("name", required=False)
+def explain(name: str | None) -> None:
+    """The page of a rule, a scheme, a merge policy or a relation; without a name, what there is.
 
     Exit code: 0 printed · 2 no such name.
     """
     from tieaudit.explain import explain as page
+    from tieaudit.explain import index
 
-    _print(page(name))
+    print_result(index() if name is None else page(name))
+
+
+def _left(subject: Subject, plan: Plan) -> Sequence[Finding]:
+    """What is wrong with a model for which a plan does nothing."""
+    from tieaudit.audit import audit
+
+    return () if plan.edits else audit(subject).findings
 
 
 def _choices(chosen: dict[str, Any]) -> Choices:
@@ -352,7 +345,7 @@ def _settings() -> dict[str, object]:
 
     from tieaudit.config import Settings
 
-    terminal = sys.stdout.isatty()
+    terminal = on_terminal(sys.stdout)
     return {
         "color": terminal and "NO_COLOR" not in os.environ,
         "width": shutil.get_terminal_size((100, 24)).columns if terminal else 100,
@@ -360,14 +353,10 @@ def _settings() -> dict[str, object]:
     }
 
 
-def _print(text: str) -> None:
-    click.echo(text, color=True)
-
-
 @contextmanager
 def _progress(source: Source) -> Iterator[Callable[[int], None] | None]:
     """A progress line for the bytes compared in full, on a terminal only."""
-    if not sys.stderr.isatty():
+    if not on_terminal(sys.stderr):
         yield None
         return
     from rich.console import Console
@@ -381,7 +370,7 @@ def _progress(source: Source) -> Iterator[Callable[[int], None] | None]:
 
 @contextmanager
 def _spinner(what: str) -> Iterator[None]:
-    if not sys.stderr.isatty():
+    if not on_terminal(sys.stderr):
         yield
         return
     from rich.console import Console

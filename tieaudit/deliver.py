@@ -21,6 +21,7 @@ from tieaudit.storage import BLOCK_BYTES
 SCHEMA = "tieaudit/receipt/1"
 RECEIPT_NAME = "tieaudit.receipt.json"
 """Name of the receipt inside a delivered folder; beside a delivered file it is `<file>.receipt.json`."""
+MAX_RECEIPT_BYTES = 256_000_000
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,10 @@ def digest_of(path: Path) -> str:
 def read_receipt(path: Path) -> dict[str, dict[str, object]]:
     """A receipt. UsageError or CorruptFile if the file is not one."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would wait for a writer, a device may never end
+            raise UsageError(f"{path}: expected a receipt of tieaudit, found something that is not a regular file")
+        if path.stat().st_size > MAX_RECEIPT_BYTES:
+            raise CorruptFile(f"{path}: expected a receipt of at most {MAX_RECEIPT_BYTES:,} bytes, found a larger file")
         receipt = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
@@ -138,10 +143,18 @@ def read_receipt(path: Path) -> dict[str, dict[str, object]]:
         files = part.get("files") if isinstance(part, dict) else None
         shaped = isinstance(files, dict) and all(isinstance(n, str) and isinstance(d, str) for n, d in files.items())
         shaped = shaped and isinstance(part, dict) and isinstance(part.get("path"), str)
+        shaped = shaped and isinstance(files, dict) and all(map(_is_path, files))
     if not shaped:
         raise CorruptFile(f"{path}: expected a receipt of tieaudit ({SCHEMA}), found another JSON file")
     checked: dict[str, dict[str, object]] = receipt
     return checked
+
+
+def _is_path(name: str) -> bool:
+    try:
+        return bool(name) and b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
 
 
 def check_receipt(path: Path) -> list[str]:
@@ -179,12 +192,15 @@ def undo(path: Path) -> list[Path]:
     problems = check_receipt(path)
     if problems:
         raise RewriteRefused(f"not undone, nothing removed: {'; '.join(problems[:3])}")
-    files = read_receipt(path)["output"]["files"]
-    assert isinstance(files, dict)  # read_receipt checked it
+    receipt = read_receipt(path)
+    files, inputs = receipt["output"]["files"], receipt["input"]["files"]
+    assert isinstance(files, dict) and isinstance(inputs, dict)  # read_receipt checked it
     home = _home(path)
     removed = [home / name for name in files]
+    if not inputs or any(os.path.samefile(file, given) for file in removed for given in inputs):
+        raise RewriteRefused(f"{path}: expected an input apart from the output, found none; nothing was removed")
     for file in [*removed, path]:
-        file.unlink()
+        file.unlink(missing_ok=True)  # a receipt may spell one file in two ways
     inside = {parent for file in removed for parent in file.parents if parent.is_relative_to(home)}
     for folder in sorted(inside, key=lambda one: -len(one.parts)):
         if (folder != home or path.name == RECEIPT_NAME) and not any(folder.iterdir()):

@@ -41,6 +41,8 @@ class Pair:
     """The user's inputs."""
     original: str | None = None
     """For a lossy plan: the original, from which drift is measured; `before` is then the reference."""
+    strangers: bool = False
+    """Two models that the user named: that they take the same inputs is to be found out, not known."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,11 @@ def compare(pair: Pair, n_summed: int) -> Compared:
     try:
         with opened_whole(pair.sandbox, pair.before) as before:
             signature = _with_limits(before.signature, pair.before)
+            if pair.strangers:
+                common = _common(signature, pair)
+                if isinstance(common, str):
+                    return Compared("not run", common)
+                signature = common
             feeds, complaint = _feeds(before, signature, pair)
             if not feeds:
                 return Compared("not run", f"the original does not run either: {complaint}")
@@ -83,6 +90,15 @@ def compare(pair: Pair, n_summed: int) -> Compared:
         return Compared(
             "failed", f"the original runs, the result does not: {error}", baseline=_baseline(feeds, spread, n_summed)
         )
+
+
+def _common(signature: Signature, pair: Pair) -> Signature | str:
+    """The first model's signature with what the second one fixes, or why there is none."""
+    try:
+        with opened_whole(pair.other, pair.after) as after:
+            return matching.narrowed(signature, after.signature)
+    except ChildFailed as error:
+        return f"the second model does not load: {error}"
 
 
 Ran = tuple[Feed, Mapping[str, Array]]

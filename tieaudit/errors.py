@@ -69,3 +69,23 @@ class ParityFailed(TieAuditError):
     """A proof level failed; nothing was delivered."""
 
     exit_code = 1
+
+
+def in_one_line(error: Exception, where: str) -> TieAuditError:
+    """Any error as one for the user: the system's own say what and where, any other is a fault of tieaudit.
+
+    `where` is the path that was being worked on. Set TIEAUDIT_TRACEBACK to see where a fault was raised.
+    """
+    if isinstance(error, TieAuditError):
+        return error
+    if isinstance(error, OSError):
+        return UnreadableModel(f"{error.filename or where}: the system refused: {error.strerror or error}")
+    if isinstance(error, RecursionError):
+        return UnreadableModel(f"{where}: nested or chained too deeply to be worked on safely")
+    if isinstance(error, MemoryError):
+        return UnreadableModel(f"{where}: needs more memory than there is")
+    said = " ".join(str(error).split())[:300]
+    return TieAuditError(
+        f"{where}: a fault in tieaudit, nothing was delivered: {type(error).__name__}: {said}",
+        hint="please report it with the output of TIEAUDIT_TRACEBACK=1 tieaudit …",
+    )

@@ -39,6 +39,21 @@ def explain(name: str) -> str:
     return "\n".join(page() for page in choose(known, wanted, "rule, scheme, merge or relation"))
 
 
+def index() -> str:
+    """Everything that has a page, a line each."""
+    lines = ["rules"]
+    lines += [
+        f"  {code}  {rule.name}: {inspect.cleandoc(rule.page).partition(chr(10))[0]}" for code, rule in rules().items()
+    ]
+    for title, members in (
+        ("schemes", discover("schemes", Scheme)),
+        ("merge policies", discover("merges", Merge)),
+        ("relations", discover("relations", Relation)),
+    ):
+        lines += ["", title, *(f"  {name}: {member.summary}" for name, member in members.items())]
+    return "\n".join(lines)
+
+
 def pages() -> dict[str, list[Callable[[], str]]]:
     """Everything that can be explained: name → the functions that write its pages."""
     found: dict[str, list[Callable[[], str]]] = {}

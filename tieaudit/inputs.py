@@ -10,6 +10,7 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,10 @@ from tieaudit.errors import CorruptFile, UsageError
 from tieaudit.runners import Array, Port, Signature
 
 _MAX_FEEDS = 8
+N_MOST_ELEMENTS = 1 << 27
+"""Values that are made up for one run: a file may declare inputs of any size."""
+_N_MOST_BYTES = 1 << 32
+"""Unpacked size of a file of given inputs: a small archive may unpack to any size."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,26 @@ CHOICES = (
 def read_inputs(path: Path) -> Mapping[str, Array]:
     """The user's inputs, by input name. UsageError if the file is not an .npz archive of plain arrays."""
     try:
+        if not path.is_file():  # a pipe would wait for a writer, a device may never end
+            found = "something that is not a regular file" if path.exists() else "no such file"
+            raise UsageError(f"{path}: expected an .npz archive, found {found}")
         if not zipfile.is_zipfile(path):
             raise UsageError(f"{path}: expected an .npz archive, found another kind of file; use numpy.savez")
+        with zipfile.ZipFile(path) as archive:
+            n_bytes = sum(member.file_size for member in archive.infolist())
+        if n_bytes > _N_MOST_BYTES:
+            raise UsageError(f"{path}: expected arrays of at most {_N_MOST_BYTES:,} bytes, found {n_bytes:,}")
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UsageError(f"{path}: expected an .npz archive of arrays without objects: {error}") from error
+            arrays = {name: file[name] for name in file.files}
+    except UsageError:
+        raise
+    except Exception as error:  # zlib, zipfile and numpy's header reader raise errors of many kinds on damaged files
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UsageError(f"{path}: expected an .npz archive of arrays without objects: {said}") from error
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "biufcUV" or array.dtype.names:
+            raise UsageError(f"{path}: expected an array of numbers or texts under {name!r}, found something else")
+    return arrays
 
 
 def stored_beside(path: Path, signature: Signature) -> list[Feed]:
@@ -89,18 +108,24 @@ def stored_beside(path: Path, signature: Signature) -> list[Feed]:
 def _tensor(file: Path) -> Array:
     import onnx
 
+    if file.stat().st_size > _N_MOST_BYTES:
+        raise CorruptFile(f"{file}: expected a tensor of at most {_N_MOST_BYTES:,} bytes, found a larger file")
     try:
-        return np.asarray(onnx.numpy_helper.to_array(onnx.TensorProto.FromString(file.read_bytes())))
+        tensor = onnx.TensorProto.FromString(file.read_bytes())
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:  # it may name any file of this machine
+            raise ValueError("its data is in another file")
+        return np.asarray(onnx.numpy_helper.to_array(tensor))
     except Exception as error:  # protobuf's and onnx's own errors have no common class
         raise CorruptFile(f"{file}: expected a serialized TensorProto: {error}") from error
 
 
 def made_up(signature: Signature) -> Iterator[tuple[Sizes, Feed]]:
-    """Feeds of several shapes and seeds, most likely one first. Nothing if an input is no tensor."""
+    """Feeds of several shapes and seeds, most likely one first. Nothing if an input is no tensor or declared huge."""
     if any(not port.dtype for port in signature.inputs):
         return
     for sizes in CHOICES:
-        yield sizes, feed_of(signature, sizes)
+        if sum(prod(shape) for shape in _shapes(signature.inputs, sizes).values()) <= N_MOST_ELEMENTS:
+            yield sizes, feed_of(signature, sizes)
 
 
 def feed_of(signature: Signature, sizes: Sizes) -> Feed:
@@ -169,7 +194,7 @@ def _sum_of(text: str, symbols: Mapping[str, int]) -> int | None:
     total = 0
     for piece in text.split("+"):
         piece = piece.strip().strip("()").strip()
-        value = int(piece) if piece.isdigit() else symbols.get(piece)
+        value = int(piece) if piece.isascii() and piece.isdigit() and len(piece) < 19 else symbols.get(piece)
         if value is None:
             return None
         total += value

@@ -54,6 +54,8 @@ def locate(patterns: Iterable[str]) -> tuple[list[Source], list[tuple[str, str]]
             errors.append((pattern, str(error)))
         except OSError as error:
             errors.append((pattern, f"{pattern}: cannot be read: {error.strerror or error}"))
+        except RecursionError:
+            errors.append((pattern, f"{pattern}: folders nested too deeply to be searched; name one inside"))
     sources: dict[tuple[Path, tuple[Path, ...]], Source] = {}  # variants of one export share their folder
     for format_, paths in claimed.values():
         try:
@@ -89,10 +91,22 @@ def _expand(pattern: str) -> list[Path]:
         return [path]
     if "://" in pattern:
         raise UnreadableModel(f"{pattern}: expected a local path, found a URL; download the model first")
-    matches = sorted(Path(match) for match in glob.glob(pattern, recursive=True))
+    matches = sorted(_matches(pattern))
     if not matches:
         raise UnreadableModel(f"{pattern}: no such file or folder")
     return [match for match in matches if match.is_dir() or _owner(match) is not None] or matches
+
+
+def _matches(pattern: str) -> Iterable[Path]:
+    """Like the shell, but `**` follows no links to folders: two that lead back up double the work at each level."""
+    path = Path(pattern)
+    if "**" not in path.parts:
+        return map(Path, glob.glob(pattern))
+    at = path.parts.index("**")
+    home = Path(*path.parts[:at])
+    roots = [home] if not glob.has_magic(str(home)) else map(Path, glob.glob(str(home)))
+    found = ((root, match) for root in roots for match in root.glob(str(Path(*path.parts[at:]))))
+    return (match for root, match in found if not any(one.startswith(".") for one in match.relative_to(root).parts))
 
 
 def _owner(path: Path) -> Format | None:
@@ -107,6 +121,8 @@ def _claim(path: Path, claimed: dict[str, tuple[Format, list[Path]]]) -> None:
         return
     if path.is_file():
         raise UnknownFormat(f"{path}: {_describe(path)}", hint=f"tieaudit reads {_names()}")
+    if not path.is_dir():
+        raise UnknownFormat(f"{path}: expected a file or a folder, found a device, a pipe or a socket")
     found = list(_models_below(path))
     if not found:
         raise UnknownFormat(f"{path}: no model in this folder", hint=f"tieaudit reads {_names()}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tieaudit.inputs import Feed, Sizes, feed_of
 from tieaudit.runners import Array, Port, Signature
@@ -69,6 +69,46 @@ def feed_for(feed: Feed, source: Signature, target: Signature) -> Feed | str:
             return f"the input {needed[0]} exists only on one side, and has no neutral value"
         given.update({port.name: made[port.name] for port in missing})
     return Feed({port.name: _as(given[port.name], port) for port in target.inputs}, feed.source)
+
+
+def narrowed(source: Signature, target: Signature) -> Signature | str:
+    """`source` with the sizes that `target` fixes and it leaves free, so that one feed fits both.
+
+    A sentence where both fix a size and differ, or have no input in common: then they are not of one signature.
+    """
+    partners = {port.name: port for port in target.inputs}
+    if target.inputs and not any(port.name in partners for port in source.inputs):
+        if len(source.inputs) != len(target.inputs):
+            return f"no input of one is an input of the other: {_names(source.inputs)}; {_names(target.inputs)}"
+        partners = {one.name: port for one, port in zip(source.inputs, target.inputs, strict=True)}
+    symbols: dict[str, int] = {}
+    fixed: dict[str, tuple[int | str | None, ...]] = {}
+    for port in source.inputs:
+        other = partners.get(port.name)
+        if other is None:
+            continue
+        if len(other.dims) != len(port.dims):
+            return (
+                f"the input {port.name} has {len(port.dims)} dimensions on one side and {len(other.dims)} on the other"
+            )
+        for own, theirs in zip(port.dims, other.dims, strict=True):
+            if isinstance(own, int) and isinstance(theirs, int) and own != theirs:
+                return f"the input {port.name} is {list(port.dims)} on one side and {list(other.dims)} on the other"
+            if isinstance(own, str) and isinstance(theirs, int):
+                symbols[own] = theirs
+        fixed[port.name] = tuple(
+            theirs if isinstance(theirs, int) else own for own, theirs in zip(port.dims, other.dims, strict=True)
+        )
+    ports = tuple(
+        replace(
+            port,
+            dims=tuple(
+                symbols.get(size, size) if isinstance(size, str) else size for size in fixed.get(port.name, port.dims)
+            ),
+        )
+        for port in source.inputs
+    )
+    return replace(source, inputs=ports)
 
 
 def _names(ports: tuple[Port, ...]) -> str:

@@ -4,30 +4,43 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from tieaudit import __version__
 from tieaudit.change import Edit, Level, Plan, Proof, Respell, SetConfig, Share, Unshare
 from tieaudit.model import Member, Model
 from tieaudit.plain import plain
 from tieaudit.printable import counted, listed, printable, size
+from tieaudit.verdict import Finding
 from tieaudit.view import AS_STORED
 
 N_MOST_LINES = 12
+N_MOST_LEFT = 3
 NOT_TRIED = "(one of many: not tried)"
 """How `controls.py` marks uses beyond the number that it perturbs."""
 _MARKS = {"held": "held", "failed": "FAILED", "not run": "not run"}
 
 
 def planned(
-    model: Model, plan: Plan, format_name: str, settings: Mapping[str, object], *, asked_to_write: bool = False
+    model: Model,
+    plan: Plan,
+    format_name: str,
+    settings: Mapping[str, object],
+    *,
+    left: Sequence[Finding] = (),
+    asked_to_write: bool = False,
 ) -> str:
-    """A plan: what would be done, what is refused and why, and how to do it."""
+    """A plan: what would be done, what is refused and why, and how to do it.
+
+    `left`: findings of the model where there is nothing to do, so that this is never read as *nothing is wrong*.
+    """
     if format_name == "json":
         return _json("plan", plan=plan)
     lines = [f"{printable(model.path)}  {model.format}", *_plan_lines(model, plan)]
     if not plan.edits and not plan.refusals:
-        lines.append("nothing to do: every lossless tie is already one stored tensor")
+        lines.append(f"nothing to do for {', '.join(plan.schemes)}")
+        lines += [f"but {finding.severity} {finding.code} {finding.name} stays: {printable(finding.message, 300)}"
+                  for finding in left[:N_MOST_LEFT]]  # fmt: skip
     elif plan.edits and not asked_to_write:
         lines.append(f"write it with: {_apply_command(model, plan)}")
     elif asked_to_write:
@@ -65,9 +78,7 @@ def _json(command: str, **content: object) -> str:
 
 def _plan_lines(model: Model, plan: Plan) -> list[str]:
     described = [_edit_line(model, edit) for edit in plan.edits]
-    lines = [
-        f"plan ({', '.join(plan.schemes)}; safe for {plan.target}): {counted(len(plan.edits), 'edit')}, {_saving(plan)}"
-    ]
+    lines = [f"plan ({', '.join(plan.schemes)}; safe for {plan.target}): {_saving(plan)}"]
     lines += _cut([f"  {line}" for line in described])
     if plan.refusals:
         lines.append(f"refused: {len(plan.refusals)}")
@@ -77,10 +88,13 @@ def _plan_lines(model: Model, plan: Plan) -> list[str]:
 
 
 def _saving(plan: Plan) -> str:
+    edits = counted(len(plan.edits), "edit")
+    if not plan.edits:
+        return edits
     kept = "no value changes" if plan.lossless else "values change"
     if plan.n_bytes_saved < 0:
-        return f"adds {size(-plan.n_bytes_saved)}; {kept}"
-    return f"saves {size(plan.n_bytes_saved)}; {kept}"
+        return f"{edits}, adds {size(-plan.n_bytes_saved)}; {kept}"
+    return f"{edits}, saves {size(plan.n_bytes_saved)} of the file; {kept}"
 
 
 def _refusal_line(scheme: str, ids: tuple[str, ...], because: str) -> str:
@@ -119,7 +133,7 @@ def _cut(lines: list[str]) -> list[str]:
 def _proof_lines(proof: Proof) -> list[str]:
     lines = ["proof:", *(f"  {_level_line(level)}" for level in proof.levels)]
     if proof.drift is not None:
-        lines.append(f"  drift against the original: {proof.drift:.3g}")
+        lines.append(f"  drift against the original: {proof.drift:.3g} of the outputs' own size at most")
     untried = [use for use in proof.not_exercised if use.endswith(NOT_TRIED)]
     silent = tuple(use for use in proof.not_exercised if not use.endswith(NOT_TRIED))
     if silent:
@@ -129,25 +143,45 @@ def _proof_lines(proof: Proof) -> list[str]:
     return lines + _fact_lines(proof.facts)
 
 
+_PAIRED = {
+    "n_bytes_stored": "stored",
+    "n_bytes_optimised": "as the runtime optimises it",
+    "n_bytes_resident": "resident while it runs",
+    "seconds_per_run": "time per run",
+}
+MUCH_MORE = 1.2
+"""Growth of resident memory from which the reader is told why."""
+
+PREPACKED = (
+    "    more than before: ONNX Runtime packs the shared matrix for the product, and keeps it as it is for the lookup;",
+    "    the session option session.disable_prepacking=1 holds one copy, at the price of speed",
+)
+
+
 def _fact_lines(facts: Mapping[str, object]) -> list[str]:
-    """Facts before → after, one line each; those of single parts and longer ones are left to JSON."""
-    lines, single = [], []
-    for name, value in facts.items():
-        if not isinstance(value, (str, int, float)) or name.endswith("_after") or "(" in name:
-            continue
-        label = name.removesuffix("_before").removeprefix("n_bytes_").replace("_", " ")
-        after = facts.get(f"{name.removesuffix('_before')}_after")
-        if name.endswith("_before") and after is not None:
-            lines.append(f"  {label}: {_fact(name, value)} → {_fact(name, after)}")
-        elif not name.endswith("_before"):
-            single.append(f"{label} {_fact(name, value)}")
-    return [*lines, *([f"  {'; '.join(single)}"] if single else [])]
+    """What both cost, before → after; facts of single parts and longer ones are left to JSON."""
+    lines = []
+    for name, label in _PAIRED.items():
+        before, after = facts.get(f"{name}_before"), facts.get(f"{name}_after")
+        if isinstance(before, (int, float)) and isinstance(after, (int, float)):
+            lines.append(f"  {label}: {_amount(name, before)} → {_amount(name, after)}")
+            if name == "n_bytes_resident" and after > MUCH_MORE * before:
+                lines += PREPACKED
+    if (apart := facts.get("folded_apart_by_the_runtime")) is not None:
+        lines.append(f"  folded apart by the runtime: {printable(str(apart))}")
+    if (wider := facts.get("held_in_a_wider_type_by_the_runtime")) is not None:
+        lines.append(
+            f"  held by the runtime in a wider type as well, so that memory gains nothing: {printable(str(wider))}"
+        )
+    spread = facts.get("spread_of_the_original")
+    if isinstance(spread, float):
+        lines.append(f"  the original differs from itself by {spread:.3g} under settings that may not matter")
+    ran = [f"{name} {facts[name]}" for name in ("onnxruntime", "torch", "transformers") if name in facts]
+    return [*lines, *([f"  with {', '.join(ran)}"] if ran else [])]
 
 
-def _fact(name: str, value: object) -> str:
-    if name.startswith("n_bytes") and isinstance(value, int):
-        return size(value)
-    return printable(f"{value:.3g}" if isinstance(value, float) else str(value))
+def _amount(name: str, value: float) -> str:
+    return f"{value * 1000:.3g} ms" if name.startswith("seconds") else size(int(value))
 
 
 def _level_line(level: Level) -> str:

@@ -11,6 +11,7 @@ import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from tieaudit.compare import storage_of
 from tieaudit.errors import CorruptFile
 from tieaudit.floor import difference, limit_of, rounding_bound, says_something
 from tieaudit.formats.onnx.region import Cutter, Region
+from tieaudit.inputs import N_MOST_ELEMENTS
 from tieaudit.model import Model, Use, Weight
 from tieaudit.runners import Array
 from tieaudit.running import opened, path_of
@@ -154,15 +156,23 @@ def _values(name: str, case: _Case, region: Region, cutter: Cutter, kind: str) -
     if case.use.op == "Gather":
         axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
         free = known[1] if known is not None and known[1] is not None else (None, None)
-        ids = rng.integers(0, case.shape[axis], size=tuple(n or _LEADING[i % 2] for i, n in enumerate(free)))
+        size = _bounded(tuple(n or _LEADING[i % 2] for i, n in enumerate(free)))
+        ids = rng.integers(0, case.shape[axis], size=size)
         return ids.astype(known[0] if known is not None else "int64")
     sizes = known[1] if known is not None and known[1] is not None else None
-    shape = _fitting(case, slot, node.op_type, sizes, {a.name: a.i for a in node.attribute})
+    shape = _bounded(_fitting(case, slot, node.op_type, sizes, {a.name: a.i for a in node.attribute}))
     element = "float32" if kind == "bfloat16" else (known[0] if known is not None else kind)
     element = "float32" if element == "bfloat16" else element
     if np.dtype(element).kind in "iu":
         return rng.integers(0, 4, size=shape).astype(element)
     return rng.standard_normal(shape).astype(element)
+
+
+def _bounded(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape, if values of it can be made up: a file may declare any sizes."""
+    if any(size < 0 for size in shape) or prod(shape) > N_MOST_ELEMENTS:
+        raise _NotRun(f"the file declares an operand of the shape {list(shape)}, for which no values can be made up")
+    return shape
 
 
 def _fitting(

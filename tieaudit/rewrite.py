@@ -32,7 +32,8 @@ def workspace(destination: Path) -> Iterator[Path]:
         raise RewriteRefused(f"{destination}: exists already; nothing is ever overwritten", hint="give another --to")
     home = nearest_existing(destination)
     try:
-        folder = home / f".{destination.name}.tieaudit-{secrets.token_hex(6)}"
+        # cut: a name may have 255 bytes, and that of the destination may have nearly as many
+        folder = home / f".{destination.name[:40]}.tieaudit-{secrets.token_hex(6)}"
         folder.mkdir()  # with the user's own permissions: the folder itself may become the delivery
     except OSError as error:
         raise RewriteRefused(f"{home}: cannot be written: {error.strerror}") from error
@@ -45,8 +46,11 @@ def workspace(destination: Path) -> Iterator[Path]:
 def nearest_existing(path: Path) -> Path:
     """The closest ancestor folder that exists: where temporary files can be made without creating anything else."""
     home = path.absolute().parent
-    while not home.exists():
-        home = home.parent
+    try:
+        while not home.exists():
+            home = home.parent
+    except OSError as error:  # a path that is too long, or a folder that may not be looked into
+        raise RewriteRefused(f"{path}: cannot be written: {error.strerror}", hint="give another --to") from error
     if not home.is_dir():
         raise RewriteRefused(f"{home}: expected a folder, found a file")
     return home

@@ -135,7 +135,7 @@ def compare(
 
             def run(one: Sandbox, other: Sandbox, path: Paths = path, other_path: Paths = other_path) -> Compared:
                 across = one.runner is not other.runner
-                return run_pair(Pair(path, other_path, one, other, inputs), _n_summed(before, across))
+                return run_pair(Pair(path, other_path, one, other, inputs, strangers=True), _n_summed(before, across))
 
             results += [(part, label, _within(one, max_drift)) for label, one in on_each_device(device, boxes, run)]
         gathered.facts.update(_versions([child(r, "cpu") for r in runners if isinstance(r, Runner)], device))

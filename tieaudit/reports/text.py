@@ -112,6 +112,8 @@ def _kind(model: Model) -> str:
         facts.append(counted(n_files, "file"))
     if model.metadata.get("alternative_of"):
         facts.append(f"alternative of {printable(model.metadata['alternative_of'])}")
+    if model.metadata.get("alternatives"):
+        facts.append(f"not read, alternatives: {printable(model.metadata['alternatives'], 80)}")
     return " · ".join(facts)
 
 
@@ -151,12 +153,19 @@ def _ties(report: Report, page: _Page) -> list[str]:
             seen.add(frozenset(tie.ids))
     lines: list[str] = []
     for origin, ties in by_origin.items():
-        ties.sort(key=lambda tie: -tie.n_bytes_saved)
+        ties.sort(key=lambda tie: (-tie.n_bytes_saved, -_largest(report, tie)))
         if ties:
             title = page.paint(f"Ties, {origin}", "title") + f" ({len(ties):,}): {_MEANING[origin]}"
             lines += [title, *_tie_lines(report, ties[: page.most.n_most_ties], page)]
             lines += _more(len(ties) - page.most.n_most_ties, "  ")
     return lines or ["No tie of any origin."]
+
+
+def _largest(report: Report, tie: Tie) -> int:
+    """Stored bytes of the largest member: among ties that waste nothing the embedding matters more than a bias."""
+    return max(
+        (report.subject.model.by_id[id].n_bytes for id in tie.ids if id in report.subject.model.by_id), default=0
+    )
 
 
 def _tie_lines(report: Report, ties: Sequence[Tie], page: _Page) -> list[str]:
@@ -237,8 +246,9 @@ def _candidate(candidate: Candidate, page: _Page) -> list[str]:
 
 def _findings(report: Report, page: _Page) -> list[str]:
     lines: list[str] = []
+    said: set[str] = set()
     for finding in report.findings[: page.most.n_most_findings]:
-        lines += _finding(finding, page)
+        lines += _finding(finding, page, said)
     lines += _more(len(report.findings) - page.most.n_most_findings, "  ")
     if report.n_silenced:
         what = counted(report.n_silenced, "more finding" if report.findings else "finding")
@@ -246,12 +256,16 @@ def _findings(report: Report, page: _Page) -> list[str]:
     return [page.paint("Findings", "title") + f" ({len(report.findings):,})", *lines] if lines else []
 
 
-def _finding(finding: Finding, page: _Page) -> list[str]:
+def _finding(finding: Finding, page: _Page, said: set[str]) -> list[str]:
+    """`said`: commands that were shown already; one command mends many findings and is worth reading once."""
     head = page.paint(f"{finding.severity:<7}", finding.severity)
     lines = [f"  {head} {finding.code} {finding.name}", *page.wrap(printable(finding.message, _LONGEST), "    ")]
     if finding.fix is None:
         return lines
     text = printable(finding.fix.command, None)
+    if text in said:
+        return [*lines, "    the same command mends it"] if finding.fix.safety != "manual" else lines
+    said.add(text)
     if finding.fix.safety == "manual":
         return [*lines, *page.wrap(f"by hand: {text}", "    ")]
     note = "" if finding.fix.safety == "safe" else "  # changes what the model computes for some loaders"

@@ -17,6 +17,11 @@ W = ramp(64, 8)
 NOTE = claim(EMBED, HEAD, restores=False, condition="")
 
 
+NOT_FILLED = "not stored, not tied"
+COMPUTED = "computed by "
+"""What a loader that asked the class says of an absent weight: nothing fills it, or the class computes it itself."""
+
+
 @rule(
     "TIE105",
     "missing-weight",
@@ -81,14 +86,22 @@ def check(subject: Subject) -> Iterator[Finding | CannotTell]:
             yield CannotTell(f"{listed(ids)}: not stored; {printable(claimed.claimed_by)} documents a tie only", ids)
             continue
         switched = claimed.condition and not any(declaration.active for declaration in claimed.by)
-        why = f"{printable(claimed.condition)} is off" if switched else "no loader restores it from another weight"
-        message = f"{listed(ids)}: not stored, and {why}; transformers initialises it randomly"
+        why = f"not tied ({printable(claimed.by[0].because)})" if switched else "no loader restores it from another"
+        message = f"{listed(ids)}: not stored and {why}; transformers initialises it randomly"
         fix = Fix("manual", "take the weight from the original checkpoint")
         if kept and switched and can_edit(model):
             how = f"if it was tied to {printable(kept[0])}, set {printable(claimed.condition)} to true; else restore it"
             fix = Fix("manual", how)
         yield Finding(ids, message, fix, {"claimed_by": claimed.claimed_by, "stored": list(kept)})
     unclaimed = tuple(id for id in absent if id not in seen)
+    random = tuple(id for id in unclaimed if model.by_id[id].because == NOT_FILLED)
+    if random:
+        message = (
+            f"{listed(random)}: not stored, and the class ties it to nothing; transformers initialises it randomly"
+        )
+        yield Finding(random, message, Fix("manual", "take the weight from the original checkpoint"))
+    computed = tuple(id for id in unclaimed if model.by_id[id].because.startswith(COMPUTED))
+    unclaimed = tuple(id for id in unclaimed if id not in random and id not in computed)
     if unclaimed:
         yield CannotTell(f"{listed(unclaimed)}: not stored, and it is not known whether the class ties it", unclaimed)
 

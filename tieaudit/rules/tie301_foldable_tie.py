@@ -44,7 +44,8 @@ def check(subject: Subject) -> Iterator[Finding | CannotTell]:
     Why it matters:
         The file holds the matrix once, the running model twice: constant folding evaluates Transpose(W) while the
         session is created and keeps both. onnxsim, onnx-graphsurgeon and ONNX Runtime's offline optimisation write
-        the second copy to disk.
+        the second copy to disk. In memory, ONNX Runtime's CPU provider packs the product's operand by default and
+        then holds two copies of a Gemm as well: one copy needs the session option session.disable_prepacking=1 too.
 
     How it is decided:
         By the graph: at least one use goes through a Transpose node that moves something, and at least one does not.

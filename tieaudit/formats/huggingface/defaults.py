@@ -33,7 +33,8 @@ def from_table(major: Major, architecture: str, config: Mapping[str, Any], store
         return None
     names = list(stored)
     source = f"the data file of transformers {data['transformers']}"
-    flags = data["types"].get(config.get("model_type"), data["types"].get(entry["type"], {}))
+    named = config.get("model_type")  # whatever the file holds there, a list for one
+    flags = data["types"].get(named if isinstance(named, str) else None, data["types"].get(entry["type"], {}))
     spell = _Spelling(entry["prefix"], names, entry.get("saved", {}))
     ties = []
     for tie in entry.get("ties", ()):

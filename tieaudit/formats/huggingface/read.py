@@ -44,12 +44,9 @@ def load(path: Path, files: tuple[Path, ...]) -> Model:
     extra, documented_ties = documented(checkpoint, {**weights, **absent})
     absent.update({weight.id: weight for weight in extra})
     weights.update(absent)
-    if chosen.others:
-        notes.append(f"alternatives beside the weights, not read and not counted as waste: {', '.join(chosen.others)}")
     if "quantization_config" not in config:  # a quantiser replaces parameters by tensors that the bare class lacks
-        unfilled, random = _unfilled(known.best, weights)
+        unfilled = _unfilled(known.best, weights)
         weights.update(unfilled)
-        notes += random
     return Model(
         path=str(path),
         format="huggingface",
@@ -195,8 +192,8 @@ def _hints(facts: ClassFacts, weights: Mapping[str, Weight]) -> dict[str, str]:
     return {id: kind for id, kind in hints.items() if id in weights}
 
 
-def _unfilled(facts: ClassFacts, weights: Mapping[str, Weight]) -> tuple[dict[str, Weight], list[str]]:
-    """Live parameters that no file and no tie fills, as absent weights, and a note about the random ones."""
+def _unfilled(facts: ClassFacts, weights: Mapping[str, Weight]) -> dict[str, Weight]:
+    """Live parameters that no file and no tie fills, as absent weights that say why."""
     missing = sorted(
         name for name in set(facts.parameters) - _filled(facts) if make_id(facts.stored_name(name)) not in weights
     )
@@ -210,13 +207,7 @@ def _unfilled(facts: ClassFacts, weights: Mapping[str, Weight]) -> tuple[dict[st
         found[make_id(name)] = Weight(
             make_id(name), name, facts.parameters[live], like, None, parameter=True, because=because
         )
-    random = [name for name in missing if name not in facts.recomputed]
-    if not random:
-        return found, []
-    shown = ", ".join(random[:3]) + (f" and {len(random) - 3} more" if len(random) > 3 else "")
-    return found, [
-        f"parameters of {facts.architecture} that are not stored and not tied, so initialised randomly: {shown}"
-    ]
+    return found
 
 
 def _filled(facts: ClassFacts) -> set[str]:

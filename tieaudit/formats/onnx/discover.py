@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -184,6 +184,8 @@ def _may_hold_data(entry: Path) -> bool:
 
 def external_locations(file: Path) -> set[str]:
     """Names of the external data files that an ONNX file mentions, without parsing its graph; empty if unreadable."""
+    if not file.is_file():  # opening a pipe would wait for a writer
+        return set()
     try:
         with file.open("rb") as stream:
             data = skeleton(stream, file.stat().st_size).data
@@ -200,7 +202,7 @@ def alternative_of(files: Sequence[Path]) -> str | None:
     """The model that this one is another variant of, if that one lies beside it: its stem (for parts, its folder)."""
     file = files[0]
     name = _parse(file.stem)
-    beside = {path.stem: _parse(path.stem) for path in _models_of(file.parent) if path.parent == file.parent}
+    beside = _beside(file.parent, file.parent.stat().st_mtime_ns)
     if name.variant:
         for stem, other in beside.items():
             if other == name._replace(variant=""):
@@ -219,6 +221,12 @@ def alternative_of(files: Sequence[Path]) -> str | None:
         ]
         return ", ".join(separate) or None
     return None
+
+
+@lru_cache(maxsize=4)
+def _beside(folder: Path, changed_ns: int) -> dict[str, _Name]:
+    """Stem → name of every model of a folder. Kept while the folder does not change: each of thousands asks."""
+    return {path.stem: _parse(path.stem) for path in _models_of(folder) if path.parent == folder}
 
 
 def not_a_model(file: Path) -> str | None:

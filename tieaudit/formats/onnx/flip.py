@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from tieaudit.formats.onnx.records import Records
 
 Shape = tuple[int, int]
+_N_MOST_PASSED = 100
+"""Nodes that pass a matrix on in a row; exporters write a handful, only a damaged file has a cycle of them."""
 
 
 class Leaf(NamedTuple):
@@ -44,21 +46,27 @@ class Stuck(NamedTuple):
 
 
 def leaves(
-    piece: Piece, body: Body, name: str, shape: Shape, elem: int, style: Style, casts: tuple[Op, ...] = ()
-) -> Iterator[Leaf | Stuck]:
+    piece: Piece, body: Body, name: str, shape: Shape, elem: int, style: Style, casts: tuple[Op, ...] = (),
+    depth: int = 0,
+) -> Iterator[Leaf | Stuck]:  # fmt: skip
     """Every consumer of a value of `shape`, with the pattern that lets it read the transpose."""
+    if depth > _N_MOST_PASSED:
+        yield Stuck(f"more than {_N_MOST_PASSED} nodes pass it on one after the other, or they form a cycle")
+        return
     if body.returned(name):
         yield Stuck(f"{name!r} is an output of its graph, in this layout")
         return
     for site in body.readers(name):
         op = site.op
         reading = Reading(piece, site, shape, elem)
-        if is_same(piece, site, shape):
-            yield from leaves(piece, op.body, op.proto.output[0], shape, elem, style, casts)
+        if not op.proto.output:
+            yield Stuck(f"its consumer {op.handle!r} ({op.type}) has no result")
+        elif is_same(piece, site, shape):
+            yield from leaves(piece, op.body, op.proto.output[0], shape, elem, style, casts, depth + 1)
         elif op.type == "Transpose" and turns(op):
             yield Leaf(reading, None, casts)
         elif op.type == "Cast" and (to := int_attribute(op.proto, "to", 0)):
-            yield from leaves(piece, op.body, op.proto.output[0], shape, to, style, (*casts, op))
+            yield from leaves(piece, op.body, op.proto.output[0], shape, to, style, (*casts, op), depth + 1)
         else:
             found = choose(reading, style)
             if isinstance(found, str):
@@ -67,16 +75,20 @@ def leaves(
                 yield Leaf(reading, found, casts)
 
 
-def transposed_reads(piece: Piece, body: Body, name: str, shape: Shape, elem: int) -> Iterator[tuple[Site, str, int]]:
+def transposed_reads(
+    piece: Piece, body: Body, name: str, shape: Shape, elem: int, depth: int = 0
+) -> Iterator[tuple[Site, str, int]]:
     """(the Transpose's input slot, the value it reads, its element type) of every Transpose of a stored matrix."""
-    for site in body.readers(name):
+    for site in body.readers(name) if depth <= _N_MOST_PASSED else ():
         op = site.op
+        if not op.proto.output:
+            continue
         if is_same(piece, site, shape):
-            yield from transposed_reads(piece, op.body, op.proto.output[0], shape, elem)
+            yield from transposed_reads(piece, op.body, op.proto.output[0], shape, elem, depth + 1)
         elif op.type == "Transpose" and turns(op):
             yield site, op.proto.input[0], elem
         elif op.type == "Cast" and (to := int_attribute(op.proto, "to", 0)):
-            yield from transposed_reads(piece, op.body, op.proto.output[0], shape, to)
+            yield from transposed_reads(piece, op.body, op.proto.output[0], shape, to, depth + 1)
 
 
 def turns(op: Op) -> bool:

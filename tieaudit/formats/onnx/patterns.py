@@ -93,9 +93,11 @@ def choose(reading: Reading, style: Style) -> Pattern | str:
         return "a matrix without elements is not worth a rewrite"
     if len(getattr(reading.op.proto, "device_configurations", ())):
         return "the node is sharded over devices"
+    n_inputs = 1 if reading.op.type == "Einsum" else 2
+    whole = len(reading.op.proto.input) >= n_inputs and len(reading.op.proto.output) > 0
     for pattern in _in_order(style):
         if reading.op.type in pattern.ops:
-            found = pattern.why_not(reading)
+            found = pattern.why_not(reading) if whole else "the node lacks an input or a result"
             if found is None:
                 return pattern
             reason = reason or found

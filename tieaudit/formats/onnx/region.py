@@ -17,6 +17,7 @@ import numpy as np
 
 from tieaudit.errors import CorruptFile
 from tieaudit.formats.onnx.compare import Side, side_of, tag
+from tieaudit.formats.onnx.inference import inferred
 from tieaudit.formats.onnx.scopes import Scope, scope_named, walk_scopes
 from tieaudit.formats.onnx.tensors import DTYPES
 from tieaudit.formats.onnx.uses import VIEW_OPS
@@ -53,13 +54,7 @@ class Cutter:
     @cached_property
     def types(self) -> Mapping[tuple[str, str], TypeProto]:
         """Types of values by (scope, name), as declared or as onnx infers them without the tensors' values."""
-        import onnx
-
-        model = self.side.model
-        try:
-            model = onnx.shape_inference.infer_shapes(model)
-        except Exception:  # inference fails on models that run; then only declared types are known
-            model = self.side.model
+        model = inferred(self.side.model)
         return {
             (scope.name, value.name): value.type
             for scope in walk_scopes(model)

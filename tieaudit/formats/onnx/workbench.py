@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from tieaudit.formats.onnx.everywhere import all_tensors
+from tieaudit.formats.onnx.inference import inferred
 from tieaudit.formats.onnx.read import parse
 from tieaudit.formats.onnx.scopes import Scope, first_output, walk_scopes
 from tieaudit.formats.onnx.tensors import locate
@@ -301,11 +302,7 @@ class Piece:
         """Types of values: what the file says, else what onnx infers. Cost: one shape inference without tensors."""
         import onnx
 
-        model = onnx.ModelProto.FromString(self._original)
-        try:
-            model = onnx.shape_inference.infer_shapes(model)
-        except Exception:  # inference fails in many ways on models that run; then we know only what the file says
-            model = onnx.ModelProto.FromString(self._original)
+        model = inferred(onnx.ModelProto.FromString(self._original))
         found: dict[tuple[str, str], ValueInfoProto] = {}
         for scope in walk_scopes(model):
             if scope.graph is not None:

@@ -106,7 +106,8 @@ def _items(piece: Piece) -> Iterator[Item]:
     """Every tensor of an edited part that is, or will be, in a data file."""
     for tensor in all_tensors(piece.proto):
         if tensor.data_location == EXTERNAL:
-            yield Item(tensor, piece.external(tensor), piece.location_of(tensor) or "")
+            location = os.path.normpath(piece.location_of(tensor) or "")  # `sub/../data` needs a folder that may not be
+            yield Item(tensor, piece.external(tensor), location)
             continue
         number = piece.token_number(tensor.raw_data)
         if number is not None and number in piece.outside:

@@ -12,7 +12,7 @@ from pathlib import Path
 from tieaudit.change import Edit
 from tieaudit.formats import Format
 from tieaudit.formats.safetensors.header import LFS_MAGIC
-from tieaudit.formats.safetensors.sharded import INDEX_SUFFIX, Checkpoint, index_of, read_checkpoint, read_index
+from tieaudit.formats.safetensors.sharded import INDEX_SUFFIX, Checkpoint, owners_of_shards, read_checkpoint, read_index
 from tieaudit.model import Declaration, Model, Part, Weight, make_id
 
 
@@ -23,8 +23,11 @@ def _owns(path: Path) -> bool:
 def _group(paths: Sequence[Path]) -> list[tuple[Path, tuple[Path, ...]]]:
     """A shard belongs to its index; every other file is a model of its own."""
     mains: dict[Path, tuple[Path, ...]] = {}
+    owners: dict[Path, dict[str, Path]] = {}
     for path in paths:
-        main = path if path.name.endswith(INDEX_SUFFIX) else index_of(path) or path
+        if path.parent not in owners:  # once per folder: it may hold thousands of files
+            owners[path.parent] = owners_of_shards(path.parent)
+        main = path if path.name.endswith(INDEX_SUFFIX) else owners[path.parent].get(path.name, path)
         if main not in mains:
             files: tuple[Path, ...] = (main,)
             if main.name.endswith(INDEX_SUFFIX):

@@ -103,12 +103,13 @@ def is_plain_name(name: str) -> bool:
     return bool(name) and name not in (".", "..") and not any(sign in name for sign in "/\\\0") and ":" not in name
 
 
-def index_of(shard: Path) -> Path | None:
-    """The index beside a file that lists it as a shard, or None. An index that cannot be read lists nothing."""
-    for index in sorted(shard.parent.glob("*" + INDEX_SUFFIX)):
+def owners_of_shards(folder: Path) -> dict[str, Path]:
+    """File name → the first index of the folder that lists it. An index that cannot be read lists nothing."""
+    found: dict[str, Path] = {}
+    for index in sorted(folder.glob("*" + INDEX_SUFFIX)):
         try:
-            if shard.name in read_index(index).values():
-                return index
+            for name in read_index(index).values():
+                found.setdefault(name, index)
         except (CorruptFile, OSError):
             continue
-    return None
+    return found

@@ -1,0 +1,111 @@
+"""What stands between the commands and the terminal: errors as one line, interrupts, closed and full outputs.
+
+No command prints by itself: `print_result` is the way to stdout, and whatever a command raises ends in `Commands`.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import click
+
+from tieaudit.errors import TieAuditError, in_one_line
+from tieaudit.printable import printable
+
+EXIT_INTERRUPTED = 130
+"""128 + SIGINT, as shells have it: no command's own verdict."""
+TRACEBACK_VARIABLE = "TIEAUDIT_TRACEBACK"
+_ARGUMENTS = "tieaudit.arguments"
+
+
+class Commands(click.Group):
+    """A group that suggests the nearest command for a misspelt one, and out of which no traceback comes."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            from tieaudit.registry import choose
+
+            choose({name: name for name in self.list_commands(ctx)}, args[0], "command")
+        return super().resolve_command(ctx, args)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[_ARGUMENTS] = list(args)  # an unexpected error shall say what was being worked on
+        return super().parse_args(ctx, args)
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Like click's, but every error of the tool is one line on stderr and its own exit code."""
+        try:
+            return super().main(*args, **kwargs)
+        except TieAuditError as error:
+            complain(error)
+            sys.exit(error.exit_code)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Like click's, but an interrupt has its usual code, and a fault of ours is one line, too."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a terminal may not have every character of a message
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            with _ended_in_order():
+                return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("interrupted; nothing was delivered", err=True)
+            sys.exit(EXIT_INTERRUPTED)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, TieAuditError):
+            raise
+        except Exception as error:
+            if TRACEBACK_VARIABLE in os.environ:
+                raise
+            raise in_one_line(error, shlex.join(["tieaudit", *ctx.meta.get(_ARGUMENTS, ())])) from error
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """While this lasts, SIGTERM unwinds the stack like an interrupt does, so that no temporary file is left."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def complain(error: TieAuditError) -> None:
+    """One line on stderr, and a second one with what to do."""
+    click.echo(f"error: {printable(error.message, None)}", err=True)
+    if error.hint:
+        click.echo(f"  {printable(error.hint, None)}", err=True)
+
+
+def print_result(text: str) -> None:
+    """Print a result. A reader that has gone (`| head`) changes nothing about the exit code; a full disk does."""
+    try:
+        click.echo(text, color=True)
+    except OSError as error:
+        with suppress(OSError, ValueError):  # what is still in the buffer must not be tried again at the exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            message = f"standard output: the result cannot be printed: {error.strerror}"
+            raise TieAuditError(message, hint="all else was done; what was delivered stays") from error
+
+
+def on_terminal(stream: Any) -> bool:
+    """Whether a standard stream is a terminal; it is None where whoever started us closed it."""
+    return stream is not None and bool(stream.isatty())
+
+
+def not_negative(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    """A limit of 0 or more, or none. Every comparison with NaN is false, so a NaN would let everything pass."""
+    if value is not None and not value >= 0:
+        raise click.BadParameter(f"expected a number of 0 or more, found {value}")
+    return value
