@@ -264,3 +264,53 @@ def test_the_json_of_every_command_fits_its_published_schema(tmp_path: Path, com
     broken = {**json.loads(result.output), "schema": "another"}
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(broken, wanted)
+
+
+def two_tables(path: Path, second: np.ndarray, *nodes: tuple[str, list[str], list[str]]) -> Path:
+    """Gather of `a`, and whatever reads `b`, an equal or transposed copy."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    made = [helper.make_node("Gather", ["a", "ids"], ["h"])]
+    made += [helper.make_node(op, inputs, outputs) for op, inputs, outputs in nodes]
+    ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["n", "s"])
+    out = helper.make_tensor_value_info("out", TensorProto.FLOAT, None)
+    weights = [numpy_helper.from_array(tiny_onnx.table(), "a"), numpy_helper.from_array(second, "b")]
+    graph = helper.make_graph(made, "g", [ids], [out], weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(path))
+    return path
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_copy_that_is_read_through_a_transpose_is_shared_and_respelt_in_one_go(
+    tmp_path: Path, transposed: bool
+) -> None:
+    if transposed:  # Transpose(b) is the table again, and is looked up
+        second = np.ascontiguousarray(tiny_onnx.table().T)
+        read = [("Transpose", ["b"], ["t"]), ("Gather", ["t", "ids"], ["g"]), ("Add", ["h", "g"], ["out"])]
+    else:
+        second, read = tiny_onnx.table(), [("Transpose", ["b"], ["t"]), ("MatMul", ["h", "t"], ["out"])]
+    source, to = two_tables(tmp_path / "m.onnx", second, *read), tmp_path / "out.onnx"
+    result = run("apply", source, "--to", to, "--format", "json")
+    assert result.exit_code == 0, result.output
+    proof = json.loads(result.output)["proof"]
+    assert proof["facts"]["folded_apart_by_the_runtime"] == "no"
+    np.testing.assert_allclose(outputs(to, IDS), outputs(source, IDS), rtol=0, atol=1e-5)
+    assert "nothing to do" in run("plan", to).output  # a second run finds no Transpose left to fold
+
+
+def test_weights_that_cannot_be_read_while_scanning_end_in_exit_code_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tieaudit.errors import CorruptFile
+    from tieaudit.storage import FileStorage
+
+    source = tiny_onnx.lost(tmp_path / "m.onnx", external=True)
+
+    def gone(self: FileStorage, ranges: object) -> list[bytes]:
+        raise CorruptFile(f"{self.path}: the file is truncated or changed while it was read")
+
+    monkeypatch.setattr(FileStorage, "read_ranges", gone)
+    result = run("scan", source)
+    assert result.exit_code == 2
+    assert "TIE902" in result.output

@@ -118,7 +118,7 @@ def scan(paths: tuple[str, ...], format_name: str) -> None:
         print_result(_report(format_name)(reports, errors, _settings()))
     for _, message in errors:
         click.echo(f"error: {printable(message, None)}", err=True)
-    if errors or not reports or any(report.crashed for report in reports):
+    if errors or not reports or any(report.crashed or report.subject.found.unreadable for report in reports):
         sys.exit(2)
 
 

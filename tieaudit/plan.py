@@ -95,9 +95,11 @@ def _consider(draft: _Draft, candidate: Candidate) -> None:
             isinstance(edit, Share) and {m.id for m in candidate.members} <= {m.id for m in edit.members}
             for edit in draft.edits
         )
-        if not (covered and candidate.action == "share") and candidate.action != "respell":
+        if covered and candidate.action == "share":
+            return
+        if not (covered and candidate.action == "respell"):
             draft.refuse(candidate, f"conflicts with what {', '.join(sorted(decided))} already does to these weights")
-        return
+            return
     make = {"share": _share, "unshare": _unshare, "respell": _respell, "declare": _declare}[candidate.action]
     try:
         edits = make(draft, candidate)

@@ -26,7 +26,8 @@ def _propose(subject: Subject) -> Iterator[Candidate | Refusal]:
     declared = {id: index for index, claim in enumerate(model.declarations) if claim.active for id in claim.members}
     for ids in subject.found.constant_classes:
         yield from _constants(subject, ids, declared)
-    for id, uses in folded_apart(model).items():
+    measured = [tie.ids for tie in subject.found.ties if tie.origin == "measured"]
+    for id, uses in folded_apart(model, measured).items():
         because = f"{len(uses)} of its uses go through a Transpose that a runtime folds into a second copy"
         yield Candidate("dedup", (Member(id),), 0, True, because, action="respell")
 

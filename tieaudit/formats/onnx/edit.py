@@ -69,7 +69,9 @@ def _act(bench: Bench, model: Model, edit: Edit, plan: Plan, style: Style) -> st
     elif isinstance(edit, Respell):
         found = respell.decide(bench, model, edit, style)
         if isinstance(found, str):
-            return found
+            shared = {member.id for one in plan.edits if isinstance(one, Share) for member in one.members}
+            # a share that changed the stored layout has taken the Transposes away already
+            return None if found.startswith(respell.NO_TRANSPOSE) and edit.weight in shared else found
         if isinstance(found, share.Decision):
             share.share(bench, found, None, True, style)
         else:

@@ -29,6 +29,9 @@ class InPlace(NamedTuple):
     """As it is stored."""
 
 
+NO_TRANSPOSE = "no Transpose node reads"
+
+
 def decide(bench: Bench, model: Model, edit: Respell, style: Style) -> InPlace | Decision | str:
     """How to do it, or the reason why it cannot be done."""
     seats = take_seats(bench, model, ((edit.weight, False),))
@@ -39,7 +42,7 @@ def decide(bench: Bench, model: Model, edit: Respell, style: Style) -> InPlace |
         return f"{edit.weight} is {weight.dtype} {list(weight.shape)}: only matrices can be read both ways"
     turns = tuple(transposed_reads(spot.piece, spot.body, spot.name, seen(seats[0]), elem(spot)))
     if not turns:
-        return f"no Transpose node reads {edit.weight}"
+        return f"{NO_TRANSPOSE} {edit.weight}"
     total, reason = 0, None
     for item in _leaves_behind(spot, turns, seen(seats[0])[::-1], style):
         if isinstance(item, Stuck):
