@@ -225,17 +225,7 @@ def apply(
             inputs=given,
             max_drift=max_drift,
         )
-    print_result(
-        outcome.applied(
-            model,
-            done.plan,
-            done.proof,
-            str(done.delivered.path),
-            str(done.delivered.receipt),
-            format_name,
-            _settings(),
-        )
-    )
+    print_result(outcome.applied(model, done, format_name, _settings()))
 
 
 @main.command(epilog=_EPILOG_VERIFY)

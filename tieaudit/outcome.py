@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from tieaudit import __version__
 from tieaudit.change import Edit, Level, Plan, Proof, Respell, SetConfig, Share, Unshare
@@ -13,6 +14,9 @@ from tieaudit.plain import plain
 from tieaudit.printable import counted, listed, printable, size
 from tieaudit.verdict import Finding
 from tieaudit.view import AS_STORED
+
+if TYPE_CHECKING:  # printing a plan needs nothing that runs models
+    from tieaudit.apply import Applied
 
 N_MOST_LINES = 12
 N_MOST_LEFT = 3
@@ -48,10 +52,10 @@ def planned(
     return "\n".join(lines)
 
 
-def applied(
-    model: Model, plan: Plan, proof: Proof, output: str, receipt: str, format_name: str, settings: Mapping[str, object]
-) -> str:
+def applied(model: Model, done: Applied, format_name: str, settings: Mapping[str, object]) -> str:
     """A delivery: what was done, how it was proved, where it lies."""
+    plan, proof = done.plan, done.proof
+    output, receipt = str(done.delivered.path), str(done.delivered.receipt)
     if format_name == "json":
         return _json("apply", plan=plan, proof=proof, output=output, receipt=receipt)
     lines = [f"{printable(model.path)}  {model.format}", *_plan_lines(model, plan), *_proof_lines(proof)]

@@ -93,17 +93,19 @@ def check(subject: Subject) -> Iterator[Finding | CannotTell]:
             how = f"if it was tied to {printable(kept[0])}, set {printable(claimed.condition)} to true; else restore it"
             fix = Fix("manual", how)
         yield Finding(ids, message, fix, {"claimed_by": claimed.claimed_by, "stored": list(kept)})
-    unclaimed = tuple(id for id in absent if id not in seen)
-    random = tuple(id for id in unclaimed if model.by_id[id].because == NOT_FILLED)
+    yield from _unclaimed(subject, tuple(id for id in absent if id not in seen))
+
+
+def _unclaimed(subject: Subject, ids: tuple[str, ...]) -> Iterator[Finding | CannotTell]:
+    """Absent weights of which nobody claims a tie: random, computed by the class itself, or not known."""
+    because = {id: subject.model.by_id[id].because for id in ids}
+    random = tuple(id for id in ids if because[id] == NOT_FILLED)
     if random:
-        message = (
-            f"{listed(random)}: not stored, and the class ties it to nothing; transformers initialises it randomly"
-        )
-        yield Finding(random, message, Fix("manual", "take the weight from the original checkpoint"))
-    computed = tuple(id for id in unclaimed if model.by_id[id].because.startswith(COMPUTED))
-    unclaimed = tuple(id for id in unclaimed if id not in random and id not in computed)
-    if unclaimed:
-        yield CannotTell(f"{listed(unclaimed)}: not stored, and it is not known whether the class ties it", unclaimed)
+        message = f"{listed(random)}: not stored, and no tie restores them; transformers initialises them randomly"
+        yield Finding(random, message, Fix("manual", "take the weights from the original checkpoint"))
+    unknown = tuple(id for id in ids if id not in random and not because[id].startswith(COMPUTED))
+    if unknown:
+        yield CannotTell(f"{listed(unknown)}: not stored, and it is not known whether the class ties it", unknown)
 
 
 def _is_stored(subject: Subject, id: str) -> bool:
