@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tieaudit.equality import can_declare, duplicates
+from tieaudit.equality import Equality, can_declare, duplicates
+from tieaudit.model import Use, Weight
 from tieaudit.printable import listed, printable, size
 from tieaudit.remedy import rewrite
 from tieaudit.rules import rule
@@ -19,6 +20,9 @@ SQUARE = ramp(24, 24)
 SYMMETRIC = np.add(SQUARE, SQUARE.T)
 ONE_ELEMENT_OFF = W.T.copy()
 ONE_ELEMENT_OFF[3, 5] += 1
+CODES = np.random.default_rng(0).integers(0, 255, (64, 8)).astype(np.uint8)
+LOOKUP = Use(EMBED, "Gather", "x", 0, reads_ids=True)
+PROJECTION = Use(HEAD, "MatMulInteger", "logits", 1, feeds_output=True)
 
 
 @rule(
@@ -36,6 +40,11 @@ ONE_ELEMENT_OFF[3, 5] += 1
         toy({EMBED: W, HEAD: ONE_ELEMENT_OFF}, format="onnx"),
         toy({EMBED: W, HEAD: W.copy()}, format="onnx"),
         toy({"symmetric": SYMMETRIC, "copy": SYMMETRIC.copy()}, format="onnx"),
+        toy({EMBED: W, HEAD: ramp(8, 64, seed=1)}, uses=[LOOKUP, PROJECTION], format="onnx"),
+    ],
+    unsure=[
+        toy({EMBED: CODES, HEAD: (CODES.T // 2).astype(np.int8)}, uses=[LOOKUP, PROJECTION], format="onnx"),
+        toy({EMBED: W, HEAD: (CODES.T // 2).astype(np.int8)}, uses=[LOOKUP, PROJECTION], format="onnx"),
     ],
 )
 def check(subject: Subject) -> Iterator[Finding | CannotTell]:
@@ -62,7 +71,8 @@ def check(subject: Subject) -> Iterator[Finding | CannotTell]:
         Values do not change.
 
     Cannot tell when:
-        Never by itself: a weight whose bytes cannot be read is reported by duplicate-weights.
+        Embedding and head have the shape of one matrix, but one of them or both were quantised: each quantiser chose
+        its own scales, and equal bytes are no longer the question. Bytes that cannot be read: see duplicate-weights.
 
     Sources:
         torch/csrc/jit/passes/onnx/deduplicate_initializers.cpp runs after constant folding (reproduced: 279 KB
@@ -84,3 +94,24 @@ def check(subject: Subject) -> Iterator[Finding | CannotTell]:
         )
         evidence = {"views": dict(zip(same.ids, map(str, same.views), strict=True))}
         yield Finding(same.ids, message, rewrite(model, "dedup", same.ids), evidence, same.n_bytes)
+    yield from _quantised_apart(subject)
+
+
+def _quantised_apart(subject: Subject) -> Iterator[CannotTell]:
+    """An embedding and a head that may have been one matrix before a quantiser took each by itself."""
+    equality = Equality(subject.model, subject.found)
+    embeddings, heads = (_of(subject, kind) for kind in ("token_embedding", "output_head"))
+    for embedding in embeddings:
+        for head in heads:
+            quantised = [weight for weight in (embedding, head) if not weight.is_float]
+            fits = sorted(embedding.shape) == sorted(head.shape)
+            if quantised and fits and not equality.same(embedding.id, head.id):
+                because = (
+                    f"whether {printable(embedding.id)} ({embedding.dtype}) and {printable(head.id)} ({head.dtype}) "
+                    "were one matrix before they were quantised apart: their bytes cannot say"
+                )
+                yield CannotTell(because, (embedding.id, head.id))
+
+
+def _of(subject: Subject, kind: str) -> list[Weight]:
+    return [weight for weight in subject.model.weights if subject.roles[weight.id].kind == kind and not weight.absent]
