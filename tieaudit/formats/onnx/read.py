@@ -78,12 +78,16 @@ def read_file(file: Path, part: str) -> _Read:
     scopes = walk_scopes(proto, str(file))
     _check_names(scopes, file)
     notes: list[str] = []
+    again: dict[str, None] = {}
     weights: dict[Value, Weight] = {}
     for scope in scopes:
         for value, weight in _weights_of(scope, source, part):
             if value in weights:
-                notes.append(f"{file}: {weight.name!r} is stored twice in one graph; the last one is used")
+                again[weight.name] = None
             weights[value] = weight
+    if again:
+        which = f"{next(iter(again))!r}" if len(again) == 1 else f"{len(again)} names ({next(iter(again))!r} the first)"
+        notes.append(f"{file}: {which} stored more than once in one graph; the last tensor of a name is used")
     values = Values(scopes, weights)
     lookups = Lookups(values)
     parameters = Parameters(values, lookups)
