@@ -19,7 +19,8 @@ TIMEOUT_SECONDS = 60.0
 """For one question, the import of transformers included."""
 MEMORY_BYTES = 24 * 2**30
 """Address space of the child; torch alone maps some 5 GB of it."""
-_MODULE = "tieaudit.formats.huggingface.ask"
+COMMAND = (sys.executable, "-P", "-m", "tieaudit.formats.huggingface.ask")
+"""-P: a model folder that somebody stands in may hold a transformers.py of its own."""
 
 
 def installed() -> bool:
@@ -30,7 +31,7 @@ def installed() -> bool:
 class Asker:
     """A child process that answers questions about model classes, one at a time."""
 
-    def __init__(self, command: tuple[str, ...] = (sys.executable, "-m", _MODULE), timeout: float = TIMEOUT_SECONDS):
+    def __init__(self, command: tuple[str, ...] = COMMAND, timeout: float = TIMEOUT_SECONDS):
         self.command = command
         self.timeout = timeout
         self._child: subprocess.Popen[bytes] | None = None
