@@ -314,3 +314,21 @@ def test_weights_that_cannot_be_read_while_scanning_end_in_exit_code_two(
     result = run("scan", source)
     assert result.exit_code == 2
     assert "TIE902" in result.output
+
+
+def test_files_that_share_a_range_are_as_good_as_files_can_be(fixtures_dir: Path, tmp_path: Path) -> None:
+    to = tmp_path / "out"
+    assert run("apply", fixtures_dir / "bart_seq2seq" / "parts_lost", "--to", to).exit_code == 0
+    assert "nothing to do" in run("plan", to).output
+
+
+def test_two_names_of_one_range_in_one_file_become_one_initializer(fixtures_dir: Path, tmp_path: Path) -> None:
+    source, to = fixtures_dir / "gpt_decoder" / "one_range", tmp_path / "out"
+    before = json.loads(run("scan", source, "--format", "json").output)["models"][0]
+    (finding,) = [finding for finding in before["findings"] if finding["code"] == "TIE204"]
+    assert finding["fix"]["safety"] == "safe"
+    result = run("apply", source, "--to", to)
+    assert result.exit_code == 0, result.output
+    after = json.loads(run("scan", to, "--format", "json").output)["models"][0]
+    assert after["summary"]["n_weights"] == before["summary"]["n_weights"] - 1
+    assert not [finding for finding in after["findings"] if finding["code"] == "TIE204"]

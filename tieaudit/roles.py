@@ -63,9 +63,11 @@ def _from_graph(model: Model) -> dict[str, Role]:
     for use in model.uses:
         weight = model.by_id[use.weight]
         seen = use.view.shape(weight.shape)
-        if use.op not in _PROJECTIONS or not use.feeds_output or len(seen) != 2 or weight.id in found:
+        in_blocks = use.op == "com.microsoft.MatMulNBits"  # [N, blocks, bytes], or [N, bytes] in older files
+        fits = len(seen) == 2 or in_blocks and len(seen) == 3
+        if use.op not in _PROJECTIONS or use.slot > 1 or not use.feeds_output or not fits or weight.id in found:
             continue
-        n_outputs = seen[1] if use.slot == 1 else seen[0]
+        n_outputs = seen[1] if use.slot == 1 and not in_blocks else seen[0]
         if n_outputs in vocabularies and n_outputs > 2:
             found[weight.id] = Role(
                 "output_head",

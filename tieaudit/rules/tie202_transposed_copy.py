@@ -104,13 +104,22 @@ def _quantised_apart(subject: Subject) -> Iterator[CannotTell]:
     for embedding in embeddings:
         for head in heads:
             quantised = [weight for weight in (embedding, head) if not weight.is_float]
-            fits = sorted(embedding.shape) == sorted(head.shape)
-            if quantised and fits and not equality.same(embedding.id, head.id):
+            if quantised and _fits(embedding, head) and not equality.same(embedding.id, head.id):
+                packed_alike = embedding.n_bytes == head.n_bytes and sorted(embedding.shape) != sorted(head.shape)
                 because = (
                     f"whether {printable(embedding.id)} ({embedding.dtype}) and {printable(head.id)} ({head.dtype}) "
-                    "were one matrix before they were quantised apart: their bytes cannot say"
+                    "were one matrix before they were quantised"
+                    + (": two packings are not compared" if packed_alike else " apart: their bytes cannot say")
                 )
                 yield CannotTell(because, (embedding.id, head.id))
+
+
+def _fits(embedding: Weight, head: Weight) -> bool:
+    """Whether both may hold one matrix: of one shape, or packed two 4-bit values to a byte, in blocks or not."""
+    if sorted(embedding.shape) == sorted(head.shape):
+        return True
+    fewer, more = sorted((embedding.n_elements, head.n_elements))
+    return fewer > 0 and more in (fewer, 2 * fewer) and embedding.shape[0] in head.shape
 
 
 def _of(subject: Subject, kind: str) -> list[Weight]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tieaudit.find import overlapping
-from tieaudit.model import Weight
+from tieaudit.model import Model, Weight
 from tieaudit.printable import listed, printable, size
+from tieaudit.remedy import rewrite
 from tieaudit.rules import rule
 from tieaudit.storage import FileStorage, Region
 from tieaudit.toy import At, ramp, toy
-from tieaudit.verdict import CannotTell, Finding, Fix, Subject
+from tieaudit.verdict import CannotTell, Finding, Subject
 
 W = ramp(64, 8)
-BY_HAND = "let the consumers of all of them read one initializer; until then copy the files, do not load and save them"
 PARTS = {"encoder.embed": "encoder_model", "decoder.embed": "decoder_model"}
 
 
@@ -48,8 +48,8 @@ def check(subject: Subject) -> Iterator[Finding | CannotTell]:
         wte.weight and lm_head.weight both point at model.onnx.data, offset 0.
 
     Fix:
-        By hand: let the consumers of the other names read one initializer, which every tool keeps. Until then copy
-        the file together with its data, and do not load and save it. tieaudit keeps the range when it writes.
+        `--scheme dedup` lets the consumers of all names read one initializer, which every tool keeps. Until then copy
+        the file together with its data, and do not load and save it.
 
     Cannot tell when:
         Two ranges overlap without being the same: a deliberate slice, or a writer's mistake.
@@ -66,7 +66,7 @@ def check(subject: Subject) -> Iterator[Finding | CannotTell]:
         for index in group:
             ranges.setdefault(_region(external[index]), []).append(external[index])
         for weights in ranges.values():
-            yield from _shared(weights)
+            yield from _shared(model, weights)
         if len(ranges) > 1:
             ids = tuple(weights[0].id for weights in ranges.values())
             yield CannotTell(f"whether the overlap of {listed(ids)} in the external data is meant", ids)
@@ -78,7 +78,7 @@ def _region(weight: Weight) -> Region:
     return weight.storage.region
 
 
-def _shared(weights: list[Weight]) -> Iterator[Finding]:
+def _shared(model: Model, weights: list[Weight]) -> Iterator[Finding]:
     by_part: dict[str, list[Weight]] = {}
     for weight in weights:
         by_part.setdefault(weight.part, []).append(weight)
@@ -92,4 +92,4 @@ def _shared(weights: list[Weight]) -> Iterator[Finding]:
             f"{listed(ids)} are {len(same)} initializers on bytes {begin:,} to {end:,} of {printable(file)}: "
             f"a plain onnx.load and onnx.save writes {size(again)} more"
         )
-        yield Finding(ids, message, Fix("manual", BY_HAND), {"file": file, "begin": begin, "end": end}, again)
+        yield Finding(ids, message, rewrite(model, "dedup", ids), {"file": file, "begin": begin, "end": end}, again)

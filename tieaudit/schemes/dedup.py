@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from tieaudit.change import Refusal
 from tieaudit.folding import folded_apart
-from tieaudit.model import Member
+from tieaudit.model import Member, Model
 from tieaudit.schemes import Scheme
 from tieaudit.verdict import Candidate, Subject
 
@@ -20,7 +20,7 @@ def _propose(subject: Subject) -> Iterator[Candidate | Refusal]:
         learned = any(model.by_id[id].parameter is not False for id in tie.ids)
         if tie.origin == "measured" and (learned or tie.n_bytes_saved >= MIN_CONSTANT_BYTES):
             yield Candidate("dedup", tie.members, tie.n_bytes_saved, True, tie.because)
-        elif tie.origin == "aliased" and len(tie.ids) > 1 and model.has_graph:
+        elif tie.origin == "aliased" and model.has_graph and _twice_in_a_part(model, tie.ids):
             because = f"{tie.because}: one name survives a plain load and save, several come back as copies"
             yield Candidate("dedup", tie.members, 0, True, because)
     declared = {id: index for index, claim in enumerate(model.declarations) if claim.active for id in claim.members}
@@ -30,6 +30,12 @@ def _propose(subject: Subject) -> Iterator[Candidate | Refusal]:
     for id, uses in folded_apart(model, measured).items():
         because = f"{len(uses)} of its uses go through a Transpose that a runtime folds into a second copy"
         yield Candidate("dedup", (Member(id),), 0, True, because, action="respell")
+
+
+def _twice_in_a_part(model: Model, ids: tuple[str, ...]) -> bool:
+    """Whether one file has several names for one range; files that share a range are as good as files can be."""
+    parts = [model.by_id[id].part for id in ids]
+    return len(set(parts)) < len(parts)
 
 
 def _constants(subject: Subject, ids: tuple[str, ...], declared: dict[str, int]) -> Iterator[Candidate]:
