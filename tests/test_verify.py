@@ -50,6 +50,15 @@ def test_bfloat16_is_proved_regionally_where_the_cpu_cannot_run_the_whole(tmp_pa
     assert "the original does not load or run either" in because(proof, "end to end")
 
 
+def test_a_graph_edit_that_is_not_on_the_list_fails_the_structural_level(tmp_path: Path) -> None:
+    before, after, made, written = case(tmp_path, language_model())
+    invented = tuple(replace(one, pattern="clever_trick") for one in written.rewritten)
+    assert invented
+    proof = prove(before, after, made, replace(written, rewritten=invented))
+    assert outcomes(proof)["structural"] == "failed"
+    assert "'clever_trick' is not on the list" in because(proof, "structural")
+
+
 def test_one_flipped_bit_in_an_untouched_tensor_fails_the_structural_level(tmp_path: Path) -> None:
     before, after, made, written = case(tmp_path, language_model())
 
