@@ -48,7 +48,7 @@ def apply(
         )
     with workspace(destination) as folder:
         written, after = rewrite(model, plan, folder)
-        proof = prove(model, after, plan, written, require=require, device=device, inputs=inputs, max_drift=max_drift)
+        proof = prove(model, after, plan, written, device=device, inputs=inputs, max_drift=max_drift)
         _accept(model, proof, require)
         if inputs is not None and (reason := unused(proof)) is not None:
             raise RewriteRefused(f"the given inputs could not be used, nothing was delivered: {reason}")

@@ -138,7 +138,7 @@ def plan(path: str, format_name: str, **chosen: Any) -> None:
 
     subject = look(load_one(path))
     made = make_plan(subject, _choices(chosen))
-    print_result(outcome.planned(subject.model, made, format_name, _settings(), left=_left(subject, made)))
+    print_result(outcome.planned(subject.model, made, format_name, left=_left(subject, made)))
     if made.refusals and not made.edits:
         sys.exit(2)
 
@@ -209,7 +209,7 @@ def apply(
     refused = bool(made.refusals) and (strict or not made.edits)
     if destination is None or refused or not made.edits:
         left, asked = _left(subject, made), destination is not None
-        print_result(outcome.planned(model, made, format_name, _settings(), left=left, asked_to_write=asked))
+        print_result(outcome.planned(model, made, format_name, left=left, asked_to_write=asked))
         sys.exit(2 if refused else 0)
     from tieaudit.apply import apply as carry_out
     from tieaudit.inputs import read_inputs
@@ -225,7 +225,7 @@ def apply(
             inputs=given,
             max_drift=max_drift,
         )
-    print_result(outcome.applied(model, done, format_name, _settings()))
+    print_result(outcome.applied(model, done, format_name))
 
 
 @main.command(epilog=_EPILOG_VERIFY)
@@ -285,7 +285,7 @@ def verify(
         proof = compare(one, other, device=device, inputs=given, max_drift=max_drift)
     if given is not None and (reason := unused(proof)) is not None:
         raise UsageError(f"{inputs}: the given inputs could not be used: {reason}")
-    print_result(outcome.compared(one, other, proof, format_name, _settings()))
+    print_result(outcome.compared(one, other, proof, format_name))
     ran = [level for level in proof.levels if level.outcome != "not run"]
     sys.exit(1 if proof.failed else 0 if ran else 2)
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from tieaudit.dtypes import dtype
 from tieaudit.model import Weight
-from tieaudit.storage import BLOCK_BYTES, Storage, blocks
+from tieaudit.storage import BLOCK_BYTES, Storage, blocks, same_bytes
 from tieaudit.view import AS_STORED, View
 
 Bytes = NDArray[np.uint8]
@@ -102,24 +102,11 @@ def same_through(a: Weight, b: Weight, view: View, *, progress: Callable[[int], 
     if a.dtype != b.dtype or one.n_bytes != other.n_bytes or view.shape(a.shape) != b.shape:
         return False
     if view == AS_STORED:
-        return _same_bytes(one, other, progress)
+        return same_bytes(one, other, progress)
     item = dtype(a.dtype).item_bytes
     if not view.transposes or item is None:
         return False
     return _same_transposed(one, other, a.shape, item, progress)
-
-
-def _same_bytes(one: Storage, other: Storage, progress: Callable[[int], None] | None) -> bool:
-    step = SMALL_BYTES
-    begin = 0
-    while begin < one.n_bytes:
-        step = min(step, one.n_bytes - begin)
-        if one.read_ranges([(begin, step)]) != other.read_ranges([(begin, step)]):
-            return False
-        if progress is not None:
-            progress(step)
-        begin, step = begin + step, BLOCK_BYTES
-    return True
 
 
 def transposed_block(storage: Storage, shape: Sequence[int], item: int, begin: int, end: int) -> Bytes:

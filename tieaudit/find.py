@@ -33,7 +33,6 @@ def find(model: Model, *, progress: Progress | None = None) -> Found:
     bytes compared in full. Weights whose bytes cannot be read end up in `Found.unreadable`.
     """
     unreadable: dict[str, str] = {}
-    digests: dict[str, str] = {}
     stored = [weight for weight in model.weights if weight.storage is not None and weight.n_elements > 0]
     by_region: dict[tuple[Region, str, tuple[int, ...]], list[Weight]] = defaultdict(list)
     for weight in stored:
@@ -44,11 +43,11 @@ def find(model: Model, *, progress: Progress | None = None) -> Found:
     constants = _constants(representatives, unreadable)
     readable = [w for w in representatives if w.id not in constants and w.id not in unreadable]
     ties = [*_aliased(stored), *_shared_uses(model, constants)]
-    for members in _measured(readable, digests, unreadable, progress):
+    for members in _measured(readable, unreadable, progress):
         ties.append(_measured_tie(model, members, names))
     ties.extend(_declared(model))
     constant_ids = frozenset(w.id for first in constants for w in names[first])
-    return Found(tuple(ties), constant_ids, _constant_classes(constants, names), digests, unreadable)
+    return Found(tuple(ties), constant_ids, _constant_classes(constants, names), unreadable)
 
 
 def overlapping(regions: Sequence[Region]) -> list[list[int]]:
@@ -129,7 +128,7 @@ def _constant_classes(
 
 
 def _measured(
-    weights: Sequence[Weight], digests: dict[str, str], unreadable: dict[str, str], progress: Progress | None
+    weights: Sequence[Weight], unreadable: dict[str, str], progress: Progress | None
 ) -> Iterable[list[tuple[Weight, View]]]:
     """Classes under the exact relations: each member with the view through which the first one becomes it."""
     relations = sorted(discover("relations", Relation).values(), key=lambda relation: relation.precedence)
@@ -140,7 +139,7 @@ def _measured(
     for bucket in buckets.values():
         for crowd in _refined(bucket, unreadable):
             try:
-                yield from _classes(crowd, relations, digests, progress)
+                yield from _classes(crowd, relations, progress)
             except (UnreadableModel, OSError) as error:
                 unreadable.update({weight.id: str(error) for weight in crowd})
 
@@ -163,15 +162,15 @@ def _refined(bucket: list[Weight], unreadable: dict[str, str]) -> list[list[Weig
 
 
 def _classes(
-    crowd: list[Weight], relations: Sequence[Relation], digests: dict[str, str], progress: Progress | None
+    crowd: list[Weight], relations: Sequence[Relation], progress: Progress | None
 ) -> Iterable[list[tuple[Weight, View]]]:
     found: list[list[tuple[Weight, View]]] = []
     by_digest: dict[tuple[tuple[int, ...], str], tuple[list[tuple[Weight, View]], View]] = {}
     use_digests = len(crowd) > 2 or max(weight.n_bytes for weight in crowd) <= SMALL_BYTES
     for weight in crowd:
         if use_digests:  # linear in the crowd; two members are cheaper to compare directly, with an early end
-            digests[weight.id] = digest(weight)
-            same = by_digest.get((weight.shape, digests[weight.id]))
+            key = (weight.shape, digest(weight))
+            same = by_digest.get(key)
             if same is not None:
                 members, view = same
                 members.append((weight, view))
@@ -181,7 +180,7 @@ def _classes(
             home = [(weight, AS_STORED)]
             found.append(home)
         if use_digests:
-            by_digest[weight.shape, digests[weight.id]] = (home, home[-1][1])
+            by_digest[key] = (home, home[-1][1])
     for members in found:
         if len(members) > 1:
             yield members

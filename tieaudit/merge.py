@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,7 +93,6 @@ class MergedStorage:
 
     members: tuple[Aligned, ...]
     policy: str
-    item_bytes: int = field(default=0)
 
     @property
     def n_bytes(self) -> int:

@@ -29,7 +29,6 @@ def planned(
     model: Model,
     plan: Plan,
     format_name: str,
-    settings: Mapping[str, object],
     *,
     left: Sequence[Finding] = (),
     asked_to_write: bool = False,
@@ -52,7 +51,7 @@ def planned(
     return "\n".join(lines)
 
 
-def applied(model: Model, done: Applied, format_name: str, settings: Mapping[str, object]) -> str:
+def applied(model: Model, done: Applied, format_name: str) -> str:
     """A delivery: what was done, how it was proved, where it lies."""
     plan, proof = done.plan, done.proof
     output, receipt = str(done.delivered.path), str(done.delivered.receipt)
@@ -63,7 +62,7 @@ def applied(model: Model, done: Applied, format_name: str, settings: Mapping[str
     return "\n".join(lines)
 
 
-def compared(one: Model, other: Model, proof: Proof, format_name: str, settings: Mapping[str, object]) -> str:
+def compared(one: Model, other: Model, proof: Proof, format_name: str) -> str:
     """A verification of two models."""
     if format_name == "json":
         return _json("verify", before=one.path, after=other.path, proof=proof)

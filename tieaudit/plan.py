@@ -8,7 +8,7 @@ from typing import Literal
 
 from tieaudit.change import Edit, Plan, Refusal, Respell, Share, Unshare
 from tieaudit.errors import RewriteRefused, UsageError
-from tieaudit.formats import Format
+from tieaudit.formats import NEEDS_SETTING, Format
 from tieaudit.merge import aligned, common_value, difference
 from tieaudit.merges import Merge
 from tieaudit.model import Member, Model, Use, classes
@@ -16,9 +16,6 @@ from tieaudit.propose import propose, schemes
 from tieaudit.registry import choose, discover
 from tieaudit.verdict import Candidate, Subject
 from tieaudit.view import AS_STORED
-
-NEEDS_SETTING = "needs flag: "
-"""How a format's refusal begins when a setting would lift it; `Format.switch` then names the setting."""
 
 
 @dataclass(frozen=True)

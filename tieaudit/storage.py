@@ -7,7 +7,7 @@ container share memory; deriving aliases from regions is the business of one alg
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -16,6 +16,7 @@ from tieaudit.errors import CorruptFile
 
 Region = tuple[str, int, int]
 BLOCK_BYTES = 4 * 1024 * 1024
+FIRST_BYTES = 4096
 
 
 @runtime_checkable
@@ -91,3 +92,21 @@ def blocks(storage: Storage, n_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
     """The whole storage in order, `n_bytes` at a time: bounded memory whatever the tensor's size."""
     for begin in range(0, storage.n_bytes, n_bytes):
         yield storage.read_ranges([(begin, min(n_bytes, storage.n_bytes - begin))])[0]
+
+
+def same_bytes(one: Storage, other: Storage, progress: Callable[[int], None] | None = None) -> bool:
+    """Whether two storages hold the same bytes; a small block first, since most that differ differ early.
+
+    Cost: both once, two blocks of memory, an end at the first block that differs.
+    """
+    if one.n_bytes != other.n_bytes:
+        return False
+    begin, step = 0, FIRST_BYTES
+    while begin < one.n_bytes:
+        step = min(step, one.n_bytes - begin)
+        if one.read_ranges([(begin, step)]) != other.read_ranges([(begin, step)]):
+            return False
+        if progress is not None:
+            progress(step)
+        begin, step = begin + step, BLOCK_BYTES
+    return True

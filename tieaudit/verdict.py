@@ -21,8 +21,6 @@ class Found:
     """Ids of tensors filled with one value; equal constants are in `constant_classes`, never in `ties`."""
     constant_classes: tuple[tuple[str, ...], ...] = ()
     """Ids of equal constants stored separately."""
-    digests: Mapping[str, str] = field(default_factory=dict)
-    """sha256 of the canonical bytes of those weights that had to be read in full."""
     unreadable: Mapping[str, str] = field(default_factory=dict)
     """Id → why its bytes could not be read."""
 
@@ -107,11 +105,6 @@ class Subject:
     model: Model
     found: Found
     roles: Mapping[str, Role]
-
-    def label(self, ids: tuple[str, ...], n_most: int = 4) -> str:
-        """Names of weights for a message, shortened with a count."""
-        shown = ", ".join(ids[:n_most])
-        return shown if len(ids) <= n_most else f"{shown} and {len(ids) - n_most} more"
 
 
 @dataclass(frozen=True)

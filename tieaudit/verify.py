@@ -44,7 +44,6 @@ def prove(
     plan: Plan,
     written: Written,
     *,
-    require: str = "regional",
     device: str = "auto",
     inputs: Mapping[str, Array] | None = None,
     max_drift: float | None = None,
@@ -53,7 +52,7 @@ def prove(
 ) -> Proof:
     """Prove that `after`, read back from what was written, is `before` changed by `plan` and nothing else.
 
-    Runs every level that can run, whatever `require` says; only a failed structural level stops the others.
+    Runs every level that can run; only a failed structural level stops the others. `apply` decides what is enough.
     `seconds` limits one request to a child, `memory_bytes` the child's private memory on the CPU.
     Cost: reads both models in full; runs the original about six times per input and the result once or twice.
     """

@@ -12,6 +12,9 @@ from pathlib import Path
 from tieaudit.change import Edit, Plan, SetConfig, Written
 from tieaudit.model import Model
 
+NEEDS_SETTING = "needs flag: "
+"""How a reason of `can_realise` begins when a setting would lift it; `switch` then names the setting."""
+
 
 @dataclass(frozen=True)
 class Format:

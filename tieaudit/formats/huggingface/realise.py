@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 
 from tieaudit.change import Edit, Respell, SetConfig, Share, Unshare
+from tieaudit.formats import NEEDS_SETTING
 from tieaudit.formats.huggingface.facts import FLAG
 from tieaudit.formats.huggingface.folder import CONFIG
 from tieaudit.model import Declaration, Model, Weight
-from tieaudit.storage import BLOCK_BYTES
+from tieaudit.storage import same_bytes
 from tieaudit.view import AS_STORED
 
-NEEDS_FLAG = "needs flag: "
 LOADERS = {"transformers-5": "transformers 5", "transformers-4": "transformers 4"}
 _SCALED_WHEN_TIED = frozenset(
     "t5 mt5 umt5 longt5 switch_transformers pop2piano udop kosmos-2.5 pix2struct_text_model".split()
@@ -61,7 +61,7 @@ def _share(model: Model, edit: Share, target: str) -> str | None:
     switched = [one for one in covering if not one.active and one.condition]
     if switched:
         name = model.metadata.get("architecture", "the class")
-        return f"{NEEDS_FLAG}{name} ties these only with {switched[0].condition}"
+        return f"{NEEDS_SETTING}{name} ties these only with {switched[0].condition}"
     return _undeclared(model, ids, target)
 
 
@@ -205,8 +205,4 @@ def _off(model: Model, ids: tuple[str, ...], wrong: list[Declaration], others: l
 def _same_bytes(one: Weight, other: Weight) -> bool:
     if one.storage is None or other.storage is None or (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
-    for begin in range(0, one.n_bytes, BLOCK_BYTES):
-        span = [(begin, min(BLOCK_BYTES, one.n_bytes - begin))]
-        if one.storage.read_ranges(span) != other.storage.read_ranges(span):
-            return False
-    return True
+    return same_bytes(one.storage, other.storage)

@@ -97,10 +97,6 @@ def _models_of(folder: Path) -> Iterator[Path]:
             )
 
 
-def _by_stem(path: Path) -> tuple[str, str]:
-    return (path.stem, path.name)  # so that `encoder` comes before `encoder.int8`
-
-
 def _owner(path: Path) -> Path | None:
     """The model beside a data file called `model.onnx_data` or `model.onnx.data`, or None."""
     head, dot, rest = path.name.partition(".onnx")
