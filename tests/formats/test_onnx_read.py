@@ -320,7 +320,7 @@ def test_the_corpus_is_read_without_a_crash_and_every_inline_byte_is_where_it_is
             use.view.shape(model.by_id[use.weight].shape)
     assert n_read > 100
     # models of the corpus that are broken on purpose
-    assert all("found no such file" in text or "leads to /etc/passwd" in text for text in refused), refused
+    assert all("found no such file" in text or "etc/passwd" in text for text in refused), refused
 
 
 def test_importing_the_format_loads_no_onnx_and_no_torch() -> None:
