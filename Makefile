@@ -8,6 +8,8 @@ PYTHON ?= $(shell for candidate in python3 python3.13 python3.12 python3.11; do 
 PIP_ARGS ?=
 WORKERS ?= 2
 TESTS ?=
+FUZZ_SECONDS ?= 600
+TARGETS ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -18,7 +20,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: help setup demo test check check-format check-lint check-types check-layers check-docs
-.PHONY: bench docs fixtures format clean
+.PHONY: bench docs fixtures format fuzz clean
 
 help: ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -54,13 +56,18 @@ docs: $(READY) $(BUILT) ## write the generated pages and the output shown in REA
 bench: $(READY) ## time and memory of a scan, beside peers; writes docs/benchmarks.md
 	$(BIN)/python benchmarks/run.py
 
+fuzz: $(READY) ## ten minutes of fuzzing for each reader; FUZZ_SECONDS=60 TARGETS=onnx for less; Linux, Python 3.11 to 3.13
+	$(BIN)/python -c 'import atheris' 2>/dev/null \
+		|| $(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[dev,fuzz]'
+	nice -n 19 $(BIN)/python -m fuzz.run --seconds $(FUZZ_SECONDS) $(TARGETS)
+
 fixtures: $(BUILT) ## the small models under fixtures/built
 
 format: $(READY) ## format and sort imports
 	$(BIN)/ruff check --fix --quiet --select I . ; $(BIN)/ruff format .
 
 clean: ## remove everything that was built
-	rm -rf .venv fixtures/built fixtures/demo benchmarks/built build dist *.egg-info
+	rm -rf .venv fixtures/built fixtures/demo benchmarks/built fuzz/corpus build dist *.egg-info
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 
 setup: $(READY) ## the environment in .venv

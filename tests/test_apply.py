@@ -204,7 +204,7 @@ main(sys.argv[1:])
 @pytest.mark.parametrize("external", [False, True])
 @pytest.mark.parametrize(
     ("module", "function", "nth"),
-    [("rewrite", "flush", 0), ("rewrite", "_read_back", 0), ("apply", "prove", 0), ("apply", "deliver", 0),
+    [("rewrite", "flush", 0), ("rewrite", "_read_back", 0), ("apply", "prove_apart", 0), ("apply", "deliver", 0),
      ("deliver", "_rename_new", 0), ("deliver", "flush", 0)],
 )  # fmt: skip
 def test_a_kill_at_any_stage_leaves_no_output_and_the_input_intact(

@@ -15,7 +15,7 @@ from tieaudit.config import Settings, page, rows
 from tieaudit.equality import Equality, declared, n_bytes_covered
 from tieaudit.errors import UsageError
 from tieaudit.explain import explain
-from tieaudit.rules import Rule, rule
+from tieaudit.rules import Examples, Rule, rule
 from tieaudit.storage import Region
 from tieaudit.toy import At, Broken, claim, ramp, toy
 from tieaudit.verdict import CannotTell, Finding, Subject
@@ -29,7 +29,7 @@ def made(code: str, *said: object, crash: Exception | None = None, severity: str
         if crash is not None:
             raise crash
 
-    return rule(code, code.lower(), severity=severity, since="0")(check)  # type: ignore[arg-type]
+    return rule(code, code.lower(), severity=severity, since="0", examples=Examples)(check)  # type: ignore[arg-type]
 
 
 def test_a_crashed_rule_is_reported_with_its_traceback_and_keeps_what_it_said() -> None:

@@ -28,7 +28,7 @@ EXAMPLES = [
     pytest.param(rule, kind, subject, id=f"{code}-{kind}-{index}")
     for code, rule in rules().items()
     for kind in ("bad", "good", "unsure")
-    for index, subject in enumerate(getattr(rule, kind))
+    for index, subject in enumerate(getattr(rule.examples, kind))
 ]
 BAD = [entry for entry in EXAMPLES if entry.values[1] == "bad"]
 
@@ -53,8 +53,8 @@ def test_an_example_is_judged_as_its_rule_promises(rule: Rule, kind: str, subjec
 
 @pytest.mark.parametrize("rule", rules().values(), ids=list(rules()))
 def test_a_rule_has_a_bad_and_a_good_example_and_a_page_with_every_heading(rule: Rule) -> None:
-    assert rule.bad
-    assert rule.good
+    assert rule.examples.bad
+    assert rule.examples.good
     text = sections(rule.page)
     assert tuple(text) == ("", *HEADINGS)
     assert all(text.values())

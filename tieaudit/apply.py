@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,9 @@ from tieaudit.change import Plan, Proof
 from tieaudit.deliver import Delivered, deliver
 from tieaudit.errors import ParityFailed, RewriteRefused
 from tieaudit.model import Model
-from tieaudit.rewrite import rewrite, workspace
-from tieaudit.verify import prove
-
-LEVELS = ("structural", "regional", "end to end")
+from tieaudit.proving import Request, peak_bytes, prove_apart
+from tieaudit.rewrite import Stamps, rewrite, stamps, workspace
+from tieaudit.verify import LEVELS
 
 
 @dataclass(frozen=True)
@@ -35,24 +35,45 @@ def apply(
     device: str = "auto",
     inputs: Mapping[str, Any] | None = None,
     max_drift: float | None = None,
+    seen: Stamps | None = None,
 ) -> Applied:
     """Write `plan` to `destination`, which must not exist.
 
-    ParityFailed if any level of proof fails, RewriteRefused if the required level could not run or nothing can be
-    written; in both cases nothing is left behind and the input was only read.
+    ParityFailed if any level of proof fails, RewriteRefused if the required level could not run, nothing can be
+    written, or a file of the model changed since `seen` (by default: since now); in all these cases nothing is left
+    behind and the input was only read. The proof runs in a process of its own.
     """
     source = Path(model.path)
     if source.is_dir() and destination.resolve().is_relative_to(source.resolve()):
         raise RewriteRefused(
             f"{destination}: is inside the model's own folder, which is only read", hint="give another --to"
         )
+    if source.is_file() and destination.suffix == source.suffix:
+        _check_data_names(model, destination)
+    seen = stamps(model) if seen is None else seen
     with workspace(destination) as folder:
         written, after = rewrite(model, plan, folder)
-        proof = prove(model, after, plan, written, device=device, inputs=inputs, max_drift=max_drift)
+        seen.check()
+        proof = prove_apart(Request(model, after, plan, written, device, inputs, max_drift))
+        seen.check()
+        proof = replace(proof, facts={**proof.facts, "n_bytes_peak_writing": peak_bytes()})
         _accept(model, proof, require)
         if inputs is not None and (reason := unused(proof)) is not None:
             raise RewriteRefused(f"the given inputs could not be used, nothing was delivered: {reason}")
         return Applied(plan, proof, deliver(model, plan, written, proof, folder, destination))
+
+
+def _check_data_names(model: Model, destination: Path) -> None:
+    """Data files keep their names, because the model file speaks of them: these must be free at the destination."""
+    home = Path(model.path).absolute().parent
+    for name in (path for part in model.parts for path in part.paths[1:]):
+        data = Path(name).absolute()
+        target = destination.parent / (data.relative_to(home) if data.is_relative_to(home) else data.name)
+        if os.path.lexists(target):
+            raise RewriteRefused(
+                f"{target}: exists already, and the result needs a data file of this name; nothing is ever overwritten",
+                hint=f"give a --to in a folder of its own: {destination.parent / destination.stem / destination.name}",
+            )
 
 
 def unused(proof: Proof) -> str | None:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from tieaudit.model import Member
 from tieaudit.storage import Storage
+from tieaudit.verdict import Refusal
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,6 @@ Edit = Share | Unshare | Respell | SetConfig
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """A part of the proposal that will not be done, and why, in one sentence."""
-
-    scheme: str
-    ids: tuple[str, ...]
-    because: str
-
-
-@dataclass(frozen=True)
 class Plan:
     """What will be done to one model."""
 
@@ -77,6 +69,8 @@ class Plan:
     refusals: tuple[Refusal, ...] = ()
     notes: tuple[str, ...] = ()
     transposed_as: Literal["auto", "gemm", "gather", "fused"] = "auto"
+    share_files: bool | None = None
+    """Whether files may keep equal weights in one common data file; None: those that are parts of one export."""
 
 
 @dataclass(frozen=True)

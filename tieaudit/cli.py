@@ -5,7 +5,6 @@ Results go to stdout, progress and errors to stderr. Exit codes: see each comman
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ import click
 from tieaudit import __version__
 from tieaudit.console import Commands, not_negative, on_terminal, print_result
 from tieaudit.errors import TieAuditError, UsageError, in_one_line
-from tieaudit.printable import printable
+from tieaudit.printable import N_MOST_MESSAGE, printable
 
 if TYPE_CHECKING:  # --help and --version answer at once: what reads models is imported by the commands that need it
     from tieaudit.change import Plan
@@ -76,6 +75,9 @@ def _plan_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--merge", metavar="M", help="Values of a lossy tie: keep:head (default), keep:embedding, mean."),
         click.option("--transposed-as", type=click.Choice(["auto", "gemm", "gather", "fused"]), default="auto",
                      show_default=True, help="How an ONNX graph reads a tied matrix transposed."),
+        click.option("--share-files/--no-share-files", default=None,
+                     help="Whether ONNX files of a folder keep equal weights in one common data file: all of them, or "
+                     "none. Default: those that are parts of one export."),
     ]  # fmt: skip
     for option in reversed(options):
         command = option(command)
@@ -117,7 +119,7 @@ def scan(paths: tuple[str, ...], format_name: str) -> None:
     if reports or format_name != "text":
         print_result(_report(format_name)(reports, errors, _settings()))
     for _, message in errors:
-        click.echo(f"error: {printable(message, None)}", err=True)
+        click.echo(f"error: {printable(message, N_MOST_MESSAGE)}", err=True)
     if errors or not reports or any(report.crashed or report.subject.found.unreadable for report in reports):
         sys.exit(2)
 
@@ -136,7 +138,7 @@ def plan(path: str, format_name: str, **chosen: Any) -> None:
     from tieaudit.plan import plan as make_plan
     from tieaudit.scan import look
 
-    subject = look(load_one(path))
+    subject = look(load_one(path, together=bool(chosen["share_files"])))
     made = make_plan(subject, _choices(chosen))
     print_result(outcome.planned(subject.model, made, format_name, left=_left(subject, made)))
     if made.refusals and not made.edits:
@@ -202,10 +204,13 @@ def apply(
     from tieaudit import outcome
     from tieaudit.load import load_one
     from tieaudit.plan import plan as make_plan
+    from tieaudit.rewrite import stamps
     from tieaudit.scan import look
 
-    subject = look(load_one(path))
-    model, made = subject.model, make_plan(subject, _choices(chosen))
+    model = load_one(path, together=bool(chosen["share_files"]))
+    seen = stamps(model)
+    subject = look(model)
+    made = make_plan(subject, _choices(chosen))
     refused = bool(made.refusals) and (strict or not made.edits)
     if destination is None or refused or not made.edits:
         left, asked = _left(subject, made), destination is not None
@@ -224,6 +229,7 @@ def apply(
             device=device,
             inputs=given,
             max_drift=max_drift,
+            seen=seen,
         )
     print_result(outcome.applied(model, done, format_name))
 
@@ -277,12 +283,13 @@ def verify(
     from tieaudit.apply import unused
     from tieaudit.inputs import read_inputs
     from tieaudit.load import load_one
+    from tieaudit.proving import with_peaks
     from tieaudit.verify import compare
 
     given = read_inputs(inputs) if inputs is not None else None
     one, other = load_one(before), load_one(after)
     with _spinner("running both models"):
-        proof = compare(one, other, device=device, inputs=given, max_drift=max_drift)
+        proof = with_peaks(compare(one, other, device=device, inputs=given, max_drift=max_drift))
     if given is not None and (reason := unused(proof)) is not None:
         raise UsageError(f"{inputs}: the given inputs could not be used: {reason}")
     print_result(outcome.compared(one, other, proof, format_name))
@@ -319,6 +326,7 @@ def _choices(chosen: dict[str, Any]) -> Choices:
         allow_lossy=chosen["allow_lossy"],
         merge=chosen["merge"],
         transposed_as=chosen["transposed_as"],
+        share_files=chosen["share_files"],
     )
 
 
@@ -338,9 +346,15 @@ def _settings() -> dict[str, object]:
     terminal = on_terminal(sys.stdout)
     return {
         "color": terminal and "NO_COLOR" not in os.environ,
-        "width": shutil.get_terminal_size((100, 24)).columns if terminal else 100,
+        "width": _width() if terminal else 100,
         "thresholds": Settings(),
     }
+
+
+def _width() -> int:
+    import shutil
+
+    return shutil.get_terminal_size((100, 24)).columns
 
 
 @contextmanager
@@ -352,7 +366,7 @@ def _progress(source: Source) -> Iterator[Callable[[int], None] | None]:
     from rich.console import Console
     from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), DownloadColumn(), TransferSpeedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(f"comparing {printable(source.path.name, 40)}", total=None)
         yield lambda n_bytes: bar.advance(task, n_bytes)

@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from tieaudit.errors import TieAuditError, in_one_line
-from tieaudit.printable import printable
+from tieaudit.printable import N_MOST_MESSAGE, printable
 
 EXIT_INTERRUPTED = 130
 """128 + SIGINT, as shells have it: no command's own verdict."""
@@ -82,9 +82,9 @@ def _ended_in_order() -> Iterator[None]:
 
 def complain(error: TieAuditError) -> None:
     """One line on stderr, and a second one with what to do."""
-    click.echo(f"error: {printable(error.message, None)}", err=True)
+    click.echo(f"error: {printable(error.message, N_MOST_MESSAGE)}", err=True)
     if error.hint:
-        click.echo(f"  {printable(error.hint, None)}", err=True)
+        click.echo(f"  {printable(error.hint, N_MOST_MESSAGE)}", err=True)
 
 
 def print_result(text: str) -> None:

@@ -6,11 +6,12 @@ A name not in the table is refused by the loaders (CorruptFile), never guessed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
-
-import numpy as np
+from typing import TYPE_CHECKING, Literal
 
 from tieaudit.errors import CorruptFile
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Family = Literal["float", "int", "bool", "complex", "string"]
 
@@ -35,6 +36,8 @@ class DType:
 
     def numpy(self) -> np.dtype[np.generic]:
         """The numpy dtype that holds one element (unpacked for sub-byte types)."""
+        import numpy as np
+
         try:
             return np.dtype(self.name)
         except TypeError:

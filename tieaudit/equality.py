@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tieaudit.model import Declaration, Model, Weight, classes
+from tieaudit.model import Declaration, Model, Tie, Weight, classes
 from tieaudit.storage import Region
 from tieaudit.verdict import Found, Subject
-from tieaudit.view import AS_STORED, View
+from tieaudit.view import AS_STORED, Repack, View
 
 
 class Equality:
@@ -53,6 +53,11 @@ def can_declare(model: Model) -> bool:
     A Hugging Face folder can. ONNX cannot, nor can a bare weight file, whose alias map documents and restores nothing.
     """
     return model.format == "huggingface" or any(declaration.restores for declaration in model.declarations)
+
+
+def of_buffers(model: Model, tie: Tie) -> bool:
+    """Whether nothing in this class is trained: masks, shapes and tables of equal bytes waste them, and tie nothing."""
+    return all(model.by_id[id].parameter is False for id in tie.ids)
 
 
 def class_known(model: Model) -> bool:
@@ -112,10 +117,12 @@ class Duplicate:
     """Bytes of the further copies."""
 
     @property
-    def kind(self) -> Literal["across parts", "transposed", "equal"]:
-        """The one rule that this class belongs to: the most specific."""
+    def kind(self) -> Literal["across parts", "repacked", "transposed", "equal"]:
+        """What this class is, the most specific: one rule reports it."""
         if len(self.parts) > 1:
             return "across parts"
+        if any(isinstance(step, Repack) for view in self.views for step in view.steps):
+            return "repacked"
         return "transposed" if len(set(self.views)) > 1 else "equal"
 
 
@@ -170,12 +177,17 @@ class Declared:
 def declared(model: Model, *, active: bool) -> list[Declared]:
     """Classes of ids that somebody claims are one (active), or would be under another setting (not active)."""
     claims = [declaration for declaration in model.declarations if declaration.active == active]
+    joined = classes(declaration.members for declaration in claims)
+    home = {id: number for number, members in enumerate(joined) for id in members}
+    by: list[list[Declaration]] = [[] for _ in joined]
+    for declaration in claims:
+        if declaration.members[0] in home:
+            by[home[declaration.members[0]]].append(declaration)
     found = []
-    for members in classes(declaration.members for declaration in claims):
+    for members, claimed in zip(joined, by, strict=True):
         known = tuple(id for id in members if id in model.by_id)
-        by = tuple(declaration for declaration in claims if declaration.members[0] in members)
         if len(known) > 1:
-            found.append(Declared(known, by))
+            found.append(Declared(known, tuple(claimed)))
     return found
 
 

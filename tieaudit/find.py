@@ -7,19 +7,19 @@ elements, and only what still collides is compared in full, in blocks.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from tieaudit.compare import SMALL_BYTES, constant_value, digest, probe, same_through, storage_of
+from tieaudit.compare import N_ROUNDS, comparable, constant_value, digest, head, probe, same_through, storage_of
+from tieaudit.dtypes import dtype
 from tieaudit.errors import UnreadableModel
-from tieaudit.model import Member, Model, Tie, Use, Weight
+from tieaudit.model import Member, Model, Tie, Use, Weight, classes
 from tieaudit.registry import discover
 from tieaudit.relations import Relation
-from tieaudit.storage import Region
-from tieaudit.verdict import Found
-from tieaudit.view import AS_STORED, Reshape, View
+from tieaudit.storage import Region, reading
+from tieaudit.verdict import Apart, Found
+from tieaudit.view import AS_STORED, Reshape, Shape, View
 
-N_PROBES = (6, 48)
-"""Elements probed in the first and second round."""
 _NOT_A_ROLE = frozenset({"Shape", "Size"})
 """Consumers that look at a weight without using its values."""
 
@@ -32,6 +32,12 @@ def find(model: Model, *, progress: Progress | None = None) -> Found:
     Cost: a few small reads per weight, plus both members of every colliding pair once. `progress` is told the
     bytes compared in full. Weights whose bytes cannot be read end up in `Found.unreadable`.
     """
+    with reading() as files:
+        found = _find(model, progress)
+        return replace(found, n_bytes_read=files.n_bytes)
+
+
+def _find(model: Model, progress: Progress | None) -> Found:
     unreadable: dict[str, str] = {}
     stored = [weight for weight in model.weights if weight.storage is not None and weight.n_elements > 0]
     by_region: dict[tuple[Region, str, tuple[int, ...]], list[Weight]] = defaultdict(list)
@@ -40,14 +46,23 @@ def find(model: Model, *, progress: Progress | None = None) -> Found:
     representatives = [group[0] for group in by_region.values()]
     names = {group[0].id: group for group in by_region.values()}
 
-    constants = _constants(representatives, unreadable)
+    looks: dict[str, _Look] = {}
+    constants = _constants(representatives, looks, unreadable)
     readable = [w for w in representatives if w.id not in constants and w.id not in unreadable]
     ties = [*_aliased(stored), *_shared_uses(model, constants)]
-    for members in _measured(readable, unreadable, progress):
-        ties.append(_measured_tie(model, members, names))
+    position = {weight.id: index for index, weight in enumerate(model.weights)}
+    for members in _measured(readable, looks, unreadable, progress):
+        ties.append(_measured_tie(position, members, names))
+    far: tuple[Apart, ...] = ()
+    if model.quantised:
+        from tieaudit.dequantise import apart, repacked
+
+        ties.extend(repacked(model))
+        one_value = classes(tie.ids for tie in ties if tie.origin in ("measured", "aliased"))
+        far = tuple(apart(model, {id: index for index, ids in enumerate(one_value) for id in ids}))
     ties.extend(_declared(model))
     constant_ids = frozenset(w.id for first in constants for w in names[first])
-    return Found(tuple(ties), constant_ids, _constant_classes(constants, names), unreadable)
+    return Found(tuple(ties), constant_ids, _constant_classes(constants, names), far, unreadable)
 
 
 def overlapping(regions: Sequence[Region]) -> list[list[int]]:
@@ -94,20 +109,58 @@ def _shared_uses(model: Model, constants: Iterable[str]) -> Iterable[Tie]:
         weight = model.by_id[id]
         if weight.parameter is not True or id in constant or weight.n_elements < 2:
             continue
-        consumers: dict[tuple[str, str, str, int], Use] = {}
+        consumers: dict[tuple[object, ...], Use] = {}
         for use in uses:
             if use.op not in _NOT_A_ROLE and not use.node.startswith("@"):
-                consumers.setdefault((use.part, use.scope, use.node, use.slot), use)
-        if len(consumers) > 1:
-            members = tuple(Member(id, use.view, f"{use.op} @ {use.node}") for use in consumers.values())
+                consumers.setdefault((use.part, use.scope, use.calls, use.node, use.slot), use)
+        if len(consumers) > 1 and not _cut_up(tuple(consumers.values())):
+            members = tuple(Member(id, use.view, _reader(use)) for use in consumers.values())
             yield Tie(members, "aliased", f"one stored tensor serves {len(consumers)} operations")
 
 
-def _constants(weights: Iterable[Weight], unreadable: dict[str, str]) -> dict[str, tuple[Weight, bytes]]:
+_N_MOST_PARTS = 256
+
+
+def _cut_up(uses: Sequence[Use]) -> bool:
+    """Whether every consumer reads another part: the gates of one recurrent cell are one use, however often it is cut.
+
+    Cost: quadratic in the uses, up to `_N_MOST_PARTS`.
+    """
+    boxes = [use.box for use in uses]
+    if len(boxes) > _N_MOST_PARTS or not all(boxes) or len({use.view for use in uses}) > 1:
+        return False
+    return all(
+        any(min(end, other_end) <= max(begin, other_begin)
+            for (begin, end), (other_begin, other_end) in zip(one, other, strict=True))
+        for index, one in enumerate(boxes) for other in boxes[:index]
+    )  # fmt: skip
+
+
+def _reader(use: Use) -> str:
+    """The consumer as a report names it."""
+    return f"{use.op} @ {use.node}" + (f" in {' / '.join(use.calls)}" if use.calls else "")
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What the first read of a weight showed."""
+
+    head: int
+    """Hash of its beginning."""
+    corner: bytes
+    """Its first element, which is that of its transposes, too; empty where elements are no whole bytes."""
+
+
+def _constants(
+    weights: Iterable[Weight], looks: dict[str, _Look], unreadable: dict[str, str]
+) -> dict[str, tuple[Weight, bytes]]:
+    """The constants among the weights, and a first look at every one of them."""
     found = {}
     for weight in weights:
         try:
-            value = constant_value(weight)
+            beginning = head(weight)
+            looks[weight.id] = _Look(hash(beginning), beginning[: dtype(weight.dtype).item_bytes or 0])
+            value = constant_value(weight, beginning)
         except (UnreadableModel, OSError) as error:
             unreadable[weight.id] = str(error)
             continue
@@ -128,7 +181,7 @@ def _constant_classes(
 
 
 def _measured(
-    weights: Sequence[Weight], unreadable: dict[str, str], progress: Progress | None
+    weights: Sequence[Weight], looks: Mapping[str, _Look], unreadable: dict[str, str], progress: Progress | None
 ) -> Iterable[list[tuple[Weight, View]]]:
     """Classes under the exact relations: each member with the view through which the first one becomes it."""
     relations = sorted(discover("relations", Relation).values(), key=lambda relation: relation.precedence)
@@ -137,23 +190,30 @@ def _measured(
         kind = "sparse" if weight.held_as == "sparse_initializer" else "dense"
         buckets[kind, weight.dtype, weight.n_bytes, tuple(sorted(weight.shape))].append(weight)
     for bucket in buckets.values():
-        for crowd in _refined(bucket, unreadable):
+        if len(bucket) < 2:
+            continue
+        shapes = {weight.shape for weight in bucket}
+        views = {relation.fits(a, b) for relation in relations for a in shapes for b in shapes}
+        by_look: dict[object, list[Weight]] = defaultdict(list)
+        for weight in bucket:
+            look = looks[weight.id]
+            by_look[look.head if views <= {AS_STORED, None} else look.corner].append(weight)
+        for crowd in _refined([crowd for crowd in by_look.values() if len(crowd) > 1], unreadable):
             try:
                 yield from _classes(crowd, relations, progress)
             except (UnreadableModel, OSError) as error:
                 unreadable.update({weight.id: str(error) for weight in crowd})
 
 
-def _refined(bucket: list[Weight], unreadable: dict[str, str]) -> list[list[Weight]]:
+def _refined(crowds: list[list[Weight]], unreadable: dict[str, str]) -> list[list[Weight]]:
     """Split by probes until only what collides everywhere is together."""
-    crowds = [bucket] if len(bucket) > 1 else []
-    for round_number, n_positions in enumerate(N_PROBES):
+    for round_number in range(N_ROUNDS):
         split: list[list[Weight]] = []
         for crowd in crowds:
             by_probe: dict[bytes, list[Weight]] = defaultdict(list)
             for weight in crowd:
                 try:
-                    by_probe[probe(weight, n_positions, round_number)].append(weight)
+                    by_probe[probe(weight, round_number)].append(weight)
                 except (UnreadableModel, OSError) as error:
                     unreadable[weight.id] = str(error)
             split.extend(group for group in by_probe.values() if len(group) > 1)
@@ -164,23 +224,24 @@ def _refined(bucket: list[Weight], unreadable: dict[str, str]) -> list[list[Weig
 def _classes(
     crowd: list[Weight], relations: Sequence[Relation], progress: Progress | None
 ) -> Iterable[list[tuple[Weight, View]]]:
+    """Two are compared directly, with an end at the first difference; more are told apart by digests, in linear time:
+
+    comparing each with every class would take hours for thousands of masks that differ in one element.
+    """
     found: list[list[tuple[Weight, View]]] = []
-    by_digest: dict[tuple[tuple[int, ...], str], tuple[list[tuple[Weight, View]], View]] = {}
-    use_digests = len(crowd) > 2 or max(weight.n_bytes for weight in crowd) <= SMALL_BYTES
+    by_digest: dict[Shape, dict[str, list[tuple[Weight, View]]]] = {}
     for weight in crowd:
-        if use_digests:  # linear in the crowd; two members are cheaper to compare directly, with an early end
-            key = (weight.shape, digest(weight))
-            same = by_digest.get(key)
-            if same is not None:
-                members, view = same
-                members.append((weight, view))
-                continue
-        home = _home(weight, found, relations, progress)
-        if home is None:
-            home = [(weight, AS_STORED)]
-            found.append(home)
-        if use_digests:
-            by_digest[key] = (home, home[-1][1])
+        home = (
+            _home(weight, found, relations, progress)
+            if len(crowd) == 2
+            else _home_by_digest(weight, by_digest, relations)
+        )
+        if home is not None:
+            home[0].append((weight, home[1]))
+            continue
+        found.append([(weight, AS_STORED)])
+        if len(crowd) > 2:
+            by_digest.setdefault(weight.shape, {})[digest(weight)] = found[-1]
     for members in found:
         if len(members) > 1:
             yield members
@@ -188,20 +249,36 @@ def _classes(
 
 def _home(
     weight: Weight, found: list[list[tuple[Weight, View]]], relations: Sequence[Relation], progress: Progress | None
-) -> list[tuple[Weight, View]] | None:
-    """The class that this weight belongs to, with the weight added; or None."""
+) -> tuple[list[tuple[Weight, View]], View] | None:
+    """The class that this weight belongs to and the view through which its first member is the weight; or None."""
     for members in found:
         first = members[0][0]
         for relation in relations:
             view = relation.fits(first.shape, weight.shape)
             if view is not None and same_through(first, weight, view, progress=progress):
-                members.append((weight, view))
-                return members
+                return members, view
     return None
 
 
-def _measured_tie(model: Model, members: list[tuple[Weight, View]], names: dict[str, list[Weight]]) -> Tie:
-    position = {weight.id: index for index, weight in enumerate(model.weights)}
+def _home_by_digest(
+    weight: Weight, by_digest: dict[Shape, dict[str, list[tuple[Weight, View]]]], relations: Sequence[Relation]
+) -> tuple[list[tuple[Weight, View]], View] | None:
+    """As `_home`: what the first member of the class must be, were it related, is looked up by its digest."""
+    for relation in relations:
+        for shape, known in by_digest.items():
+            view = relation.fits(shape, weight.shape)
+            back = view.inverse(shape) if view is not None else None
+            if view is None or back is None or not comparable(weight.dtype, back):
+                continue
+            members = known.get(digest(weight, back))
+            if members is not None:
+                return members, view
+    return None
+
+
+def _measured_tie(
+    position: Mapping[str, int], members: list[tuple[Weight, View]], names: dict[str, list[Weight]]
+) -> Tie:
     every = [Member(alias.id, view) for weight, view in members for alias in names[weight.id]]
     every.sort(key=lambda member: position[member.id])
     if every[0].view != AS_STORED:  # make the first name the anchor: a transpose is its own inverse

@@ -24,7 +24,9 @@ def folded_apart(model: Model, one_value: Iterable[tuple[str, ...]] = ()) -> Map
         if weight.parameter is False or len(weight.shape) != 2 or min(weight.shape) < 2:
             continue
         through = tuple(use for use in uses if use.transposes)
+        if not through:
+            continue
         every = [use for other in class_of.get(id, (id,)) for use in model.uses_of.get(other, ())]
-        if through and not all(use.transposes for use in every):
+        if not all(use.transposes for use in every):
             found[id] = through
     return found

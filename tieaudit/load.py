@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,19 +68,34 @@ def locate(patterns: Iterable[str]) -> tuple[list[Source], list[tuple[str, str]]
     return sorted(sources.values(), key=lambda source: str(source.path)), errors
 
 
-def load_one(path: str | Path) -> Model:
+def load_one(path: str | Path, *, together: bool = False) -> Model:
     """The single model at `path`. UsageError if there are several, UnreadableModel if there is none.
 
-    A folder means the model whose folder it is, the plain one of several variants, not other files that lie in it.
+    A folder means the model whose folder it is, the plain one of several variants, not other files that lie in it,
+    and not models of folders inside; `together`: all its ONNX files, as parts of one model.
     """
     sources, errors = locate([str(path)])
     if errors:
         raise UnreadableModel(errors[0][1])
-    sources = [source for source in sources if source.path == Path(path)][:1] or sources
+    folder = Path(path)
+    if together:
+        return _together(folder, sources)
+    whole = [source for source in sources if source.path == folder][:1]
+    sources = whole or [source for source in sources if source.path.parent in (folder, folder / "onnx")] or sources
     if len(sources) != 1:
         names = ", ".join(str(source.path) for source in sources[:4])
         raise UsageError(f"{path}: expected one model, found {len(sources)}: {names}", hint="name one of them")
     return sources[0].load()
+
+
+def _together(folder: Path, sources: list[Source]) -> Model:
+    """All ONNX files of one folder as parts of one model."""
+    for home in (folder, folder / "onnx"):
+        here = [one for one in sources if one.format.name == "onnx" and all(f.parent == home for f in one.files)]
+        files = sorted(dict.fromkeys(file for one in here for file in one.files))
+        if len(files) > 1:
+            return here[0].format.load(home, tuple(files))
+    raise UsageError(f"{folder}: expected a folder of several ONNX files, which could share a data file, found none")
 
 
 def _expand(pattern: str) -> list[Path]:
@@ -114,30 +129,31 @@ def _owner(path: Path) -> Format | None:
 
 
 def _claim(path: Path, claimed: dict[str, tuple[Format, list[Path]]]) -> None:
-    """Give a path to the format that owns it; a folder that nobody owns is searched, deepest models included."""
+    """Give a path to the format that owns it; a folder is searched to the bottom, whether or not it is a model."""
     owner = _owner(path)
-    if owner is not None:
-        claimed.setdefault(owner.name, (owner, []))[1].append(path)
-        return
-    if path.is_file():
+    if owner is None and path.is_file():
         raise UnknownFormat(f"{path}: {_describe(path)}", hint=f"tieaudit reads {_names()}")
-    if not path.is_dir():
+    if owner is None and not path.is_dir():
         raise UnknownFormat(f"{path}: expected a file or a folder, found a device, a pipe or a socket")
-    found = list(_models_below(path))
+    found = [(path, owner)] if owner is not None else []
+    if path.is_dir():
+        found.extend(_models_below(path, owner))
     if not found:
         raise UnknownFormat(f"{path}: no model in this folder", hint=f"tieaudit reads {_names()}")
-    for inner in found:
-        _claim(inner, claimed)
+    for model, whose in found:
+        claimed.setdefault(whose.name, (whose, []))[1].append(model)
 
 
-def _models_below(folder: Path) -> Iterable[Path]:
+def _models_below(folder: Path, holder: Format | None) -> Iterator[tuple[Path, Format]]:
+    """What lies in a folder and belongs to a format. Files of the format that holds the folder come with the folder."""
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.is_symlink() and path.is_dir():
             continue  # a linked folder may lead back up
-        if _owner(path) is not None:
-            yield path
-        elif path.is_dir():
-            yield from _models_below(path)
+        owner = _owner(path)
+        if owner is not None and (path.is_dir() or holder is None or owner.name != holder.name):
+            yield path, owner
+        if path.is_dir():
+            yield from _models_below(path, owner)
 
 
 def _names() -> str:
@@ -154,4 +170,23 @@ def _describe(path: Path) -> str:
         return "a git-LFS pointer, the weights are elsewhere: run `git lfs pull`"
     if head.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html")):
         return "an HTML page, probably an error page saved under this name: download the model again"
+    if head.startswith(b"PK\x03\x04") and (first := _first_entry(head)).endswith(("/data.pkl", "/data/0", "/version")):
+        return f"a PyTorch file (a zip archive, first entry {first!r}), which is not supported yet"
+    for magic, what in _NOT_YET:
+        if head.startswith(magic):
+            return f"{what}, which is not supported yet"
     return f"not a model that tieaudit recognises (begins with {head[:8]!r})"
+
+
+_NOT_YET = (
+    (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "a PyTorch file in the format before 1.6 (a pickle)"),
+    *((b"\x80" + version, "a Python pickle") for version in (b"\x02", b"\x03", b"\x04", b"\x05")),
+    (b"GGUF", "a GGUF file"),
+    (b"\x89HDF", "an HDF5 file"),
+)
+"""First bytes of other kinds of models; none of them is opened. torch/serialization.py has MAGIC_NUMBER."""
+
+
+def _first_entry(head: bytes) -> str:
+    """Name of the first file of a zip archive: PKWARE's APPNOTE 4.3.7, its length at byte 26, itself at byte 30."""
+    return head[30 : 30 + int.from_bytes(head[26:28], "little")].decode("utf-8", "replace")

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 Origin = Literal["aliased", "absent", "declared", "measured", "proposed"]
 
 
+Box = tuple[tuple[int, int], ...]
+"""Begin and end on every axis; empty for all of a tensor."""
+
+
 def make_id(name: str, part: str = "", scope: str = "") -> str:
     """The id of a weight: its name in the main graph of a one-part model, else `part|scope|name`.
 
@@ -102,6 +106,32 @@ class Use:
     """First outputs of the view nodes (Transpose, Cast, Identity …) passed on the way, from weight to consumer."""
     transposes: bool = False
     """Whether one of those nodes is a Transpose that moves something: a runtime may fold it into a second copy."""
+    calls: tuple[str, ...] = ()
+    """First outputs of the calls of model-local functions through which the weight is passed, outermost first."""
+    box: Box = ()
+    """The range of every axis of what is seen that the consumer reads, where it is a part by constant bounds."""
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A matrix that is stored as integer codes: its numbers are (code - zero point) · scale."""
+
+    codes: str
+    """Id of the weight that holds the codes, `bits` each, the first one of a byte in its lowest bits, row by row."""
+    scales: str
+    zeros: str | None
+    """Id of the zero points; None: `zero` for all."""
+    shape: tuple[int, int]
+    """Of the matrix, in the layout of the codes."""
+    bits: int
+    signed: bool
+    """Two's complement codes; then `zero` is one too."""
+    along: Literal["one", "rows", "columns", "blocks"]
+    """One scale for all, for each row, for each column, or for each `block` neighbours of a row."""
+    block: int = 0
+    zero: int = 0
+    packed_zeros: bool = False
+    """Zero points are packed like codes, each row of them ending with a byte; else one element each."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +212,8 @@ class Model:
     weights: tuple[Weight, ...]
     uses: tuple[Use, ...] = ()
     declarations: tuple[Declaration, ...] = ()
+    quantised: tuple[Quantised, ...] = ()
+    """What the graph says about matrices that are stored as codes; a matrix with several readers is there once."""
     hints: Mapping[str, str] = field(default_factory=dict)
     """Role kinds that the loader knows from the class, by weight id."""
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -194,6 +226,14 @@ class Model:
     @cached_property
     def by_id(self) -> Mapping[str, Weight]:
         return {weight.id: weight for weight in self.weights}
+
+    @cached_property
+    def by_module(self) -> Mapping[str, tuple[Weight, ...]]:
+        """Weights by their names up to the last dot."""
+        found: dict[str, list[Weight]] = {}
+        for weight in self.weights:
+            found.setdefault(weight.name.rpartition(".")[0], []).append(weight)
+        return {module: tuple(weights) for module, weights in found.items()}
 
     @cached_property
     def uses_of(self) -> Mapping[str, tuple[Use, ...]]:

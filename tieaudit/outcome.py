@@ -152,6 +152,12 @@ _PAIRED = {
     "n_bytes_resident": "resident while it runs",
     "seconds_per_run": "time per run",
 }
+_PEAKS = {
+    "n_bytes_peak_writing": "writing",
+    "n_bytes_peak_verifying": "verifying",
+    "n_bytes_peak_running": "running the models",
+}
+"""Processes of their own, each with its own peak."""
 MUCH_MORE = 1.2
 """Growth of resident memory from which the reader is told why."""
 
@@ -179,6 +185,9 @@ def _fact_lines(facts: Mapping[str, object]) -> list[str]:
     spread = facts.get("spread_of_the_original")
     if isinstance(spread, float):
         lines.append(f"  the original differs from itself by {spread:.3g} under settings that may not matter")
+    peaks = [f"{label} {size(n)}" for name, label in _PEAKS.items() if isinstance(n := facts.get(name), int)]
+    if peaks:
+        lines.append(f"  memory at most: {', '.join(peaks)}")
     ran = [f"{name} {facts[name]}" for name in ("onnxruntime", "torch", "transformers") if name in facts]
     return [*lines, *([f"  with {', '.join(ran)}"] if ran else [])]
 
@@ -199,4 +208,6 @@ def _apply_command(model: Model, plan: Plan) -> str:
     words = ["tieaudit", "apply", model.path, *(word for name in plan.schemes for word in ("--scheme", name))]
     if not plan.lossless:
         words.append("--allow-lossy")
+    if plan.share_files is not None:
+        words.append("--share-files" if plan.share_files else "--no-share-files")
     return f"{printable(' '.join(shlex.quote(word) for word in words), None)} --to OUT"

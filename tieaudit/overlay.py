@@ -15,6 +15,7 @@ from types import TracebackType
 
 import numpy as np
 
+from tieaudit.copying import copy_file
 from tieaudit.dtypes import dtype
 from tieaudit.model import Model, Weight
 from tieaudit.runners import Array
@@ -89,7 +90,7 @@ class Overlay:
         """Undo all changes."""
         for file in sorted(self._copied):
             target = self._target(file)
-            target.unlink()
+            target.unlink(missing_ok=True)
             _link(file, target)
         self._copied.clear()
         self._kept.clear()
@@ -126,8 +127,11 @@ class Overlay:
         target = self._target(file)
         if file not in self._copied:
             target.unlink(missing_ok=True)
-            shutil.copyfile(file, target)
             self._copied.add(file)
+            try:
+                copy_file(file, target)
+            except OSError as error:
+                raise CannotChange(f"there is no copy of {file} in {target.parent}: {error.strerror}") from error
         return target
 
     def _files(self) -> list[Path]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from tieaudit.change import Edit, Plan, Refusal, Respell, Share, Unshare
+from tieaudit.change import Edit, Plan, Respell, Share, Unshare
 from tieaudit.errors import RewriteRefused, UsageError
 from tieaudit.formats import NEEDS_SETTING, Format
 from tieaudit.merge import aligned, common_value, difference
@@ -14,7 +14,7 @@ from tieaudit.merges import Merge
 from tieaudit.model import Member, Model, Use, classes
 from tieaudit.propose import propose, schemes
 from tieaudit.registry import choose, discover
-from tieaudit.verdict import Candidate, Subject
+from tieaudit.verdict import Candidate, Refusal, Subject
 from tieaudit.view import AS_STORED
 
 
@@ -27,6 +27,8 @@ class Choices:
     allow_lossy: bool = False
     merge: str | None = None
     transposed_as: Literal["auto", "gemm", "gather", "fused"] = "auto"
+    share_files: bool | None = None
+    """False: every file stays whole by itself. True or None: the parts of a model may share a data file."""
 
 
 @dataclass
@@ -82,6 +84,7 @@ def plan(subject: Subject, choices: Choices) -> Plan:
         refusals=tuple(draft.refusals),
         notes=tuple(dict.fromkeys(draft.notes)),
         transposed_as=choices.transposed_as,
+        share_files=choices.share_files,
     )
 
 
@@ -109,12 +112,25 @@ def _consider(draft: _Draft, candidate: Candidate) -> None:
 
 
 def _share(draft: _Draft, candidate: Candidate) -> list[Edit]:
+    if draft.choices.share_files is False and len({draft.model.by_id[one.id].part for one in candidate.members}) > 1:
+        return _share_apart(draft, candidate)
     share = Share(candidate.members, None, candidate.because)
     if not candidate.lossless:
         share = _lossy(draft, candidate)
     edits = _realisable(draft, share)
     draft.lossless = draft.lossless and candidate.lossless
     return edits
+
+
+def _share_apart(draft: _Draft, candidate: Candidate) -> list[Edit]:
+    """What is left of a class that lies in several files where these may share nothing: one class for each file."""
+    draft.notes.append("equal weights of several files stay apart; --share-files would store them in a common file")
+    found: list[Edit] = []
+    for part in draft.model.parts:
+        inside = tuple(member for member in candidate.members if draft.model.by_id[member.id].part == part.name)
+        if len({member.id for member in inside}) > 1:
+            found += _share(draft, replace(candidate, members=_anchored(inside, inside[0].id)))
+    return found
 
 
 def _lossy(draft: _Draft, candidate: Candidate) -> Share:

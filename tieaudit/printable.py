@@ -6,6 +6,8 @@ Also the units of the reports: sizes are decimal (1 MB = 1,000,000 bytes), count
 from __future__ import annotations
 
 N_MOST = 200
+N_MOST_MESSAGE = 2000
+"""Characters of an error: a name of a megabyte in it is no help."""
 
 
 def printable(text: str, n_most: int | None = N_MOST) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tieaudit.change import Refusal
 from tieaudit.registry import choose, discover
 from tieaudit.schemes import Scheme
-from tieaudit.verdict import Candidate, Subject
+from tieaudit.verdict import Candidate, Refusal, Subject
 
 
 def schemes(names: Iterable[str]) -> list[Scheme]:

@@ -6,11 +6,17 @@ Third parties join through entry points `tieaudit.<set>` (formats, relations, ru
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
+import sys
+from collections.abc import Iterable
 from functools import cache
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from tieaudit.errors import PluginError, UsageError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 Kind = TypeVar("Kind")
 
@@ -22,8 +28,6 @@ def discover(package: str, kind: type[Kind]) -> dict[str, Kind]:
     PluginError if a module does not define exactly one member, if a name is taken twice, or if an entry point
     gives something else.
     """
-    from importlib.metadata import entry_points
-
     found: dict[str, Kind] = {}
     home = importlib.import_module(f"tieaudit.{package}")
     for info in sorted(pkgutil.iter_modules(home.__path__), key=lambda info: info.name):
@@ -34,7 +38,7 @@ def discover(package: str, kind: type[Kind]) -> dict[str, Kind]:
                 f"{module.__file__}: expected exactly one {kind.__name__} in the module, found {len(members)}"
             )
         _add(found, members[0], str(module.__file__))
-    for entry in entry_points(group=f"tieaudit.{package}"):
+    for entry in _entry_points(f"tieaudit.{package}"):
         try:
             member = entry.load()
         except Exception as error:  # whatever a foreign module raises while it is imported
@@ -43,6 +47,41 @@ def discover(package: str, kind: type[Kind]) -> dict[str, Kind]:
             raise PluginError(f"entry point {entry.name} = {entry.value}: expected a {kind.__name__}, found {member!r}")
         _add(found, member, entry.value)
     return found
+
+
+def _entry_points(group: str) -> Iterable[EntryPoint]:
+    """What other packages bring along. Most machines have nothing of the kind, and find that out fast."""
+    if not _anybody_joins():
+        return ()
+    from importlib.metadata import entry_points
+
+    return entry_points(group=group)
+
+
+@cache
+def _anybody_joins() -> bool:
+    """Whether any installed package names a group of ours: a search for one bracket in all `entry_points.txt`.
+
+    Parsing every package's metadata would cost more than a scan of a small model. An entry of `sys.path` that is no
+    folder (an archive) is left to the library. Format: packaging.python.org, "Entry points specification".
+    """
+    for entry in dict.fromkeys(sys.path):
+        folder = entry or os.curdir
+        if os.path.isfile(folder):
+            return True
+        try:
+            names = [name for name in os.listdir(folder) if name.endswith((".dist-info", ".egg-info", ".egg"))]
+        except OSError:
+            continue
+        for name in names:
+            inside = "EGG-INFO/entry_points.txt" if name.endswith(".egg") else "entry_points.txt"
+            try:
+                with open(f"{folder}/{name}/{inside}", "rb", buffering=0) as file:
+                    if b"[tieaudit." in file.read():
+                        return True
+            except OSError:
+                continue
+    return False
 
 
 def _add(found: dict[str, Kind], member: Kind, where: str) -> None:

@@ -20,9 +20,14 @@ def command(model: Model, *words: str) -> str:
 
 def rewrite(model: Model, scheme: str, ids: Iterable[str]) -> Fix:
     """The scheme that mends it without changing a value; by hand where tieaudit would refuse."""
+    ids = tuple(ids)
     given = [id for id in ids if model.by_id[id].overridable]
     if given:
         return Fix("manual", f"{listed(tuple(given))} is a graph input, which a caller may override: remove the input")
+    inside = [id for id in ids if model.by_id[id].scope.startswith("function:")]
+    if inside:
+        reason = "is inside a model-local function, which sees no outer names"
+        return Fix("manual", f"{listed(tuple(inside))} {reason}: inline the functions (onnx.inliner) first")
     if can_edit(model):
         return Fix("safe", command(model, "--scheme", scheme))
     return Fix("manual", f"tieaudit cannot write {model.format} models; export the model again with the weights tied")

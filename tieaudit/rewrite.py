@@ -10,16 +10,51 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from tieaudit.change import Plan, Written
 from tieaudit.errors import RewriteRefused, TieAuditError, UnreadableModel
-from tieaudit.formats import Format
+from tieaudit.formats import Format, carried
 from tieaudit.model import Model
 from tieaudit.registry import choose, discover
 
 SPARE_BYTES = 16 * 1024 * 1024
 """Room that is left for receipts and headers when disk space is checked."""
+ALIGNMENT_BYTES = 65536
+"""The most that comes before a large tensor in a data file, so that it can be mapped."""
+
+
+@dataclass(frozen=True)
+class Stamps:
+    """What the system says about the files of a model, to notice that somebody else writes to one."""
+
+    files: tuple[tuple[str, tuple[int, int, int] | None], ...]
+    """Path → inode, size and time of change; None for a file that is not there."""
+
+    def check(self) -> None:
+        """RewriteRefused if a file is no longer what it was."""
+        for path, known in self.files:
+            if _stamp(path) != known:
+                raise RewriteRefused(
+                    f"{path}: expected a file that stays as it is while it is read, found it changed meanwhile; "
+                    "nothing was delivered",
+                    hint="run again when whoever writes to it is done",
+                )
+
+
+def stamps(model: Model) -> Stamps:
+    """The files of a model as they are now."""
+    paths = dict.fromkeys(path for part in model.parts for path in part.paths)
+    return Stamps(tuple((path, _stamp(path)) for path in paths))
+
+
+def _stamp(path: str) -> tuple[int, int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 @contextmanager
@@ -65,8 +100,8 @@ def rewrite(model: Model, plan: Plan, folder: Path) -> tuple[Written, Model]:
     format_ = choose(discover("formats", Format), model.format, "format")
     if format_.edit is None:
         raise RewriteRefused(f"{model.path}: the format {format_.name} can be read but not written yet")
-    _check_room(model, plan, folder)
     try:
+        _check_room(model, plan, folder)
         written = format_.edit(model, plan, folder)
         for name in written.files:
             flush(folder / name)
@@ -78,21 +113,29 @@ def rewrite(model: Model, plan: Plan, folder: Path) -> tuple[Written, Model]:
 def _read_back(format_: Format, model: Model, folder: Path) -> Model:
     path = folder if Path(model.path).is_dir() else folder / Path(model.path).name
     try:
+        mains = [Path(part.paths[0]) for part in model.parts]
+        if len(mains) > 1:  # whatever else they would be taken for, these are the parts that were planned for
+            return format_.load(path, tuple(folder / main.relative_to(model.path) for main in mains))
         groups = format_.group([path])
-        mains = {Path(part.paths[0]).name for part in model.parts}
-        same = [group for group in groups if {file.name for file in group[1]} == mains]  # not a variant beside it
-        return format_.load(*(same or groups)[0])
+        same = [group for group in groups if {file.name for file in group[1]} == {main.name for main in mains}]
+        return format_.load(*(same or groups)[0])  # not a variant that lies beside it
     except TieAuditError as error:
         raise UnreadableModel(f"what was written cannot be read back: {error.message}") from error
 
 
 def _check_room(model: Model, plan: Plan, folder: Path) -> None:
-    stored = {w.storage.region: w.n_bytes for w in model.weights if w.storage is not None}
-    needed = sum(stored.values()) - min(plan.n_bytes_saved, 0) + SPARE_BYTES
+    """The copy needs the room of its source, less what is saved; it is moved to its name, not copied again."""
+    source = Path(model.path)
+    files = {str(path) for path in carried(source)} if source.is_dir() else set[str]()
+    files.update(path for part in model.parts for path in part.paths)
+    n_source = sum({os.path.realpath(path): os.path.getsize(path) for path in files}.values())
+    padding = sum(min(weight.n_bytes // 16, ALIGNMENT_BYTES) for weight in model.weights)
+    needed = n_source - plan.n_bytes_saved + padding + SPARE_BYTES
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise RewriteRefused(
-            f"{folder.parent}: expected {needed:,} free bytes for the copy, found {free:,}; give another --to"
+            f"{folder.parent}: expected {needed:,} free bytes for the copy, found {free:,}; nothing was written",
+            hint="make room, or give another --to",
         )
 
 

@@ -91,7 +91,10 @@ def _from_graph(model: Model) -> dict[str, Role]:
 def _is_table(weight: Weight, use: Use) -> bool:
     """A lookup table of rows, as the consumer sees it, and not a mask, an index or a sinusoid."""
     shape = use.view.shape(weight.shape)
-    return len(shape) == 2 and min(shape) > 1 and weight.parameter is not False and use.slot in (0, 2)
+    ranks = (2, 3) if use.op == "com.microsoft.GatherBlockQuantized" else (2,)  # a row may be cut into its blocks
+    if len(shape) not in ranks or use.slot not in (0, 2):
+        return False
+    return min(shape[0], max(shape[1:])) > 1 and weight.parameter is not False
 
 
 def _tied_head(use: Use, found: Mapping[str, Role]) -> bool:

@@ -123,9 +123,6 @@ class Sandbox:
         if self._child is not None and self._child.poll() is None:
             return self._child
         self._stop()
-        home = str(Path(__file__).resolve().parent.parent)
-        paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, **_OFFLINE, "PYTHONPATH": os.pathsep.join(paths)}
         arguments = [
             self.runner.name,
             self.device,
@@ -138,7 +135,7 @@ class Sandbox:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=environment,
+                env={**child_environment(), **_OFFLINE},
                 text=True,
                 encoding="utf-8",
             )
@@ -174,14 +171,28 @@ class Sandbox:
         log = self._stop()
         title = self.runner.title
         if code < 0:
-            try:
-                name = signal.Signals(-code).name
-            except ValueError:
-                name = str(-code)
-            hint = ": the system may have run out of memory" if name == "SIGKILL" else ""
-            return ChildFailed(f"{title} crashed with signal {name}{hint}", "crashed", log)
+            return ChildFailed(f"{title} {how_it_ended(code)}", "crashed", log)
         last = log.splitlines()[-1] if log else "it printed nothing"
         return ChildFailed(f"{title} ended with exit code {code}: {last}", "crashed", log)
+
+
+def child_environment() -> dict[str, str]:
+    """The variables of a process that is to import this very package."""
+    home = str(Path(__file__).resolve().parent.parent)
+    paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def how_it_ended(code: int) -> str:
+    """What an exit code of a child says, as the end of a sentence."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = str(-code)
+    hint = ": the system may have run out of memory" if name == "SIGKILL" else ""
+    return f"crashed with signal {name}{hint}"
 
 
 def _free_bytes() -> int:
@@ -243,7 +254,7 @@ def serve() -> None:
     # what the runtime prints to standard output must not end up between the answers
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    _die_with_parent()
+    die_with_parent()
     if memory_bytes and device == "cpu":
         _limit_memory(memory_bytes)
     verbs = choose(discover("runners", Runner), name, "runner").start(device)
@@ -268,13 +279,16 @@ def _handle(verbs: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, A
         return {"ok": False, "error": text[:1500], "memory": memory}
 
 
-def _die_with_parent() -> None:
-    """Linux: a parent that is killed takes the child with it, even in the middle of a run."""
+def die_with_parent(*, in_order: bool = False) -> None:
+    """Linux: a parent that is killed takes this process with it, even in the middle of a run.
+
+    `in_order`: by SIGTERM, which unwinds the stack where it is handled.
+    """
     if sys.platform == "linux":
         import ctypes
 
         with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+            ctypes.CDLL(None).prctl(1, int(signal.SIGTERM if in_order else signal.SIGKILL))  # PR_SET_PDEATHSIG
 
 
 def _limit_memory(n_bytes: int) -> None:

@@ -14,12 +14,14 @@ import numpy as np
 from tieaudit.change import Plan, Respell, Rewritten, Share, Unshare, Written
 from tieaudit.compare import same_through
 from tieaudit.model import Member, Model, Use, Weight
-from tieaudit.view import AS_STORED, TRANSPOSED, Cast, Opaque, Transpose, View
+from tieaudit.storage import blocks
+from tieaudit.view import AS_STORED, TRANSPOSED, Cast, Repack, Reshape, Transpose, View
 
 Place = tuple[str, str, str, int]
 """Part, scope, node and slot of a use."""
 _NAMES_AXES = frozenset({"Gather", "Einsum"})
 """Operations that say which axis they read in an attribute, which no view shows."""
+_IN_BLOCKS = "com.microsoft.GatherBlockQuantized"
 _PRODUCTS = frozenset({"MatMul", "Gemm", "com.microsoft.FusedMatMul"})
 _N_MOST_SMALL = 1 << 22
 """Elements up to which two different chains of steps are compared by what they do to an index."""
@@ -90,6 +92,8 @@ def same_value(a: Weight, b: Weight, view: View = AS_STORED) -> bool:
     """Whether `view` of `a` is `b`, bit for bit, whatever invertible view it is."""
     if view == AS_STORED or view.transposes:
         return same_through(a, b, view)
+    if len(view.steps) == 1 and isinstance(view.steps[0], Repack):
+        return _same_packed(a, b, view.steps[0])
     if a.storage is None or b.storage is None or a.dtype != b.dtype or view.shape(a.shape) != b.shape:
         return False
     if a.n_elements == 0 or not any(isinstance(step, Transpose) for step in view.steps):
@@ -103,14 +107,32 @@ def same_value(a: Weight, b: Weight, view: View = AS_STORED) -> bool:
     return bool(np.array_equal(view.apply(one.reshape(a.shape)).ravel(), other))
 
 
+def _same_packed(a: Weight, b: Weight, step: Repack) -> bool:
+    """Whether the bytes of `b` are those of `a`, with the bits that another packing flips."""
+    if a.storage is None or b.storage is None or a.n_bytes != b.n_bytes:
+        return False
+    if step.before != (a.dtype, a.shape) or step.after != (b.dtype, b.shape):
+        return False
+    return all(
+        np.array_equal(np.frombuffer(one, np.uint8) ^ np.uint8(step.flip), np.frombuffer(other, np.uint8))
+        for one, other in zip(blocks(a.storage), blocks(b.storage), strict=True)
+    )
+
+
 def same_view(shape: tuple[int, ...], a: View, b: View) -> bool:
     """Whether two chains of steps do the same to a tensor of `shape`."""
     if a == b:
         return True
-    if any(isinstance(step, (Cast, Opaque)) for step in (*a.steps, *b.steps)) or np.prod(shape) > _N_MOST_SMALL:
+    parts = [view.values_first() for view in (a, b)]
+    if parts[0] is None or parts[1] is None or parts[0][0] != parts[1][0]:
+        return False
+    moves = (parts[0][1], parts[1][1])
+    if moves[0] == moves[1]:
+        return True
+    if np.prod(shape) > _N_MOST_SMALL:
         return False
     try:
-        one, other = (view.apply(np.arange(int(np.prod(shape))).reshape(shape)) for view in (a, b))
+        one, other = (view.apply(np.arange(int(np.prod(shape))).reshape(shape)) for view in moves)
     except ValueError:
         return False
     return one.shape == other.shape and bool(np.array_equal(one, other))
@@ -231,7 +253,9 @@ def _uses(before: Model, after: Model, plan: Plan, written: Written, result: Che
     """Every original use reads through an equal view, at the same place or where the format says it went."""
     moved: Mapping[Place, Rewritten] = {(r.part, r.scope, r.node, r.slot): r for r in written.rewritten}
     copies = {place: edit.name for edit in plan.edits if isinstance(edit, Unshare) for place in edit.uses}
-    now: dict[tuple[Place, str], Use] = {(_place(use), use.weight): use for use in after.uses}
+    now: dict[tuple[Place, str], list[Use]] = {}  # a function that is called often reads several weights in one place
+    for use in after.uses:
+        now.setdefault((_place(use), use.weight), []).append(use)
     for use in before.uses:
         result.n_uses += 1
         place = _place(use)
@@ -240,13 +264,21 @@ def _uses(before: Model, after: Model, plan: Plan, written: Written, result: Che
             place = (use.part, use.scope, rewritten.new_node, rewritten.new_slot)
         serving = result.served.get(use.weight, Serving(use.weight, AS_STORED, AS_STORED))
         expected = _copy_id(after, copies[_place(use)]) if _place(use) in copies else serving.id
-        found = now.pop((place, expected), None)
+        readers = now.get((place, expected), [])
+        found = _like(readers, use)
         where = f"{use.op} @ {use.node} (input {use.slot})"
         if found is None:
             result.problems.append(f"{where}: expected it to read {expected}, which it does not")
         elif not _sees_the_same(use, found, serving, before, after, rewritten is not None):
             result.problems.append(f"{where}: reads {expected} through another view ({found.view}) than planned")
-    result.problems.extend(_strangers(before, after, now.values()))
+    result.problems.extend(_strangers(before, after, (use for readers in now.values() for use in readers)))
+
+
+def _like(readers: list[Use], use: Use) -> Use | None:
+    """Take out the use by the same call of a function; any other of the same place if calls were not written down."""
+    if not readers:
+        return None
+    return readers.pop(next((index for index, one in enumerate(readers) if one.calls == use.calls), 0))
 
 
 def _copy_id(after: Model, name: str) -> str:
@@ -263,6 +295,12 @@ def _sees_the_same(use: Use, found: Use, serving: Serving, before: Model, after:
     planned, seen = use.view, stored.compose(found.view)
     if same_view(weight.shape, planned, seen):
         return True
+    if rewritten and use.op == _IN_BLOCKS and not planned.steps and seen.steps:
+        # the same codes in the other packing, with a block to a row of its own: the regional proof looks at the numbers
+        if use.slot == 0:
+            return len(seen.steps) == 1 and isinstance(seen.steps[0], Repack)
+        cut = Reshape((*weight.shape, 1))
+        return seen.steps in ((cut,), (Cast("uint8"), cut))
     # a lookup along the other axis of the transposed table reads the same rows: the regional proof looks at the axis
     return rewritten and use.op in _NAMES_AXES and same_view(weight.shape, planned, seen.compose(TRANSPOSED))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tieaudit.change import Plan, SetConfig, Unshare, Written
+from tieaudit.formats import carried
 from tieaudit.model import Model
 from tieaudit.storage import BLOCK_BYTES
 from tieaudit.structural import Check
@@ -34,11 +35,10 @@ def _graphs(before: Model, after: Model, plan: Plan, written: Written, check: Ch
     unshared = [edit for edit in plan.edits if isinstance(edit, Unshare)]
     copies = {w.name: w.id for w in after.weights} | {w.id: w.id for w in after.weights}
     chains = {(use.part, use.scope, use.node, use.slot): use.chain for use in before.uses}
+    changed = [(one.part, one.scope, one.node, one.slot) for one in written.rewritten]
+    changed += [place for edit in unshared for place in edit.uses]  # views on the way to them read the copy
     vanished = {
-        (one.part, scope, name)
-        for one in written.rewritten
-        for name in chains.get((one.part, one.scope, one.node, one.slot), ())
-        for scope in _around(one.scope)
+        (place[0], scope, name) for place in changed for name in chains.get(place, ()) for scope in _around(place[1])
     }
     allowed = compare.Allowed(
         serving={id: serving.id for id, serving in check.served.items()},
@@ -64,7 +64,7 @@ def _files(before: Model, after: Model, plan: Plan) -> Iterator[str]:
     for edit in plan.edits:
         if isinstance(edit, SetConfig):
             planned.setdefault(edit.file, []).append(edit)
-    names = sorted(str(file.relative_to(one)) for file in one.rglob("*") if file.is_file())
+    names = sorted(str(file.relative_to(one)) for file in carried(one))
     for name in names:
         if name in planned:
             yield from _planned_json(one / name, other / name, planned[name])

@@ -7,8 +7,25 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tieaudit.model import Member, Model, Role, Tie
+from tieaudit.view import View
 
 Severity = Literal["error", "warning", "info"]
+
+
+@dataclass(frozen=True)
+class Apart:
+    """A table and a matrix of its shape, one or both stored as codes: how far apart their numbers are."""
+
+    table: str
+    matrix: str
+    view: View
+    """Through which the table has the matrix's layout."""
+    equal: bool
+    """Every number is the same once it is computed from its code; everything was read."""
+    n_steps: float
+    """The median distance in quantisation steps (the mean of both steps), of the numbers that were looked at."""
+    n_most_steps: float
+    n_looked_at: int
 
 
 @dataclass(frozen=True)
@@ -21,8 +38,12 @@ class Found:
     """Ids of tensors filled with one value; equal constants are in `constant_classes`, never in `ties`."""
     constant_classes: tuple[tuple[str, ...], ...] = ()
     """Ids of equal constants stored separately."""
+    apart: tuple[Apart, ...] = ()
+    """Tables read by ids against matrices of their shape, where codes stand between the bytes and the numbers."""
     unreadable: Mapping[str, str] = field(default_factory=dict)
     """Id → why its bytes could not be read."""
+    n_bytes_read: int = 0
+    """Bytes of tensors read from files to find all that."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +58,15 @@ class Candidate:
     action: Literal["share", "unshare", "declare", "respell"] = "share"
     damage: str = ""
     """For a lossy proposal: the measured difference in one sentence, where it was measured."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A part of the proposal that will not be done, and why, in one sentence."""
+
+    scheme: str
+    ids: tuple[str, ...]
+    because: str
 
 
 @dataclass(frozen=True)

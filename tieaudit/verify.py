@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,7 +26,8 @@ from tieaudit.running import Paths, chain_of, opened, parts_of, path_of, runner_
 from tieaudit.sandbox import LIMIT_SECONDS, Sandbox
 from tieaudit.untouched import differences
 
-_DEVICES = ("auto", "cpu", "cuda")
+LEVELS: tuple[Literal["structural", "regional", "end to end"], ...] = ("structural", "regional", "end to end")
+"""From the least to the most."""
 
 
 @dataclass
@@ -49,11 +50,13 @@ def prove(
     max_drift: float | None = None,
     seconds: float = LIMIT_SECONDS,
     memory_bytes: int | None = None,
+    reached: Callable[[Level], None] = lambda level: None,
 ) -> Proof:
     """Prove that `after`, read back from what was written, is `before` changed by `plan` and nothing else.
 
     Runs every level that can run; only a failed structural level stops the others. `apply` decides what is enough.
-    `seconds` limits one request to a child, `memory_bytes` the child's private memory on the CPU.
+    `seconds` limits one request to a child, `memory_bytes` the child's private memory on the CPU; `reached` hears of
+    the first two levels as soon as they are decided.
     Cost: reads both models in full; runs the original about six times per input and the result once or twice.
     """
     check = structural.check(before, after, plan, written)
@@ -63,6 +66,7 @@ def prove(
         level = Level("structural", "failed", "; ".join(problems[:4]))
         return Proof((level, Level("regional", "not run", blocked), Level("end to end", "not run", blocked)))
     first = Level("structural", "held", _what_held(before, check))
+    reached(first)
     facts: dict[str, Any] = {
         "n_bytes_stored_before": cost.stored_bytes(before),
         "n_bytes_stored_after": cost.stored_bytes(after),
@@ -76,6 +80,7 @@ def prove(
             with nullcontext(None) if plan.lossless else _reference(before, plan) as reference:
                 work = _Work(before, after, plan, written, check, reference, runner, child, device, inputs)
                 second = _regional(work)
+                reached(second)
                 third = _proved_by_running(work, gathered)
         except CannotChange as error:
             said = f"the reference of a lossy plan cannot be made: {error}"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, TypeAlias
 
 from tieaudit.dtypes import dtype
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Array: TypeAlias = NDArray[np.generic]
+
 Shape = tuple[int, ...]
-Array = NDArray[np.generic]
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Transpose:
         return array.transpose(self.perm)
 
     def inverse(self, shape: Shape) -> Transpose:
-        return Transpose(tuple(int(i) for i in np.argsort(self.perm)))
+        return Transpose(tuple(sorted(range(len(self.perm)), key=self.perm.__getitem__)))
 
     def __str__(self) -> str:
         return "transposed" if self.perm == (1, 0) else f"permuted {list(self.perm)}"
@@ -71,8 +74,50 @@ class Cast:
 
 
 @dataclass(frozen=True)
+class Dequantise:
+    """Codes to numbers, (code - zero point) · scale: one scale for all, or one for each index of an axis."""
+
+    axis: int | None = None
+
+    def shape(self, shape: Shape) -> Shape:
+        return shape
+
+    def apply(self, array: Array) -> Array:
+        raise ValueError("a view that is dequantized needs its scales and cannot be computed alone")
+
+    def inverse(self, shape: Shape) -> None:
+        return None
+
+    def __str__(self) -> str:
+        return "dequantized" if self.axis is None else f"dequantized along axis {self.axis}"
+
+
+@dataclass(frozen=True)
+class Repack:
+    """The same packed codes under another element type and shape, row by row in the same order of bits."""
+
+    before: tuple[str, Shape]
+    """Element type and shape of what is seen so."""
+    after: tuple[str, Shape]
+    flip: int = 0
+    """Bits of each byte that differ: the top bit of each code where signed codes become unsigned ones."""
+
+    def shape(self, shape: Shape) -> Shape:
+        return self.after[1]
+
+    def apply(self, array: Array) -> Array:
+        raise ValueError("packed codes are compared as bytes and never unpacked")
+
+    def inverse(self, shape: Shape) -> Repack:
+        return Repack(self.after, self.before, self.flip)
+
+    def __str__(self) -> str:
+        return f"packed as {self.after[0]} {list(self.after[1])}"
+
+
+@dataclass(frozen=True)
 class Opaque:
-    """A step that is recognised but not computed here (dequantisation, slicing by a computed index)."""
+    """A step that is recognised but not computed here (dequantisation in blocks, slicing by a computed index)."""
 
     what: str
 
@@ -89,7 +134,7 @@ class Opaque:
         return self.what
 
 
-Step = Transpose | Reshape | Cast | Opaque
+Step = Transpose | Reshape | Cast | Dequantise | Repack | Opaque
 
 
 @dataclass(frozen=True)
@@ -107,6 +152,8 @@ class View:
                 steps = steps[:-1]
             if step.perm == tuple(range(len(step.perm))):
                 return View(steps)
+        if isinstance(step, Repack) and steps and steps[-1] == step.inverse(()):
+            return View(steps[:-1])
         if isinstance(step, Reshape) and steps and isinstance(steps[-1], Reshape):
             steps = steps[:-1]
         return View((*steps, step))
@@ -142,6 +189,29 @@ class View:
         for step in self.steps:
             array = step.apply(array)
         return array
+
+    def values_first(self) -> tuple[tuple[Step, ...], View] | None:
+        """The same view as conversions of single elements, then moves of elements: the two kinds commute.
+
+        None where that cannot be said: an opaque step, or scales along an axis that a reshape took apart.
+        """
+        conversions: list[Step] = []
+        moves = View()
+        for step in self.steps:
+            if isinstance(step, (Transpose, Reshape)):
+                moves = moves.then(step)
+                continue
+            if isinstance(step, Dequantise) and step.axis is not None:
+                axis = step.axis
+                for move in reversed(moves.steps):
+                    if not isinstance(move, Transpose):
+                        return None
+                    axis = move.perm[axis]
+                step = Dequantise(axis)
+            if isinstance(step, (Opaque, Repack)):
+                return None
+            conversions.append(step)
+        return tuple(conversions), moves
 
     @property
     def transposes(self) -> bool:

@@ -89,11 +89,14 @@ def rule_page(rule: Rule) -> str:
     for heading in explain.HEADINGS:
         lines += [f"## {heading}", "", text[heading], ""]
         if heading == "Example":
-            lines += [f"`tieaudit scan` on such a model prints, for this rule:\n\n{printed(rule, rule.bad[0])}", ""]
+            lines += [
+                f"`tieaudit scan` on such a model prints, for this rule:\n\n{printed(rule, rule.examples.bad[0])}",
+                "",
+            ]
         if heading == "Fix":
-            lines += [f"Without the defect:\n\n{printed(rule, rule.good[0])}", ""]
-        if heading == "Cannot tell when" and rule.unsure:
-            lines += [printed(rule, rule.unsure[0]), ""]
+            lines += [f"Without the defect:\n\n{printed(rule, rule.examples.good[0])}", ""]
+        if heading == "Cannot tell when" and rule.examples.unsure:
+            lines += [printed(rule, rule.examples.unsure[0]), ""]
     lines += ["## Threshold", "", f"{threshold[:1].upper()}{threshold[1:]}.", ""]
     return "\n".join(lines)
 

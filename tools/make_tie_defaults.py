@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tieaudit.formats.safetensors import by_convention  # noqa: E402
+from tieaudit.formats.safetensors.weights import by_convention  # noqa: E402
 
 FOLDER = ROOT / "tieaudit" / "formats" / "huggingface"
 SECONDS_PER_CLASS = 20

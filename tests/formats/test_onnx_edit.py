@@ -394,7 +394,7 @@ def test_impossible_edits_say_why(change: Any, reason: str, tmp_path: Path) -> N
     assert reason in refusal(four_members(), tmp_path, change)
 
 
-def test_packed_types_are_shared_as_stored_only(tmp_path: Path) -> None:
+def test_packed_types_are_shared_and_no_output_of_theirs_is_turned(tmp_path: Path) -> None:
     def packed(name: str) -> TensorProto:
         return helper.make_tensor(name, TensorProto.INT4, [2, 2], [1, 2, 2, -1])
 
@@ -404,7 +404,7 @@ def test_packed_types_are_shared_as_stored_only(tmp_path: Path) -> None:
     _, again, after = rewritten(saved(proto, tmp_path / "in"), tmp_path / "out", tie("A", "B"))
     assert [weight.name for weight in again.weights] == ["A", "scale"]
     same(proto, after, {})
-    assert "not stored in whole bytes" in refusal(proto, tmp_path / "no", tie("A", "B", turned=["B"]))
+    assert "is an output of its graph, in this layout" in refusal(proto, tmp_path / "no", tie("A", "B", turned=["B"]))
 
 
 def test_embedding_layers_decide_the_stored_layout(tmp_path: Path) -> None:

@@ -195,6 +195,17 @@ def test_initializers_that_a_caller_may_replace_or_that_are_returned_are_marked(
     assert [(use.op, use.node) for use in model.uses] == [("output", "@w"), ("MatMul", "y")]
 
 
+def test_before_ir_version_4_an_initializer_among_the_inputs_is_no_choice_of_a_caller(tmp_path: Path) -> None:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
+    for ir_version, overridable in ((3, False), (4, True)):
+        path = save(tmp_path / f"{ir_version}.onnx", graph(nodes, [rows("w", 3, 3)], ["x", "w"], ["y"]))
+        made = onnx.load(str(path))
+        made.ir_version = ir_version
+        onnx.save(made, str(path))
+        (weight,) = read(path).weights
+        assert weight.overridable is overridable
+
+
 def test_constant_nodes_and_initializers_of_bodies_are_weights_with_their_scope(tmp_path: Path) -> None:
     constant = helper.make_node("Constant", [], ["c"], value=tensor("ignored", np.eye(2)))
     then = graph([constant, helper.make_node("MatMul", ["x", "c"], ["y"])])

@@ -12,7 +12,7 @@ from formats.onnx_files import graph, ids, info, read, rows, save, tensor, the_u
 from onnx import NodeProto, TensorProto, helper
 
 from tieaudit.model import Model, Use
-from tieaudit.view import AS_STORED, TRANSPOSED, Cast, Opaque, Reshape, Transpose, View
+from tieaudit.view import AS_STORED, TRANSPOSED, Cast, Dequantise, Opaque, Reshape, Transpose, View
 
 
 def _ints(name: str, *numbers: int) -> TensorProto:
@@ -42,7 +42,7 @@ def _model(tmp_path: Path, nodes: list[NodeProto], *tensors: TensorProto, **opti
         (helper.make_node("Squeeze", ["w"], ["v"], axes=[0]), View((Opaque("reshaped"),))),  # that size is 2
         (helper.make_node("Unsqueeze", ["w", "ends"], ["v"]), View((Reshape((1, 2, 1, 6, 1)),))),
         (helper.make_node("Flatten", ["w"], ["v"], axis=-1), View((Reshape((2, 6)),))),
-        (helper.make_node("DequantizeLinear", ["w", "scale"], ["v"]), View((Opaque("dequantized"),))),
+        (helper.make_node("DequantizeLinear", ["w", "scale"], ["v"]), View((Dequantise(),))),
     ],
 )
 def test_each_view_node_gives_its_step(tmp_path: Path, node: NodeProto, view: View) -> None:

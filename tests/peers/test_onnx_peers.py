@@ -401,16 +401,35 @@ def test_OPTM_weak_c_a_use_inside_a_branch_is_rewritten_too(tmp_path: Path) -> N
         assert list(initializers(onnx.load(str(to)))) == ["w1"]
 
 
-def test_OPTM_weak_d_initializers_listed_as_inputs_of_an_old_file_are_not_merged_and_it_says_why(
-    tmp_path: Path,
-) -> None:
-    # before IR version 4 every initializer had to be an input, which a caller may feed
+def test_OPTM_weak_d_OPT_6_an_initializer_of_an_old_file_goes_with_its_entry_among_the_inputs(tmp_path: Path) -> None:
+    # before IR version 4 every initializer had to be an input, and ONNX Runtime takes no value for it
     given = {"x": (FLOAT, [1, 3]), "w1": (FLOAT, [3]), "w2": (FLOAT, [3])}
     weights = {"w1": ONE_TWO_THREE, "w2": ONE_TWO_THREE}
     path = write(tmp_path / "m.onnx", SUM, weights, inputs=given, opset=9, ir_version=3)
     assert measured(path) == [{"w1", "w2"}]
+    after = deduplicated(path, {"x": X})
+    assert list(initializers(after)) == ["w1"]
+    assert [one.name for one in after.graph.input] == ["x", "w1"]  # not w2, which would have become a real input
+
+
+def test_OPTM_weak_d_an_old_file_gets_no_initializer_that_is_not_an_input(tmp_path: Path) -> None:
+    # the body hides the name that the survivor has, so it would need another one
+    body = branch([node("Add", ["x", "w1"], ["s"]), node("Add", ["s", "w2"], ["t"])], {"w1": ONE_TWO_THREE * 2}, "t")
+    body.input.append(cases.value("w1", FLOAT, [3]))
+    other = branch([node("Neg", ["x"], ["e"])], {}, "e")
+    nodes = [node("If", ["flag"], ["i"], then_branch=body, else_branch=other), node("Add", ["i", "w1"], ["y"])]
+    given = {"x": (FLOAT, [1, 3]), "flag": (TensorProto.BOOL, []), "w1": (FLOAT, [3]), "w2": (FLOAT, [3])}
+    weights = {"w1": ONE_TWO_THREE, "w2": ONE_TWO_THREE}
+    graph = helper.make_graph(
+        nodes, "g", [cases.value(name, *kind) for name, kind in given.items()], [cases.value("y", FLOAT, [1, 3])],
+        peers.tensors(weights),
+    )  # fmt: skip
+    path = tmp_path / "m.onnx"
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 9)], ir_version=3)
+    path.write_bytes(made.SerializeToString())
     result = peers.cli("apply", path, "--to", tmp_path / "out.onnx")
-    assert "an input of its graph too" in result.output
+    assert result.exit_code == 2, result.output
+    assert "IR version 3 has no initializers that are not inputs" in " ".join(result.output.split())
     assert not (tmp_path / "out.onnx").exists()
 
 

@@ -75,18 +75,30 @@ def quantised(path: Path, *, same: bool = True, zero_points: tuple[bool, bool] =
     return write(path, nodes, weights, ["logits"], {"ids": (INT64, ["n", "m"])}, shapes={"logits": ["n", "m", v]})
 
 
-@pytest.mark.parametrize("zero_points", [(False, False), (True, True), (True, False)])
-def test_OLV_2_OLV_6_equal_payloads_in_two_packings_are_cannot_tell_and_stay(
+def test_OLV_2_equal_payloads_in_two_packings_become_one_table(tmp_path: Path) -> None:
+    # Olive reads the head from a Reshape of the embedding's payload, which a runtime folds into a second table; here
+    # the lookup reads the head's
+    path = quantised(tmp_path / "m.onnx")
+    assert {"embed_q", "head_q"} in measured(path)
+    after = load_one(peers.applied(path)).by_id
+    assert "embed_q" not in after
+    assert after["head_q"].shape == (32, 2, 8)
+    peers.assert_same_outputs(path, path.parent / "out" / path.name, {"ids": IDS % 32})
+
+
+@pytest.mark.parametrize("zero_points", [(True, True), (True, False)])
+def test_OLV_6_zero_points_of_half_bytes_keep_the_packings_apart(
     tmp_path: Path, zero_points: tuple[bool, bool]
 ) -> None:
-    # Olive reads the head from a Reshape of the embedding's payload; here quantised pairs are not rewritten (yet)
+    # of both they are equal, but a lookup in blocks cannot read them; of one alone they make it another matrix
     path = quantised(tmp_path / "m.onnx", zero_points=zero_points)
-    assert {"embed_q", "head_q"} not in measured(path)
-    assert unsure(path) != []
+    assert ({"embed_q", "head_q"} in measured(path)) == all(zero_points)
+    assert (unsure(path) != []) != all(zero_points)
     by_id = load_one(path).by_id
     before = {name: by_id[name].shape for name in ("embed_q", "head_q")}
     result = peers.cli("apply", path, "--to", tmp_path / "out.onnx")
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == (2 if all(zero_points) else 0), result.output
+    assert ("a lookup in blocks wants a byte for each" in result.output) == all(zero_points)
     if (tmp_path / "out.onnx").exists():  # equal scales are one tensor; the packed tables are as they were
         after = load_one(tmp_path / "out.onnx").by_id
         assert {name: after[name].shape for name in before} == before

@@ -5,12 +5,18 @@ Adding a format is one new module here that defines one `Format`; `load.py` find
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tieaudit.change import Edit, Plan, SetConfig, Written
-from tieaudit.model import Model
+if TYPE_CHECKING:
+    from tieaudit.change import Edit, Plan, SetConfig, Written
+    from tieaudit.model import Model
+
+NOT_CARRIED = frozenset({".git", ".cache", ".huggingface", "__pycache__", ".ipynb_checkpoints"})
+"""Folders that belong to a tool and not to the model: a rewrite leaves them where they are."""
 
 NEEDS_SETTING = "needs flag: "
 """How a reason of `can_realise` begins when a setting would lift it; `switch` then names the setting."""
@@ -39,3 +45,16 @@ class Format:
     """(model, ids, tied, target) → the settings that make the loader tie (or not tie) these ids, or why not."""
     precedence: int = 0
     """Among formats that own one path the highest wins (a Hugging Face folder over the safetensors inside)."""
+
+
+def carried(folder: Path) -> Iterator[Path]:
+    """Every regular file below a model's folder that comes along when the model is written anew, in order.
+
+    Links to files are followed, as in a Hub cache; links to folders are not.
+    """
+    for home, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name not in NOT_CARRIED)
+        for name in sorted(names):
+            path = Path(home) / name
+            if path.is_file():
+                yield path

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 
 from tieaudit import __version__
+from tieaudit.equality import of_buffers
 from tieaudit.model import Member, Role, Tie, Weight
 from tieaudit.plain import plain
 from tieaudit.reports import ReportFormat
@@ -51,7 +52,7 @@ def _model(report: Report) -> dict[str, object]:
         "notes": list(model.notes),
         "summary": asdict(report.summary),
         "weights": [_weight(report, weight, weight.id in found.constants) for weight in model.weights],
-        "groups": [_group(tie) for tie in found.ties],
+        "groups": [_group(tie, of_buffers(model, tie)) for tie in found.ties],
         "constant_groups": [list(ids) for ids in found.constant_classes],
         "candidates": [_candidate(candidate) for candidate in report.candidates],
         "findings": [_finding(finding) for finding in report.findings],
@@ -94,9 +95,10 @@ def _member(member: Member) -> dict[str, str]:
     return {**shown, "use": member.use} if member.use else shown
 
 
-def _group(tie: Tie) -> dict[str, object]:
+def _group(tie: Tie, buffers: bool) -> dict[str, object]:
     return {
         "origin": tie.origin,
+        "buffers": buffers,
         "members": [_member(member) for member in tie.members],
         "n_bytes_saved": tie.n_bytes_saved,
         "because": tie.because,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from tabulate import tabulate
 
 from tieaudit.config import DEFAULTS, Settings
+from tieaudit.equality import of_buffers
 from tieaudit.model import Member, Model, Origin, Role, Tie
 from tieaudit.printable import counted, printable, shorten, size
 from tieaudit.reports import ReportFormat
@@ -145,8 +146,12 @@ def _table(rows: Sequence[Sequence[str]], align: Sequence[str]) -> list[str]:
 def _ties(report: Report, page: _Page) -> list[str]:
     by_origin: dict[Origin, list[Tie]] = {origin: [] for origin in _MEANING}
     seen: set[frozenset[str]] = set()
+    buffers = _equal_buffers(report)
+    apart = {tie.ids for tie in buffers}
     for origin in _MEANING:
         for tie in (tie for tie in report.subject.found.ties if tie.origin == origin):
+            if origin == "measured" and tie.ids in apart:
+                continue
             # a declared tie of the very weights that are already shown adds nothing to look at
             if origin != "declared" or frozenset(tie.ids) not in seen:
                 by_origin[origin].append(tie)
@@ -158,7 +163,27 @@ def _ties(report: Report, page: _Page) -> list[str]:
             title = page.paint(f"Ties, {origin}", "title") + f" ({len(ties):,}): {_MEANING[origin]}"
             lines += [title, *_tie_lines(report, ties[: page.most.n_most_ties], page)]
             lines += _more(len(ties) - page.most.n_most_ties, "  ")
-    return lines or ["No tie of any origin."]
+    return [*(lines or ["No tie of any origin."]), *_buffer_lines(report, buffers, page)]
+
+
+def _equal_buffers(report: Report) -> list[Tie]:
+    """Measured classes in which nothing is trained, the largest waste first."""
+    model, ties = report.subject.model, report.subject.found.ties
+    found = [tie for tie in ties if tie.origin == "measured" and of_buffers(model, tie)]
+    return sorted(found, key=lambda tie: -tie.n_bytes_saved)
+
+
+def _buffer_lines(report: Report, buffers: Sequence[Tie], page: _Page) -> list[str]:
+    """One line for each: equal masks and shapes are bytes, and must not drown the ties."""
+    if not buffers:
+        return []
+    shown = buffers[: page.most.n_most_ties]
+    rows = [list(_member_row(report, tie, tie.members[0], True)) for tie in shown]
+    for row, tie in zip(rows, shown, strict=True):
+        row[1:3] = [f"and {counted(len(tie.members) - 1, 'equal one')}"]
+    title = page.paint("Equal buffers", "title") + f" ({len(buffers):,}): masks, shapes or tables; bytes, no parameters"
+    lines = ["  " + line for line in _fitted(rows, page.width - 2)]
+    return ["", title, *lines, *_more(len(buffers) - len(shown), "  ")]
 
 
 def _largest(report: Report, tie: Tie) -> int:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 from tieaudit.verdict import CannotTell, Finding, Severity, Subject
 
 Check = Callable[[Subject], Iterator[Finding | CannotTell]]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a rule says about small models; they are its tests and the examples of its page."""
+
+    bad: Sequence[Subject] = ()
+    """Subjects on which the rule must find something."""
+    good: Sequence[Subject] = ()
+    """Subjects on which it must stay silent."""
+    unsure: Sequence[Subject] = ()
+    """Subjects on which it must say that it cannot tell."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +33,12 @@ class Rule:
     severity: Severity
     since: str
     check: Check
-    bad: tuple[Subject, ...]
-    """Subjects on which the rule must find something."""
-    good: tuple[Subject, ...]
-    """Subjects on which it must stay silent."""
-    unsure: tuple[Subject, ...]
-    """Subjects on which it must say that it cannot tell."""
+    make_examples: Callable[[], Examples]
+    """Makes them when they are asked for: a scan needs the rule, only its page and its tests need the examples."""
+
+    @cached_property
+    def examples(self) -> Examples:
+        return self.make_examples()
 
     @property
     def page(self) -> str:
@@ -34,11 +46,11 @@ class Rule:
 
 
 def rule(
-    code: str, name: str, *, severity: Severity, since: str, bad: Any = (), good: Any = (), unsure: Any = ()
+    code: str, name: str, *, severity: Severity, since: str, examples: Callable[[], Examples]
 ) -> Callable[[Check], Rule]:
-    """Turn a check function into a `Rule`. Examples are subjects made by `toy.toy`."""
+    """Turn a check function into a `Rule`. `examples` makes its examples, from subjects that `toy.toy` builds."""
 
     def wrap(check: Check) -> Rule:
-        return Rule(code, name, severity, since, check, tuple(bad), tuple(good), tuple(unsure))
+        return Rule(code, name, severity, since, check, examples)
 
     return wrap

@@ -7,14 +7,34 @@ from collections.abc import Iterator
 from tieaudit.equality import Declared, Equality, declared, stored
 from tieaudit.printable import listed, printable, size
 from tieaudit.remedy import can_edit, command
-from tieaudit.rules import rule
-from tieaudit.toy import Broken, claim, ramp, toy
+from tieaudit.rules import Examples, rule
 from tieaudit.verdict import CannotTell, Finding, Fix, Subject
 
-EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-W = ramp(64, 8)
-ONE_BIT_OFF = W.copy()
-ONE_BIT_OFF.view("uint32")[5, 3] ^= 1
+
+def _examples() -> Examples:
+    from tieaudit.toy import Broken, claim, ramp, toy
+
+    embed, head = "model.embed_tokens.weight", "lm_head.weight"
+    w = ramp(64, 8)
+    one_bit_off = w.copy()
+    one_bit_off.view("uint32")[5, 3] ^= 1
+
+    return Examples(
+        bad=[
+            toy({embed: w, head: ramp(64, 8, seed=1)}, declared=[(embed, head)]),
+            toy({embed: w, head: one_bit_off}, declared=[(embed, head)]),
+            toy({"emb": w, "enc": w.copy(), "dec": ramp(64, 8, seed=2)}, declared=[("emb", "enc"), ("emb", "dec")]),
+        ],
+        good=[
+            toy({embed: w, head: w.copy()}, declared=[(embed, head)]),
+            toy({embed: w, head: None}, declared=[(embed, head)]),
+            toy({embed: w, head: ramp(64, 8, seed=1)}, declared=[claim(embed, head, active=False)]),
+        ],
+        unsure=[
+            toy({embed: w, head: Broken((64, 8))}, declared=[(embed, head)]),
+            toy({embed: w, head: ramp(60, 8)}, declared=[(embed, head)]),
+        ],
+    )
 
 
 @rule(
@@ -22,20 +42,7 @@ ONE_BIT_OFF.view("uint32")[5, 3] ^= 1
     "broken-tie",
     severity="error",
     since="0.1",
-    bad=[
-        toy({EMBED: W, HEAD: ramp(64, 8, seed=1)}, declared=[(EMBED, HEAD)]),
-        toy({EMBED: W, HEAD: ONE_BIT_OFF}, declared=[(EMBED, HEAD)]),
-        toy({"emb": W, "enc": W.copy(), "dec": ramp(64, 8, seed=2)}, declared=[("emb", "enc"), ("emb", "dec")]),
-    ],
-    good=[
-        toy({EMBED: W, HEAD: W.copy()}, declared=[(EMBED, HEAD)]),
-        toy({EMBED: W, HEAD: None}, declared=[(EMBED, HEAD)]),
-        toy({EMBED: W, HEAD: ramp(64, 8, seed=1)}, declared=[claim(EMBED, HEAD, active=False)]),
-    ],
-    unsure=[
-        toy({EMBED: W, HEAD: Broken((64, 8))}, declared=[(EMBED, HEAD)]),
-        toy({EMBED: W, HEAD: ramp(60, 8)}, declared=[(EMBED, HEAD)]),
-    ],
+    examples=_examples,
 )
 def check(subject: Subject) -> Iterator[Finding | CannotTell]:
     """A tie that is declared, but whose stored tensors differ.

@@ -7,12 +7,28 @@ from collections.abc import Iterator
 from tieaudit.equality import Equality, copies, declared, n_bytes_extra, stored
 from tieaudit.printable import listed, printable, size
 from tieaudit.remedy import rewrite
-from tieaudit.rules import rule
-from tieaudit.toy import claim, ramp, toy
+from tieaudit.rules import Examples, rule
 from tieaudit.verdict import CannotTell, Finding, Fix, Subject
 
-EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-W = ramp(64, 8)
+
+def _examples() -> Examples:
+    from tieaudit.toy import claim, ramp, toy
+
+    embed, head = "model.embed_tokens.weight", "lm_head.weight"
+    w = ramp(64, 8)
+
+    return Examples(
+        bad=[
+            toy({embed: w, head: w.copy()}, declared=[(embed, head)]),
+            toy({"shared": w, "enc": w.copy(), "dec": w.copy()}, declared=[("shared", "enc"), ("shared", "dec")]),
+            toy({embed: w, head: w.copy()}, declared=[claim(embed, head, restores=False)]),
+        ],
+        good=[
+            toy({embed: w, head: None}, declared=[(embed, head)]),
+            toy({embed: w, head: ramp(64, 8, seed=1)}, declared=[(embed, head)]),
+            toy({embed: w, head: w.copy()}),
+        ],
+    )
 
 
 @rule(
@@ -20,16 +36,7 @@ W = ramp(64, 8)
     "declared-tie-stored-twice",
     severity="warning",
     since="0.1",
-    bad=[
-        toy({EMBED: W, HEAD: W.copy()}, declared=[(EMBED, HEAD)]),
-        toy({"shared": W, "enc": W.copy(), "dec": W.copy()}, declared=[("shared", "enc"), ("shared", "dec")]),
-        toy({EMBED: W, HEAD: W.copy()}, declared=[claim(EMBED, HEAD, restores=False)]),
-    ],
-    good=[
-        toy({EMBED: W, HEAD: None}, declared=[(EMBED, HEAD)]),
-        toy({EMBED: W, HEAD: ramp(64, 8, seed=1)}, declared=[(EMBED, HEAD)]),
-        toy({EMBED: W, HEAD: W.copy()}),
-    ],
+    examples=_examples,
 )
 def check(subject: Subject) -> Iterator[Finding | CannotTell]:
     """A declared tie whose members are equal, and stored more than once.

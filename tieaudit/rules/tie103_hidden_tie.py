@@ -7,16 +7,35 @@ from collections.abc import Iterator
 from tieaudit.equality import Duplicate, can_declare, class_known, duplicates
 from tieaudit.model import classes
 from tieaudit.printable import listed, size
-from tieaudit.rules import rule
-from tieaudit.toy import UNKNOWN_CLASS, claim, ramp, toy
+from tieaudit.rules import Examples, rule
 from tieaudit.verdict import CannotTell, Finding, Fix, Subject
 
-FIRST, SECOND = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
-W = ramp(64, 8)
 BY_HAND = (
     "keep both: transformers initialises a dropped, undeclared weight randomly; to tie them, "
     "declare it in the model class (_tied_weights_keys) first"
 )
+
+
+def _examples() -> Examples:
+    from tieaudit.toy import UNKNOWN_CLASS, claim, ramp, toy
+
+    first, second = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
+    w = ramp(64, 8)
+
+    return Examples(
+        bad=[
+            toy({first: w, second: w.copy()}),
+            toy({first: w, second: w.T.copy()}),
+            toy({"shared": w, "enc": w.copy(), "stray": w.copy()}, declared=[("shared", "enc")]),
+        ],
+        good=[
+            toy({first: w, second: ramp(64, 8, seed=1)}),
+            toy({first: w, second: w.copy()}, declared=[(first, second)]),
+            toy({first: w, second: w.copy()}, declared=[claim(first, second, active=False)]),
+            toy({"layers.0.mask": w, "layers.1.mask": w.copy()}, buffers=["layers.0.mask", "layers.1.mask"]),
+        ],
+        unsure=[toy({first: w, second: w.copy()}, metadata=UNKNOWN_CLASS)],
+    )
 
 
 @rule(
@@ -24,18 +43,7 @@ BY_HAND = (
     "hidden-tie",
     severity="warning",
     since="0.1",
-    bad=[
-        toy({FIRST: W, SECOND: W.copy()}),
-        toy({FIRST: W, SECOND: W.T.copy()}),
-        toy({"shared": W, "enc": W.copy(), "stray": W.copy()}, declared=[("shared", "enc")]),
-    ],
-    good=[
-        toy({FIRST: W, SECOND: ramp(64, 8, seed=1)}),
-        toy({FIRST: W, SECOND: W.copy()}, declared=[(FIRST, SECOND)]),
-        toy({FIRST: W, SECOND: W.copy()}, declared=[claim(FIRST, SECOND, active=False)]),
-        toy({"layers.0.mask": W, "layers.1.mask": W.copy()}, buffers=["layers.0.mask", "layers.1.mask"]),
-    ],
-    unsure=[toy({FIRST: W, SECOND: W.copy()}, metadata=UNKNOWN_CLASS)],
+    examples=_examples,
 )
 def check(subject: Subject) -> Iterator[Finding | CannotTell]:
     """Weights of a folder that are equal bit for bit, and that nothing declares to be one.

@@ -8,13 +8,25 @@ from tieaudit.equality import Equality, copies, declared, n_bytes_extra, stored
 from tieaudit.model import classes
 from tieaudit.printable import listed, printable, size
 from tieaudit.remedy import rewrite
-from tieaudit.rules import rule
-from tieaudit.toy import Broken, claim, ramp, toy
+from tieaudit.rules import Examples, rule
 from tieaudit.verdict import CannotTell, Finding, Subject
 
-EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-W = ramp(64, 8)
-OFF = claim(EMBED, HEAD, active=False)
+
+def _examples() -> Examples:
+    from tieaudit.toy import Broken, claim, ramp, toy
+
+    embed, head = "model.embed_tokens.weight", "lm_head.weight"
+    w = ramp(64, 8)
+    off = claim(embed, head, active=False)
+
+    return Examples(
+        bad=[toy({embed: w, head: w.copy()}, declared=[off])],
+        good=[
+            toy({embed: w, head: ramp(64, 8, seed=1)}, declared=[off]),
+            toy({embed: w, head: w.copy()}, declared=[(embed, head)]),
+        ],
+        unsure=[toy({embed: w, head: Broken((64, 8))}, declared=[off])],
+    )
 
 
 @rule(
@@ -22,12 +34,7 @@ OFF = claim(EMBED, HEAD, active=False)
     "untied-but-equal",
     severity="warning",
     since="0.1",
-    bad=[toy({EMBED: W, HEAD: W.copy()}, declared=[OFF])],
-    good=[
-        toy({EMBED: W, HEAD: ramp(64, 8, seed=1)}, declared=[OFF]),
-        toy({EMBED: W, HEAD: W.copy()}, declared=[(EMBED, HEAD)]),
-    ],
-    unsure=[toy({EMBED: W, HEAD: Broken((64, 8))}, declared=[OFF])],
+    examples=_examples,
 )
 def check(subject: Subject) -> Iterator[Finding | CannotTell]:
     """A tie that is switched off, while the two tensors are equal.

@@ -8,18 +8,37 @@ from tieaudit.equality import declared, stored
 from tieaudit.model import classes
 from tieaudit.printable import listed, printable
 from tieaudit.remedy import can_edit
-from tieaudit.rules import rule
-from tieaudit.toy import UNKNOWN_CLASS, claim, ramp, toy
+from tieaudit.rules import Examples, rule
 from tieaudit.verdict import CannotTell, Finding, Fix, Subject
-
-EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-W = ramp(64, 8)
-NOTE = claim(EMBED, HEAD, restores=False, condition="")
-
 
 NOT_FILLED = "not stored, not tied"
 COMPUTED = "computed by "
 """What a loader that asked the class says of an absent weight: nothing fills it, or the class computes it itself."""
+
+
+def _examples() -> Examples:
+    from tieaudit.toy import UNKNOWN_CLASS, claim, ramp, toy
+
+    embed, head = "model.embed_tokens.weight", "lm_head.weight"
+    w = ramp(64, 8)
+    note = claim(embed, head, restores=False, condition="")
+
+    return Examples(
+        bad=[
+            toy({embed: w, head: None}, declared=[claim(embed, head, active=False)]),
+            toy({embed: None, head: None}, declared=[(embed, head)]),
+            toy({embed: w, head: None}, declared=[note]),
+        ],
+        good=[
+            toy({embed: w, head: None}, declared=[(embed, head)]),
+            toy({embed: w, head: w.copy()}, declared=[claim(embed, head, active=False)]),
+            toy({embed: w, head: None}, declared=[claim(embed, head, active=False), (embed, head)]),
+        ],
+        unsure=[
+            toy({embed: w, head: None}, declared=[note], format="safetensors"),
+            toy({embed: w, head: None}, metadata=UNKNOWN_CLASS),
+        ],
+    )
 
 
 @rule(
@@ -27,20 +46,7 @@ COMPUTED = "computed by "
     "missing-weight",
     severity="error",
     since="0.1",
-    bad=[
-        toy({EMBED: W, HEAD: None}, declared=[claim(EMBED, HEAD, active=False)]),
-        toy({EMBED: None, HEAD: None}, declared=[(EMBED, HEAD)]),
-        toy({EMBED: W, HEAD: None}, declared=[NOTE]),
-    ],
-    good=[
-        toy({EMBED: W, HEAD: None}, declared=[(EMBED, HEAD)]),
-        toy({EMBED: W, HEAD: W.copy()}, declared=[claim(EMBED, HEAD, active=False)]),
-        toy({EMBED: W, HEAD: None}, declared=[claim(EMBED, HEAD, active=False), (EMBED, HEAD)]),
-    ],
-    unsure=[
-        toy({EMBED: W, HEAD: None}, declared=[NOTE], format="safetensors"),
-        toy({EMBED: W, HEAD: None}, metadata=UNKNOWN_CLASS),
-    ],
+    examples=_examples,
 )
 def check(subject: Subject) -> Iterator[Finding | CannotTell]:
     """A weight that is not stored, and that no loader restores from another one.
@@ -74,10 +80,11 @@ def check(subject: Subject) -> Iterator[Finding | CannotTell]:
     model = subject.model
     restoring = classes(d.members for d in model.declarations if d.active and d.restores)
     held = {id for members in restoring if any(_is_stored(subject, id) for id in members) for id in members}
-    absent = [weight.id for weight in model.weights if weight.absent and weight.id not in held]
+    absent = {weight.id: place for place, weight in enumerate(model.weights) if weight.absent and weight.id not in held}
     seen: set[str] = set()
     for claimed in (*declared(model, active=True), *declared(model, active=False)):
-        ids = tuple(id for id in absent if id in claimed.members and id not in seen)
+        lost = (id for id in claimed.members if id in absent and id not in seen)
+        ids = tuple(sorted(lost, key=absent.__getitem__))
         if not ids:
             continue
         seen.update(ids)

@@ -6,12 +6,24 @@ from collections.abc import Iterator
 
 from tieaudit.equality import declared, stored
 from tieaudit.printable import listed, printable
-from tieaudit.rules import rule
-from tieaudit.toy import claim, ramp, toy
+from tieaudit.rules import Examples, rule
 from tieaudit.verdict import CannotTell, Finding, Fix, Subject
 
-EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-W = ramp(64, 8)
+
+def _examples() -> Examples:
+    from tieaudit.toy import claim, ramp, toy
+
+    embed, head = "model.embed_tokens.weight", "lm_head.weight"
+    w = ramp(64, 8)
+
+    return Examples(
+        bad=[toy({embed: None, head: w}, declared=[(embed, head)])],
+        good=[
+            toy({embed: w, head: None}, declared=[(embed, head)]),
+            toy({embed: w, head: w.copy()}, declared=[(embed, head)]),
+            toy({embed: None, head: w}, declared=[claim(embed, head, active=False)]),
+        ],
+    )
 
 
 @rule(
@@ -19,12 +31,7 @@ W = ramp(64, 8)
     "tie-kept-under-the-other-name",
     severity="warning",
     since="0.1",
-    bad=[toy({EMBED: None, HEAD: W}, declared=[(EMBED, HEAD)])],
-    good=[
-        toy({EMBED: W, HEAD: None}, declared=[(EMBED, HEAD)]),
-        toy({EMBED: W, HEAD: W.copy()}, declared=[(EMBED, HEAD)]),
-        toy({EMBED: None, HEAD: W}, declared=[claim(EMBED, HEAD, active=False)]),
-    ],
+    examples=_examples,
 )
 def check(subject: Subject) -> Iterator[Finding | CannotTell]:
     """A declared tie that is stored only under a name from which an older loader does not restore it.

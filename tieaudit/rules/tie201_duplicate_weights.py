@@ -7,14 +7,31 @@ from collections.abc import Iterator
 from tieaudit.equality import can_declare, duplicates
 from tieaudit.printable import listed, size
 from tieaudit.remedy import rewrite
-from tieaudit.rules import rule
-from tieaudit.toy import Broken, ramp, toy
+from tieaudit.rules import Examples, rule
 from tieaudit.verdict import CannotTell, Finding, Subject
 
-EMBED, HEAD = "wte.weight", "lm_head.weight"
-W = ramp(64, 8)
-ONE_BIT_OFF = W.copy()
-ONE_BIT_OFF.view("uint32")[5, 3] ^= 1
+
+def _examples() -> Examples:
+    from tieaudit.toy import Broken, ramp, toy
+
+    embed, head = "wte.weight", "lm_head.weight"
+    w = ramp(64, 8)
+    one_bit_off = w.copy()
+    one_bit_off.view("uint32")[5, 3] ^= 1
+
+    return Examples(
+        bad=[
+            toy({embed: w, head: w.copy()}, uses=[(embed, "Gather"), (head, "Gemm")], format="onnx"),
+            toy({"layer.0": w, "layer.1": w.copy(), "layer.2": w.copy()}, format="onnx"),
+        ],
+        good=[
+            toy({embed: w}, uses=[(embed, "Gather"), (embed, "Gemm")], format="onnx"),
+            toy({embed: w, head: one_bit_off}, format="onnx"),
+            toy({embed: w, head: w.T.copy()}, format="onnx"),
+            toy({"mask.0": w, "mask.1": w.copy()}, format="onnx", buffers=["mask.0", "mask.1"]),
+        ],
+        unsure=[toy({embed: w, head: Broken((64, 8))}, format="onnx")],
+    )
 
 
 @rule(
@@ -22,17 +39,7 @@ ONE_BIT_OFF.view("uint32")[5, 3] ^= 1
     "duplicate-weights",
     severity="warning",
     since="0.1",
-    bad=[
-        toy({EMBED: W, HEAD: W.copy()}, uses=[(EMBED, "Gather"), (HEAD, "Gemm")], format="onnx"),
-        toy({"layer.0": W, "layer.1": W.copy(), "layer.2": W.copy()}, format="onnx"),
-    ],
-    good=[
-        toy({EMBED: W}, uses=[(EMBED, "Gather"), (EMBED, "Gemm")], format="onnx"),
-        toy({EMBED: W, HEAD: ONE_BIT_OFF}, format="onnx"),
-        toy({EMBED: W, HEAD: W.T.copy()}, format="onnx"),
-        toy({"mask.0": W, "mask.1": W.copy()}, format="onnx", buffers=["mask.0", "mask.1"]),
-    ],
-    unsure=[toy({EMBED: W, HEAD: Broken((64, 8))}, format="onnx")],
+    examples=_examples,
 )
 def check(subject: Subject) -> Iterator[Finding | CannotTell]:
     """Equal weights that are stored more than once, in a format that could store them once.

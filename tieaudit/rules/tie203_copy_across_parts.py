@@ -8,13 +8,38 @@ from tieaudit.equality import Duplicate, can_declare, duplicates, n_bytes_extra
 from tieaudit.model import Model
 from tieaudit.printable import counted, listed, size
 from tieaudit.remedy import rewrite
-from tieaudit.rules import rule
-from tieaudit.toy import ramp, toy
+from tieaudit.rules import Examples, rule
 from tieaudit.verdict import CannotTell, Finding, Subject
 
-W, V = ramp(64, 8), ramp(8, 64, seed=3)
-PARTS = {"encoder.embed": "encoder_model", "decoder.embed": "decoder_model", "head": "decoder_model"}
-PARTS |= {"x": "encoder_model", "y": "decoder_model"}
+
+def _examples() -> Examples:
+    from tieaudit.toy import ramp, toy
+
+    w, v = ramp(64, 8), ramp(8, 64, seed=3)
+    parts = {"encoder.embed": "encoder_model", "decoder.embed": "decoder_model", "head": "decoder_model"}
+    parts |= {"x": "encoder_model", "y": "decoder_model"}
+
+    return Examples(
+        bad=[
+            toy({"encoder.embed": w, "decoder.embed": w.copy()}, format="onnx", parts=parts, path="bart-onnx"),
+            toy(
+                {"encoder.embed": w, "decoder.embed": w.copy(), "head": w.T.copy()},
+                format="onnx",
+                parts=parts,
+                path="b",
+            ),
+            toy(
+                {"encoder.embed": w, "decoder.embed": w.copy(), "x": v, "y": v.copy()},
+                format="onnx",
+                parts=parts,
+                path="b",
+            ),
+        ],
+        good=[
+            toy({"encoder.embed": w, "decoder.embed": ramp(64, 8, seed=1)}, format="onnx", parts=parts),
+            toy({"decoder.embed": w, "head": w.copy()}, format="onnx", parts=parts),
+        ],
+    )
 
 
 @rule(
@@ -22,17 +47,7 @@ PARTS |= {"x": "encoder_model", "y": "decoder_model"}
     "copy-across-parts",
     severity="warning",
     since="0.1",
-    bad=[
-        toy({"encoder.embed": W, "decoder.embed": W.copy()}, format="onnx", parts=PARTS, path="bart-onnx"),
-        toy({"encoder.embed": W, "decoder.embed": W.copy(), "head": W.T.copy()}, format="onnx", parts=PARTS, path="b"),
-        toy(
-            {"encoder.embed": W, "decoder.embed": W.copy(), "x": V, "y": V.copy()}, format="onnx", parts=PARTS, path="b"
-        ),
-    ],
-    good=[
-        toy({"encoder.embed": W, "decoder.embed": ramp(64, 8, seed=1)}, format="onnx", parts=PARTS),
-        toy({"decoder.embed": W, "head": W.copy()}, format="onnx", parts=PARTS),
-    ],
+    examples=_examples,
 )
 def check(subject: Subject) -> Iterator[Finding | CannotTell]:
     """Equal weights that are stored in several files of one model.

@@ -8,13 +8,26 @@ from tieaudit.find import overlapping
 from tieaudit.model import Model, Weight
 from tieaudit.printable import listed, printable, size
 from tieaudit.remedy import rewrite
-from tieaudit.rules import rule
+from tieaudit.rules import Examples, rule
 from tieaudit.storage import FileStorage, Region
-from tieaudit.toy import At, ramp, toy
 from tieaudit.verdict import CannotTell, Finding, Subject
 
-W = ramp(64, 8)
-PARTS = {"encoder.embed": "encoder_model", "decoder.embed": "decoder_model"}
+
+def _examples() -> Examples:
+    from tieaudit.toy import At, ramp, toy
+
+    w = ramp(64, 8)
+    parts = {"encoder.embed": "encoder_model", "decoder.embed": "decoder_model"}
+
+    return Examples(
+        bad=[toy({"wte.weight": At(w, 0), "lm_head.weight": At(w, 0)}, format="onnx")],
+        good=[
+            toy({"wte.weight": At(w, 0)}, format="onnx"),
+            toy({"wte.weight": At(w, 0), "lm_head.weight": At(ramp(64, 8, seed=1), 2048)}, format="onnx"),
+            toy({"encoder.embed": At(w, 0), "decoder.embed": At(w, 0)}, format="onnx", parts=parts),
+        ],
+        unsure=[toy({"whole": At(w, 0), "rows 16 to 31": At(w[16:32], 512)}, format="onnx")],
+    )
 
 
 @rule(
@@ -22,13 +35,7 @@ PARTS = {"encoder.embed": "encoder_model", "decoder.embed": "decoder_model"}
     "shared-external-bytes",
     severity="warning",
     since="0.1",
-    bad=[toy({"wte.weight": At(W, 0), "lm_head.weight": At(W, 0)}, format="onnx")],
-    good=[
-        toy({"wte.weight": At(W, 0)}, format="onnx"),
-        toy({"wte.weight": At(W, 0), "lm_head.weight": At(ramp(64, 8, seed=1), 2048)}, format="onnx"),
-        toy({"encoder.embed": At(W, 0), "decoder.embed": At(W, 0)}, format="onnx", parts=PARTS),
-    ],
-    unsure=[toy({"whole": At(W, 0), "rows 16 to 31": At(W[16:32], 512)}, format="onnx")],
+    examples=_examples,
 )
 def check(subject: Subject) -> Iterator[Finding | CannotTell]:
     """Several initializers on one byte range of external data: a tie that a plain load and save doubles.

@@ -4,18 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from tieaudit.equality import copies, duplicates, n_bytes_extra
 from tieaudit.printable import counted, printable, size
 from tieaudit.remedy import rewrite
-from tieaudit.rules import rule
-from tieaudit.toy import ramp, toy
+from tieaudit.rules import Examples, rule
 from tieaudit.verdict import CannotTell, Finding, Fix, Subject
 
-MASK = np.tri(160, 160, dtype=bool)
-ZEROS = np.zeros((160, 160), "float32")
-NAMES = ("layers.0.attn.mask", "layers.1.attn.mask", "layers.2.attn.mask", "layers.3.attn.mask")
+
+def _examples() -> Examples:
+    import numpy as np
+
+    from tieaudit.toy import ramp, toy
+
+    mask = np.tri(160, 160, dtype=bool)
+    zeros = np.zeros((160, 160), "float32")
+    names = ("layers.0.attn.mask", "layers.1.attn.mask", "layers.2.attn.mask", "layers.3.attn.mask")
+
+    return Examples(
+        bad=[
+            toy({name: mask.copy() for name in names}, format="onnx", buffers=names),
+            toy({name: zeros.copy() for name in names}, format="onnx"),
+        ],
+        good=[
+            toy({names[0]: mask}, format="onnx", buffers=names),
+            toy({names[0]: ramp(160, 160), names[1]: ramp(160, 160)}, format="onnx"),
+        ],
+    )
 
 
 @rule(
@@ -23,14 +37,7 @@ NAMES = ("layers.0.attn.mask", "layers.1.attn.mask", "layers.2.attn.mask", "laye
     "duplicate-constants",
     severity="info",
     since="0.1",
-    bad=[
-        toy({name: MASK.copy() for name in NAMES}, format="onnx", buffers=NAMES),
-        toy({name: ZEROS.copy() for name in NAMES}, format="onnx"),
-    ],
-    good=[
-        toy({NAMES[0]: MASK}, format="onnx", buffers=NAMES),
-        toy({NAMES[0]: ramp(160, 160), NAMES[1]: ramp(160, 160)}, format="onnx"),
-    ],
+    examples=_examples,
 )
 def check(subject: Subject) -> Iterator[Finding | CannotTell]:
     """Buffers, masks and constants that are stored more than once.

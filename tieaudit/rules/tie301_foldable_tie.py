@@ -8,14 +8,31 @@ from tieaudit.folding import folded_apart
 from tieaudit.model import Use
 from tieaudit.printable import printable, size
 from tieaudit.remedy import rewrite
-from tieaudit.rules import rule
-from tieaudit.toy import ramp, toy
+from tieaudit.rules import Examples, rule
 from tieaudit.verdict import CannotTell, Finding, Subject
 from tieaudit.view import TRANSPOSED
 
-E = "wte.weight"
-W = ramp(64, 8)
-TRANS_B = Use(E, "Gemm", "logits", 1, view=TRANSPOSED, feeds_output=True)
+
+def _examples() -> Examples:
+    from tieaudit.toy import ramp, toy
+
+    e = "wte.weight"
+    w = ramp(64, 8)
+    trans_b = Use(e, "Gemm", "logits", 1, view=TRANSPOSED, feeds_output=True)
+
+    return Examples(
+        bad=[
+            toy({e: w}, uses=[(e, "Gather"), (e, "Transpose MatMul")], format="onnx"),
+            toy({e: w.T.copy()}, uses=[(e, "Transpose Gather"), (e, "MatMul")], format="onnx"),
+        ],
+        good=[
+            toy({e: w}, uses=[(e, "Gather"), trans_b], format="onnx"),
+            toy({e: w}, uses=[(e, "Transpose MatMul")], format="onnx"),
+            toy({e: w.T.copy()}, uses=[(e, "Gather"), (e, "MatMul")], format="onnx"),
+            toy({e: w}, uses=[(e, "Gather"), (e, "Transpose MatMul")], format="onnx", overridable=[e]),
+        ],
+        unsure=[toy({e: w}, uses=[(e, "Gather"), (e, "Transpose MatMul")], format="onnx", unknown=[e])],
+    )
 
 
 @rule(
@@ -23,17 +40,7 @@ TRANS_B = Use(E, "Gemm", "logits", 1, view=TRANSPOSED, feeds_output=True)
     "foldable-tie",
     severity="warning",
     since="0.1",
-    bad=[
-        toy({E: W}, uses=[(E, "Gather"), (E, "Transpose MatMul")], format="onnx"),
-        toy({E: W.T.copy()}, uses=[(E, "Transpose Gather"), (E, "MatMul")], format="onnx"),
-    ],
-    good=[
-        toy({E: W}, uses=[(E, "Gather"), TRANS_B], format="onnx"),
-        toy({E: W}, uses=[(E, "Transpose MatMul")], format="onnx"),
-        toy({E: W.T.copy()}, uses=[(E, "Gather"), (E, "MatMul")], format="onnx"),
-        toy({E: W}, uses=[(E, "Gather"), (E, "Transpose MatMul")], format="onnx", overridable=[E]),
-    ],
-    unsure=[toy({E: W}, uses=[(E, "Gather"), (E, "Transpose MatMul")], format="onnx", unknown=[E])],
+    examples=_examples,
 )
 def check(subject: Subject) -> Iterator[Finding | CannotTell]:
     """A tie expressed as Transpose(W), which runtimes and optimisers fold into a second stored matrix.

@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tieaudit.printable import listed, printable
-from tieaudit.rules import rule
-from tieaudit.toy import Broken, ramp, toy
+from tieaudit.rules import Examples, rule
 from tieaudit.verdict import CannotTell, Finding, Fix, Subject
 
-W = ramp(64, 8)
+
+def _examples() -> Examples:
+    from tieaudit.toy import Broken, ramp, toy
+
+    w = ramp(64, 8)
+
+    return Examples(
+        bad=[toy({"a": w, "b": Broken((64, 8))})],
+        good=[toy({"a": w, "b": ramp(64, 8, seed=1)})],
+        unsure=[toy({"a": w}, notes=("model type 'unheard_of' is not known: what it ties cannot be told",))],
+    )
 
 
 @rule(
@@ -17,9 +26,7 @@ W = ramp(64, 8)
     "incomplete-reading",
     severity="error",
     since="0.1",
-    bad=[toy({"a": W, "b": Broken((64, 8))})],
-    good=[toy({"a": W, "b": ramp(64, 8, seed=1)})],
-    unsure=[toy({"a": W}, notes=("model type 'unheard_of' is not known: what it ties cannot be told",))],
+    examples=_examples,
 )
 def check(subject: Subject) -> Iterator[Finding | CannotTell]:
     """Something of the model could not be read, so that what is said about it is not the whole truth.

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from tieaudit.change import Refusal
-from tieaudit.verdict import Candidate, Subject
+from tieaudit.verdict import Candidate, Refusal, Subject
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tieaudit.change import Refusal
 from tieaudit.model import Member, classes
 from tieaudit.schemes import Scheme
-from tieaudit.verdict import Candidate, Subject
+from tieaudit.verdict import Candidate, Refusal, Subject
 
 
 def _propose(subject: Subject) -> Iterator[Candidate | Refusal]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tieaudit.change import Refusal
+from tieaudit.equality import of_buffers
 from tieaudit.folding import folded_apart
 from tieaudit.model import Member, Model
 from tieaudit.schemes import Scheme
-from tieaudit.verdict import Candidate, Subject
+from tieaudit.verdict import Candidate, Refusal, Subject
 
 MIN_CONSTANT_BYTES = 1024
 """Equal constants, masks and shapes below this size are left alone: merging a thousand of them helps nobody."""
@@ -17,8 +17,8 @@ MIN_CONSTANT_BYTES = 1024
 def _propose(subject: Subject) -> Iterator[Candidate | Refusal]:
     model = subject.model
     for tie in subject.found.ties:
-        learned = any(model.by_id[id].parameter is not False for id in tie.ids)
-        if tie.origin == "measured" and (learned or tie.n_bytes_saved >= MIN_CONSTANT_BYTES):
+        worth_it = tie.n_bytes_saved >= MIN_CONSTANT_BYTES or not of_buffers(model, tie)
+        if tie.origin == "measured" and worth_it:
             yield Candidate("dedup", tie.members, tie.n_bytes_saved, True, tie.because)
         elif tie.origin == "aliased" and model.has_graph and _twice_in_a_part(model, tie.ids):
             because = f"{tie.because}: one name survives a plain load and save, several come back as copies"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tieaudit.change import Refusal
 from tieaudit.model import Member, Weight, classes
 from tieaudit.schemes import Scheme
-from tieaudit.verdict import Candidate, Subject
+from tieaudit.verdict import Candidate, Refusal, Subject
 from tieaudit.view import AS_STORED, TRANSPOSED, View
 
 
@@ -34,6 +33,10 @@ def _propose(subject: Subject) -> Iterator[Candidate | Refusal]:
             continue
         done.add(frozenset((weight.id, head.id)))
         if _same_region(weight, head):
+            continue
+        if not tied and not weight.is_float:
+            because = f"{head.id} and {weight.id} are codes, each with a scale of its own"
+            yield Refusal("io", (weight.id, head.id), f"{because}: to the other's reader they mean other numbers")
             continue
         because = f"{head.id} scores the vocabulary that {weight.id} embeds"
         members = (Member(weight.id), Member(head.id, view))

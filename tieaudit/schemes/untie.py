@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tieaudit.change import Refusal
 from tieaudit.schemes import Scheme
-from tieaudit.verdict import Candidate, Subject
+from tieaudit.verdict import Candidate, Refusal, Subject
 
 
 def _propose(subject: Subject) -> Iterator[Candidate | Refusal]:

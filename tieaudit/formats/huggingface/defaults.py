@@ -41,7 +41,7 @@ def from_table(major: Major, architecture: str, config: Mapping[str, Any], store
         active, because = _active(tie["flag"], config, flags, f"{architecture} of transformers {data['transformers']}")
         for members in _instances(tie, spell):
             ties.append(ClassTie(members, active, tie["flag"] or "", because))
-    ties = [one for one in ties if not _within_active(one, ties)]
+    ties = _outermost(ties)
 
     def expand(patterns: Iterable[str]) -> tuple[str, ...]:
         return tuple(name for pattern in patterns for name in spell.matching(pattern) or [spell.live(pattern)])
@@ -68,9 +68,15 @@ def _active(flag: str | None, config: Mapping[str, Any], flags: Mapping[str, Any
     return value is True, f"{name} reads {flag}: {said(config, flag, default)}"
 
 
-def _within_active(tie: ClassTie, ties: list[ClassTie]) -> bool:
-    """Whether an active tie already makes all of these one."""
-    return any(one is not tie and one.active and set(tie.members) < set(one.members) for one in ties)
+def _outermost(ties: list[ClassTie]) -> list[ClassTie]:
+    """Without those whose members a larger active tie makes one anyway. A checkpoint may hold thousands of them."""
+    larger: dict[str, list[frozenset[str]]] = {}
+    for tie in ties:
+        if tie.active:
+            members = frozenset(tie.members)
+            for name in members:
+                larger.setdefault(name, []).append(members)
+    return [tie for tie in ties if not any(set(tie.members) < one for one in larger.get(tie.members[0], ()))]
 
 
 class _Spelling:

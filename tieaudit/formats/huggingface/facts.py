@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -54,6 +54,20 @@ class ClassFacts:
     def stored_name(self, live: str) -> str:
         """The name under which a live one is stored or would be stored."""
         return self._stored.get(live) or self.saved.get(live, live)
+
+    def makes_one(self, names: Sequence[str]) -> bool:
+        """Whether one active tie holds all these names, which are spelt as they are stored."""
+        return any(set(names) <= members for members in self._active.get(names[0], ()))
+
+    @cached_property
+    def _active(self) -> Mapping[str, list[frozenset[str]]]:
+        found: dict[str, list[frozenset[str]]] = {}
+        for tie in self.ties:
+            if tie.active:
+                members = frozenset(self.stored_name(live) for live in tie.members)
+                for name in members:
+                    found.setdefault(name, []).append(members)
+        return found
 
     @cached_property
     def _stored(self) -> dict[str, str]:

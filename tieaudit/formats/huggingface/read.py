@@ -11,8 +11,8 @@ from tieaudit.formats.huggingface.asking import ask_class
 from tieaudit.formats.huggingface.defaults import Major, from_convention, from_table, table
 from tieaudit.formats.huggingface.facts import ClassFacts, ClassTie, from_answer
 from tieaudit.formats.huggingface.folder import CONFIG, architecture_of, read_config, weight_set
-from tieaudit.formats.safetensors import by_convention, documented, stored_weights
 from tieaudit.formats.safetensors.sharded import Checkpoint, read_checkpoint
+from tieaudit.formats.safetensors.weights import by_convention, documented, stored_weights
 from tieaudit.model import Declaration, Model, Part, Weight, make_id
 
 LOADERS: Mapping[Major, str] = {5: "transformers 5", 4: "transformers 4"}
@@ -147,7 +147,7 @@ def _declaration(names: list[str], tie: ClassTie, known: Known) -> Declaration:
         facts = known.by_major.get(major)
         if facts is None:  # a version that does not know the class restores nothing that it could be relied on for
             continue
-        does = any(one.active and set(names) <= {facts.stored_name(m) for m in one.members} for one in facts.ties)
+        does = facts.makes_one(names)
         if does:
             honoured.append(loader)
         if does != tie.active:

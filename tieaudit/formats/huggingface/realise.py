@@ -89,9 +89,9 @@ def _quantised(model: Model, stored: list[Weight]) -> str | None:
         return None
     for weight in stored:
         module, _, leaf = weight.name.rpartition(".")
-        for other in model.weights:
-            home, _, name = other.name.rpartition(".")
-            if home == module and name != leaf and not other.absent and _COMPANION.search(name):
+        for other in model.by_module.get(module, ()):
+            name = other.name.rpartition(".")[2]
+            if name != leaf and not other.absent and _COMPANION.search(name):
                 return f"{weight.name} is quantised: {other.name} belongs to it and would not be restored with it"
     return None
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tieaudit.change import Plan, SetConfig, Share, Unshare, Written
+from tieaudit.copying import copy_file
 from tieaudit.errors import CorruptFile, RewriteRefused
+from tieaudit.formats import carried
 from tieaudit.formats.huggingface.folder import CONFIG, weight_set
 from tieaudit.formats.huggingface.realise import can_realise
 from tieaudit.formats.huggingface.spell import with_value
@@ -19,9 +19,6 @@ from tieaudit.formats.safetensors.sharded import Checkpoint, read_checkpoint, re
 from tieaudit.formats.safetensors.write import NewEntry, write_safetensors
 from tieaudit.model import Model, Weight, make_id
 from tieaudit.storage import Storage
-
-NOT_CARRIED = frozenset({".git", ".cache", ".huggingface", "__pycache__", ".ipynb_checkpoints"})
-"""Folders that belong to a tool and not to the model."""
 
 
 @dataclass
@@ -50,7 +47,7 @@ def edit(model: Model, plan: Plan, dest: Path) -> Written:
     _check_nothing_random(model, changes)
     shards = {name: _entries(checkpoint, name, changes) for name in checkpoint.headers}
     written = []
-    for source in _files(folder):
+    for source in carried(folder):
         relative = source.relative_to(folder)
         name = relative.name if relative.parent == Path() else ""
         target = dest / relative
@@ -65,20 +62,10 @@ def edit(model: Model, plan: Plan, dest: Path) -> Written:
         elif source == checkpoint.main and name not in shards and any(e is not None for e in shards.values()):
             target.write_text(_index(checkpoint, shards), encoding="utf-8", newline="")
         else:
-            shutil.copyfile(source, target)
+            copy_file(source, target)
         written.append(str(relative))
     renamed = {make_id(gone): make_id(kept) for gone, kept in changes.dropped.items()}
     return Written(tuple(written), renamed)
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """Every regular file below the folder; links to files are followed (as in a Hub cache), links to folders not."""
-    for home, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name not in NOT_CARRIED)
-        for name in sorted(names):
-            path = Path(home) / name
-            if path.is_file():
-                yield path
 
 
 def _check_unchanged(model: Model, checkpoint: Checkpoint) -> None:

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tieaudit.formats.onnx.read import parse
-from tieaudit.formats.onnx.scopes import Scope, first_output, subgraphs, walk_scopes
+from tieaudit.formats.onnx.scopes import OVERRIDES_SINCE, Scope, first_output, subgraphs, walk_scopes
 from tieaudit.formats.onnx.wire import Skeleton
 from tieaudit.model import Model, make_id
+from tieaudit.storage import FileStorage, blocks
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
@@ -140,14 +141,17 @@ class _Pair:
 
 def _scope(pair: _Pair) -> Iterator[str]:
     if pair.before.graph is not None and pair.after.graph is not None:
-        yield from _graph_fields(pair.before.graph, pair.after.graph)
+        listed = pair.before.parent is None and pair.one.model.ir_version < OVERRIDES_SINCE
+        yield from _graph_fields(pair.before.graph, pair.after.graph, listed)
         yield from _weights(pair)
     yield from _nodes(pair)
 
 
-def _graph_fields(a: GraphProto, b: GraphProto) -> Iterator[str]:
-    for side in ("input", "output"):
-        if [v.SerializeToString() for v in getattr(a, side)] != [v.SerializeToString() for v in getattr(b, side)]:
+def _graph_fields(a: GraphProto, b: GraphProto, listed: bool) -> Iterator[str]:
+    """`listed`: the inputs name every initializer too, and those of initializers that are gone go with them."""
+    gone = {tensor.name for tensor in a.initializer} - {tensor.name for tensor in b.initializer} if listed else set()
+    for side, before in (("input", [v for v in a.input if v.name not in gone]), ("output", list(a.output))):
+        if [v.SerializeToString() for v in before] != [v.SerializeToString() for v in getattr(b, side)]:
             yield f"the graph's {side}s changed"
     types = {value.name: value for value in b.value_info}
     for value in a.value_info:
@@ -283,7 +287,6 @@ def _digest_in_place(tensor: TensorProto, side: Side) -> None:
     place = side.skeleton.place(tensor.raw_data) if side.skeleton is not None else None
     if place is not None:
         running = hashlib.sha256()
-        with side.path.open("rb") as file:
-            file.seek(place[0])
-            running.update(file.read(place[1]))
+        for block in blocks(FileStorage(str(side.path), *place)):
+            running.update(block)
         tensor.raw_data = running.digest()

@@ -36,11 +36,6 @@ _PARTS = (
     "conditional_decoder speech_decoder text_decoder image_decoder encodec_decode decoder_model_init "
     "lm_encoder lm_decoder"
 ).split()
-# The longest name that fits counts: `vision_encoder` is itself, not the encoder of something called vision.
-_WITH_NAME = [
-    (name, re.compile(rf"^(?:(.+?)[._-])?{name.replace('_', '[_-]')}(?:[._-](.+))?$", re.IGNORECASE))
-    for name in sorted(_PARTS, key=len, reverse=True)
-]
 _MERGED = {
     "decoder_model_merged": ("decoder_model", "decoder_with_past_model"),
     "decoder_merged": ("decoder", "decoder_with_past"),
@@ -51,6 +46,15 @@ _DOCUMENTS = frozenset(
 )
 _LOCATION = re.compile(rb"\x0a\x08location\x12([\x01-\x7f])")
 _N_MOST_BYTES_MANIFEST = 1 << 20
+
+
+@cache
+def _with_name() -> list[tuple[str, re.Pattern[str]]]:
+    """The longest name that fits counts: `vision_encoder` is itself, not the encoder of something called vision."""
+    return [
+        (name, re.compile(rf"^(?:(.+?)[._-])?{name.replace('_', '[_-]')}(?:[._-](.+))?$", re.IGNORECASE))
+        for name in sorted(_PARTS, key=len, reverse=True)
+    ]
 
 
 def owns(path: Path) -> bool:
@@ -117,7 +121,7 @@ def _parse(stem: str) -> _Name:
     variant = _VARIANT.search(stem)
     base = stem[: variant.start()] if variant else stem
     suffix = variant.group().lower().lstrip("._-") if variant else ""
-    for part, pattern in _WITH_NAME:
+    for part, pattern in _with_name():
         if found := pattern.match(base):
             return _Name(part, f"{found[1] or ''}|{found[2] or ''}", suffix)
     return _Name("", base, suffix)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tieaudit.change import Edit, Plan, Respell, Share, Unshare, Written
 from tieaudit.errors import RewriteRefused
-from tieaudit.formats.onnx import respell, share, unshare
+from tieaudit.formats.onnx import repack, respell, share, unshare
 from tieaudit.formats.onnx.bench import Bench, for_looking
 from tieaudit.formats.onnx.patterns import Style
 from tieaudit.formats.onnx.write import write
@@ -49,7 +49,8 @@ def edit(model: Model, plan: Plan, dest: Path) -> Written:
 def _why_not(bench: Bench, model: Model, edit: Edit, style: Style) -> str | None:
     found: object
     if isinstance(edit, Share):
-        found = share.decide(bench, model, edit, style)
+        one_packing = repack.is_repacking(edit)
+        found = repack.decide(bench, model, edit) if one_packing else share.decide(bench, model, edit, style)
     elif isinstance(edit, Respell):
         found = respell.decide(bench, model, edit, style)
     elif isinstance(edit, Unshare):
@@ -61,7 +62,12 @@ def _why_not(bench: Bench, model: Model, edit: Edit, style: Style) -> str | None
 
 def _act(bench: Bench, model: Model, edit: Edit, plan: Plan, style: Style) -> str | None:
     """Make one edit; the reason if it cannot be made."""
-    if isinstance(edit, Share):
+    if isinstance(edit, Share) and repack.is_repacking(edit):
+        packing = repack.decide(bench, model, edit)
+        if isinstance(packing, str):
+            return packing
+        repack.repack(bench, packing)
+    elif isinstance(edit, Share):
         decision = share.decide(bench, model, edit, style)
         if isinstance(decision, str):
             return decision

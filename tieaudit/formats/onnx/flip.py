@@ -1,8 +1,9 @@
 """Let everything that reads one matrix read another one, which holds its transpose.
 
-Follows the readings of a value through Identity, Reshape to the same shape, Cast and Transpose to the operations that
-consume it, asks `patterns` for a form of each, and says why where there is none. A Cast on the way is repeated on the
-stored matrix; a Transpose on the way disappears.
+Follows the readings of a value through Identity, Reshape to the same shape, Cast, DequantizeLinear and Transpose to the
+operations that consume it, asks `patterns` for a form of each, and says why where there is none. A Cast or a
+DequantizeLinear on the way is repeated on the stored matrix, the latter along the other axis with the scales it has; a
+Transpose on the way disappears. ONNX Runtime folds no DequantizeLinear, so the codes stay one tensor.
 """
 
 from __future__ import annotations
@@ -18,9 +19,13 @@ from tieaudit.formats.onnx.values import attribute, int_attribute
 from tieaudit.formats.onnx.workbench import Body, Op, Piece, Site
 
 if TYPE_CHECKING:
+    from onnx import NodeProto
+
     from tieaudit.formats.onnx.records import Records
 
 Shape = tuple[int, int]
+_DEQUANTISE = ("DequantizeLinear", f"{MICROSOFT}.DequantizeLinear")
+_IN_BLOCKS = "its scales are in blocks, or their type is not known"
 _N_MOST_PASSED = 100
 """Nodes that pass a matrix on in a row; exporters write a handful, only a damaged file has a cycle of them."""
 
@@ -32,11 +37,16 @@ class Leaf(NamedTuple):
     pattern: Pattern | None
     """None: a Transpose, whose consumers will read the stored matrix itself."""
     casts: tuple[Op, ...]
-    """Casts between the weight and the consumer, in order."""
+    """Casts and dequantisations between the weight and the consumer, in order."""
 
     @property
     def name(self) -> str:
         return self.pattern.name if self.pattern is not None else "transpose_bypass"
+
+    @property
+    def dequantised(self) -> bool:
+        """Whether the consumer reads codes through a DequantizeLinear."""
+        return any(op.type in _DEQUANTISE for op in self.casts)
 
 
 class Stuck(NamedTuple):
@@ -65,10 +75,10 @@ def leaves(
             yield from leaves(piece, op.body, op.proto.output[0], shape, elem, style, casts, depth + 1)
         elif op.type == "Transpose" and turns(op):
             yield Leaf(reading, None, casts)
-        elif op.type == "Cast" and (to := int_attribute(op.proto, "to", 0)):
+        elif to := converted(piece, site):
             yield from leaves(piece, op.body, op.proto.output[0], shape, to, style, (*casts, op), depth + 1)
         else:
-            found = choose(reading, style)
+            found = _IN_BLOCKS if op.type in _DEQUANTISE else choose(reading, style)
             if isinstance(found, str):
                 yield Stuck(f"its consumer {op.handle!r} ({op.type}) reads it in this layout: {found}")
             else:
@@ -87,8 +97,31 @@ def transposed_reads(
             yield from transposed_reads(piece, op.body, op.proto.output[0], shape, elem, depth + 1)
         elif op.type == "Transpose" and turns(op):
             yield site, op.proto.input[0], elem
-        elif op.type == "Cast" and (to := int_attribute(op.proto, "to", 0)):
+        elif to := converted(piece, site):
             yield from transposed_reads(piece, op.body, op.proto.output[0], shape, to, depth + 1)
+
+
+def converted(piece: Piece, site: Site) -> int:
+    """The element type that a Cast, or a DequantizeLinear without blocks, makes of the matrix; 0 for anything else."""
+    op = site.op
+    if op.type == "Cast":
+        return int_attribute(op.proto, "to", 0) or 0
+    if op.type not in _DEQUANTISE or site.slot != 0 or len(op.proto.input) < 2:
+        return 0
+    if int_attribute(op.proto, "block_size", 0) != 0 or int_attribute(op.proto, "axis", 1) is None:
+        return 0  # scales of blocks lie along both axes
+    return int_attribute(op.proto, "output_dtype", 0) or _scale_type(piece, op)
+
+
+def _scale_type(piece: Piece, op: Op) -> int:
+    """The element type of the scales, which is that of the result; 0 if it cannot be told."""
+    name = op.proto.input[1]
+    owner = op.body.owner_of(name)
+    tensor = owner.tensors.get(name) if owner is not None else None
+    if tensor is not None:
+        return int(tensor.data_type)
+    known = piece.type_of(op.body, op.proto.output[0]) or piece.type_of(op.body, name)
+    return int(known.type.tensor_type.elem_type) if known is not None else 0
 
 
 def turns(op: Op) -> bool:
@@ -136,7 +169,7 @@ def flip(
     while (leaf := next(leaves(piece, body, name, shape, elem, style), None)) is not None:
         if isinstance(leaf, Stuck):
             raise AssertionError(f"flip was called on a value that cannot be flipped: {leaf.because}")
-        source = _through_casts(piece, leaf, stored)
+        source = _through_casts(piece, leaf, stored, records)
         before = leaf.reading.op.proto.input[leaf.reading.slot]
         if leaf.pattern is None:
             _bypass(piece, leaf.reading.site, source, records)
@@ -213,8 +246,8 @@ def final_uses(site: Site) -> Iterator[tuple[str, str, int]]:
         yield site.key
 
 
-def _through_casts(piece: Piece, leaf: Leaf, stored: str) -> str:
-    """The stored matrix behind copies of the casts on the way; each copy is made once."""
+def _through_casts(piece: Piece, leaf: Leaf, stored: str, records: Records) -> str:
+    """The stored matrix behind copies of the conversions on the way; each copy is made once."""
     for cast in leaf.casts:
         key = (cast, stored)
         if key not in piece.casts:
@@ -226,7 +259,23 @@ def _through_casts(piece: Piece, leaf: Leaf, stored: str) -> str:
             node.output[0] = piece.fresh(f"{cast.handle}_stored")
             node.name = piece.fresh(f"{cast.proto.name or cast.handle}/stored")
             stamp(node, leaf.name, piece)
-            cast.body.insert_after(cast, node)
+            if cast.type in _DEQUANTISE:
+                _turn_axis(node, piece.opset)
+            new = cast.body.insert_after(cast, node)
+            for slot in range(1, len(node.input)):  # scales and zero points are read by the copy from now on
+                if node.input[slot]:
+                    records.add(piece.part, Site(cast, slot).key, Site(new, slot).key, leaf.name)
             piece.casts[key] = node.output[0]
         stored = piece.casts[key]
     return stored
+
+
+def _turn_axis(node: NodeProto, opset: int) -> None:
+    """Let a DequantizeLinear of a matrix take its scales along the other axis (ignored where there is one scale)."""
+    if node.domain != MICROSOFT and opset < 13:
+        return  # one scale for all: the axis came with operator set 13
+    axis = attribute(node, "axis")
+    now = int(axis.i) if axis is not None else 1
+    if axis is None:
+        axis = node.attribute.add(name="axis", type=2)  # AttributeProto.INT
+    axis.i = 1 - now % 2

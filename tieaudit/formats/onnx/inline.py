@@ -7,9 +7,9 @@ is, and the bytes go from file to file in blocks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import BinaryIO
 
-from tieaudit.formats.onnx.transposed import in_blocks
+from tieaudit.copying import NewFile
+from tieaudit.formats.onnx.transposed import append
 from tieaudit.formats.onnx.wire import _BYTES, _NESTED, _RAW_DATA, Malformed, _encode
 from tieaudit.storage import Storage
 
@@ -27,14 +27,13 @@ def expanded(data: bytes, token: bytes, stored: Callable[[bytes], Storage | None
     return _message(data, "Model", 0, len(data), token, stored)
 
 
-def write_pieces(pieces: Pieces, file: BinaryIO) -> None:
-    """Write bytes and storages in order, large ones in blocks."""
+def write_pieces(pieces: Pieces, file: NewFile) -> None:
+    """Write bytes and storages in order, ranges of files by the kernel where it can."""
     for piece in pieces:
         if isinstance(piece, bytes):
             file.write(piece)
         else:
-            for block in in_blocks(piece):
-                file.write(block)
+            append(file, piece)
 
 
 def _message(

@@ -74,7 +74,7 @@ def _shapes(scope: Scope) -> dict[str, tuple[int, ...]]:
     if scope.graph is not None:
         found.update({tensor.name: tuple(tensor.dims) for tensor in scope.graph.initializer})
     for node in scope.nodes:
-        if node.op_type == "Constant":
+        if node.op_type == "Constant" and node.output:
             found.update((node.output[0], tuple(a.t.dims)) for a in node.attribute if a.name == "value")
     return found
 
@@ -109,7 +109,7 @@ def _visit(
     found: dict[str, int],
 ) -> None:
     inputs: Sequence[str] = node.input
-    if not inputs:
+    if not inputs or not node.output:
         return
     axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
     pairs = _TABLES_OF.get(node.op_type, ((1, 0),) if node.op_type == "Gather" else ())
@@ -125,7 +125,8 @@ def _visit(
         rows[scope.name][node.output[0]] = first
     elif first is not None and node.op_type == "Transpose":
         perm = next((tuple(a.ints) for a in node.attribute if a.name == "perm"), tuple(reversed(range(len(first)))))
-        rows[scope.name][node.output[0]] = tuple(first[i] for i in perm)
+        if sorted(perm) == list(range(len(first))):
+            rows[scope.name][node.output[0]] = tuple(first[i] for i in perm)
     merged = _ids_of(inputs[0], scope, ids) if node.op_type in _SAME_IDS else _NONE
     if node.op_type in ("Concat", "Where", "Max", "Min"):
         merged = frozenset().union(*(_ids_of(name, scope, ids) for name in inputs))

@@ -71,6 +71,7 @@ class Lookups:
     def __init__(self, values: Values) -> None:
         self.values = values
         self._kinds: dict[Value, Kind] = {}
+        self._concluded: set[Value] = set()
         self._reaching = _values_that_reach_an_output(values)
 
     def feeds_output(self, scope: Scope, node: NodeProto) -> bool:
@@ -91,6 +92,9 @@ class Lookups:
         pending = [value]
         while pending:
             current = pending[-1]
+            if current in self._concluded:  # asked for by several values
+                pending.pop()
+                continue
             if current not in self._kinds:
                 self._kinds[current] = Kind.OTHER  # the answer while it is being worked out
                 unknown = [one for one in self._sources(current) if one not in self._kinds]
@@ -98,6 +102,7 @@ class Lookups:
                     pending.extend(unknown)
                     continue
             self._kinds[current] = self._conclude(current)
+            self._concluded.add(current)
             pending.pop()
         return self._kinds[value]
 
@@ -180,6 +185,7 @@ class Lookups:
 def _values_that_reach_an_output(values: Values) -> set[Value]:
     """One pass backwards from the outputs. Bodies of If, Loop and Scan go on through their node's outputs."""
     found: set[Value] = set()
+    visited: set[int] = set()
     pending: deque[Value] = deque()
 
     def reach(scope: Scope, name: str) -> None:
@@ -205,7 +211,8 @@ def _values_that_reach_an_output(values: Values) -> set[Value]:
         for body in bodies:  # a Loop body's first output is its condition
             if index + shift < len(body.outputs):
                 reach(body, body.outputs[index + shift])
-        if not bodies and op_name(node) in _PASSES:
+        if not bodies and op_name(node) in _PASSES and id(node) not in visited:
+            visited.add(id(node))  # one wrapper per node as long as `producers` holds it
             for name in node.input:
                 reach(scope, name)
     return found

@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from math import prod
 from typing import NamedTuple
 
-import numpy as np
-
 from tieaudit.dtypes import dtype
 from tieaudit.formats.onnx.lookups import Kind, Lookups
 from tieaudit.formats.onnx.scopes import first_output
@@ -28,6 +26,9 @@ from tieaudit.storage import blocks
 NOT_USED = "not used by any node"
 _N_MOST_BYTES_READ = 16 * 1024 * 1024
 _N_MOST_STEPS = 5_000
+_N_LEAST_STEPS = 50
+"""Values that are followed for every weight, also when those before it have used up what there was for all."""
+_N_STEPS_FOR_ALL = 200_000
 _N_FEW = 65
 """Elements from which on a Constant node is taken for a parameter; slopes, means and coefficients are fewer."""
 _BUFFER_NAMES = re.compile(
@@ -74,6 +75,7 @@ class Parameters:
         self.values = values
         self.lookups = lookups
         self.constants = values.constants()
+        self._n_left = _N_STEPS_FOR_ALL + _N_LEAST_STEPS * len(values.weights)
         self._facts: dict[Value, _Facts | None] = {}
 
     def verdict(self, value: Value, weight: Weight) -> tuple[bool | None, str]:
@@ -93,14 +95,19 @@ class Parameters:
         return best.parameter, best.because
 
     def _opinions(self, value: Value, weight: Weight) -> Iterator[Verdict]:
-        pending, met, n_steps = deque([(value, False)]), {value}, 0
-        while pending and n_steps < _N_MOST_STEPS:
+        pending, met = deque([(value, False)]), {value}
+        n_steps = min(_N_MOST_STEPS, max(_N_LEAST_STEPS, self._n_left))
+        while pending:
             current, quantised = pending.popleft()
             if current in self.values.outputs:
                 yield from self._returned(current, weight, pending, met, quantised)
             for consumer in self.values.consumers.get(current, ()):
-                n_steps += 1
+                if n_steps <= 0:
+                    yield _unsure("reaches more operations than are followed")
+                    return
                 onward = list(self._onward(consumer))
+                n_steps -= 1 + len(onward)
+                self._n_left -= 1 + len(onward)
                 now = quantised or op_name(consumer.node).endswith("DequantizeLinear")
                 if not onward:
                     yield self._judge(consumer, weight, now)
@@ -194,7 +201,8 @@ class Parameters:
             if not (packed or quantised):
                 return _not(f"{weight.dtype} numbers in {place}: a table of indices")
             return _learned(f"{place}: a quantised table")
-        indices = self.values.resolve(consumer.scope, consumer.node.input[1])
+        given = consumer.node.input[1:2]
+        indices = self.values.resolve(consumer.scope, given[0]) if given else None
         if self.lookups.kind(indices) is not Kind.IDS and self._computed(consumer, weight):
             return _not(f"{place}: a table of sines and cosines")
         return _learned(place)
@@ -246,7 +254,7 @@ class Parameters:
         scope, node, slot = consumer
         other = self.values.resolve(scope, node.input[1 - slot]) if len(node.input) == 2 else None
         producer = self.values.producers.get(other) if other is not None else None
-        if producer is None or producer.node.op_type not in ("MatMul", "Gemm"):
+        if producer is None or producer.node.op_type not in ("MatMul", "Gemm") or len(producer.node.input) < 2:
             return False
         matrix = self.values.resolve(producer.scope, producer.node.input[1])
         held = self.values.weights.get(matrix) if matrix is not None else None
@@ -271,6 +279,8 @@ def _look_at(weight: Weight) -> _Facts | None:
         return None
     if weight.dtype not in ("float32", "float16", "float64", "bfloat16"):
         return None
+    import numpy as np
+
     data = b"".join(blocks(weight.storage))
     with np.errstate(invalid="ignore"):  # signalling NaNs
         array = np.frombuffer(data, dtype(weight.dtype).numpy()).astype(np.float64, copy=False)

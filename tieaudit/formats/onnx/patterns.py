@@ -35,12 +35,16 @@ from tieaudit.formats.onnx.workbench import Op, Piece, Site
 if TYPE_CHECKING:
     from onnx import NodeProto
 
+    from tieaudit.model import Quantised
+
 Style = Literal["auto", "gemm", "gather", "fused"]
 PROVENANCE = "tieaudit.pattern"
 FLOATS = frozenset({1, 10, 11, 16})  # float32, float16, float64, bfloat16
 _MOVABLE = FLOATS | frozenset({2, 3, 4, 5, 6, 7, 9, 12, 13})  # Gather, Transpose and Reshape take them in every opset
 MICROSOFT = "com.microsoft"
-_INT64 = 7  # TensorProto.DataType
+PACKED_LOOKUP = "packed_lookup"
+"""Name of the one edit that is not for a transpose: a lookup reads codes as a product has them."""
+_UINT8, _INT64 = 2, 7  # TensorProto.DataType
 
 
 class Reading(NamedTuple):
@@ -104,15 +108,20 @@ def choose(reading: Reading, style: Style) -> Pattern | str:
     return reason or "no runtime-proof form exists"
 
 
-def cost(pattern: str, style: Style) -> int:
-    """What a pattern costs at run time, for choosing the stored layout; only the order of magnitude counts."""
+def cost(pattern: str, style: Style, dequantised: bool = False) -> int:
+    """What a pattern costs at run time, for choosing the stored layout; only the order of magnitude counts.
+
+    `dequantised`: the consumer reads codes through a DequantizeLinear. ONNX Runtime 1.32 runs that with a MatMul as one
+    kernel on the codes (MatMulNBits, QLinearMatMul), but computes all numbers at every run for a Gemm of its own.
+    """
     table = {"gemm_flip": 0, "fusedmatmul_flip": 0, "transpose_bypass": 0, "einsum_flip": 1, "matmul_to_gemm": 10,
              "matmul_to_fused": 10, "gather_axis1": 1_000}  # fmt: skip
     if style == "gemm":
         table["gather_axis1"] = 10_000_000  # dearer than new bytes
     if style == "gather":
         table |= {"gather_axis1": 10, "matmul_to_gemm": 1_000, "matmul_to_fused": 1_000}
-    return table[pattern]
+    product = pattern in ("matmul_to_gemm", "matmul_to_fused")
+    return table[pattern] + (5_000 if dequantised and product and style == "auto" else 0)
 
 
 def _in_order(style: Style) -> Sequence[Pattern]:
@@ -311,6 +320,29 @@ def _gather(reading: Reading, stored: str) -> Built:
     return emit.built
 
 
+def emit_packed_lookup(reading: Reading, stored: str, how: Quantised, widen: bool) -> Built:
+    """GatherBlockQuantized of rows cut into blocks, whose codes are stored as a product reads them (see `repack`).
+
+    `widen`: its zero points are typed 4-bit ones, which become a byte each.
+    """
+    emit = _Emit(reading, PACKED_LOOKUP)
+    node = reading.op.proto
+    ids, scales = node.input[1], node.input[2]
+    n_rows, n_columns = how.shape
+    in_blocks = emit.ints(n_rows, n_columns // how.block, 1)
+    inputs = [stored, ids, emit.reshape(scales, in_blocks)]
+    if len(node.input) > 3 and node.input[3]:
+        zeros = emit.node("Cast", (node.input[3],), to=_UINT8) if widen else node.input[3]
+        inputs.append(emit.reshape(zeros, in_blocks))
+    settings: dict[str, Any] = {"gather_axis": 0, "quantize_axis": 2, "block_size": how.block, "bits": how.bits}
+    taken = emit.node("GatherBlockQuantized", inputs, domain=MICROSOFT, **settings)
+    for slot in range(len(inputs)):
+        emit.moved(slot, slot)
+    shape = emit.node("Concat", (emit.node("Shape", (ids,)), emit.ints(n_columns)), axis=0)
+    emit.reshape(taken, shape, node.output[0])
+    return emit.built
+
+
 def _einsum_terms(reading: Reading) -> list[str] | None:
     found = attribute(reading.op.proto, "equation")
     if found is None or found.ref_attr_name:
@@ -360,5 +392,5 @@ PATTERNS = (
     Pattern("gather_axis1", frozenset({"Gather"}), _gather_why_not, _gather),
     Pattern("einsum_flip", frozenset({"Einsum"}), _einsum_why_not, _einsum),
 )
-ALLOWED = (*(pattern.name for pattern in PATTERNS), "transpose_bypass")
+ALLOWED = (*(pattern.name for pattern in PATTERNS), "transpose_bypass", PACKED_LOOKUP)
 """Names of all edits that may appear in `Written.rewritten`."""

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Literal
 from tieaudit.errors import CorruptFile
 from tieaudit.formats.onnx.discover import alternative_of, not_a_model
 from tieaudit.formats.onnx.lookups import Lookups
+from tieaudit.formats.onnx.messages import model_proto
 from tieaudit.formats.onnx.parameters import NOT_USED, Parameters
-from tieaudit.formats.onnx.scopes import Scope, first_output, walk_scopes
-from tieaudit.formats.onnx.tensors import Source, locate, locate_sparse, text
+from tieaudit.formats.onnx.quantised import find_quantised
+from tieaudit.formats.onnx.scopes import OVERRIDES_SINCE, Scope, first_output, walk_scopes
+from tieaudit.formats.onnx.tensors import Source, check_claims, locate, locate_sparse, text
 from tieaudit.formats.onnx.uses import find_uses
 from tieaudit.formats.onnx.values import DEFAULT_DOMAINS, Value, Values, attribute
 from tieaudit.formats.onnx.wire import Malformed, skeleton
-from tieaudit.model import Model, Part, Use, Weight, make_id
+from tieaudit.model import Model, Part, Quantised, Use, Weight, make_id
 from tieaudit.storage import Storage
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 HeldAs = Literal["initializer", "constant_node", "sparse_initializer"]
 _N_MOST_BYTES_RETRY = 256 * 1024 * 1024
 """A file that the walk over its records refuses is given to the library for a second opinion up to this size."""
+_N_MOST_PAIRS = 20_000_000
+"""Inputs times outputs of each node, added up: the largest real models have some 100,000."""
 
 
 @dataclass
@@ -37,6 +41,7 @@ class _Read:
     part: Part
     weights: list[Weight] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
+    quantised: tuple[Quantised, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -61,6 +66,7 @@ def load(path: Path, files: tuple[Path, ...]) -> Model:
         parts=tuple(read.part for read in parts),
         weights=tuple(weight for read in parts for weight in read.weights),
         uses=tuple(use for read in parts for use in read.uses),
+        quantised=tuple(one for read in parts for one in read.quantised),
         metadata=metadata,
         notes=tuple(note for read in parts for note in read.notes),
         has_graph=True,
@@ -84,7 +90,8 @@ def read_file(file: Path, part: str) -> _Read:
         for value, weight in _weights_of(scope, source, part):
             if value in weights:
                 again[weight.name] = None
-            weights[value] = weight
+            weights[value] = weight if proto.ir_version >= OVERRIDES_SINCE else replace(weight, overridable=False)
+    check_claims(source)
     if again:
         which = f"{next(iter(again))!r}" if len(again) == 1 else f"{len(again)} names ({next(iter(again))!r} the first)"
         notes.append(f"{file}: {which} stored more than once in one graph; the last tensor of a name is used")
@@ -97,6 +104,7 @@ def read_file(file: Path, part: str) -> _Read:
     read = _Read(Part(part, (str(file), *sorted(str(path) for path, _ in source.data_files.values()))))
     read.weights = list(weights.values())
     read.uses = list(find_uses(values, part, lookups))
+    read.quantised = find_quantised(values)
     read.metadata = _metadata(proto, scopes, source)
     unsure = [weight for weight in read.weights if weight.parameter is None and weight.because != NOT_USED]
     if unsure:
@@ -113,7 +121,6 @@ def read_file(file: Path, part: str) -> _Read:
 def parse(file: Path) -> tuple[ModelProto, Source]:
     """The model without its large tensors, and where those are. Raises CorruptFile."""
     from google.protobuf.message import DecodeError
-    from onnx import ModelProto
 
     try:
         reason = not_a_model(file)
@@ -132,7 +139,7 @@ def parse(file: Path) -> tuple[ModelProto, Source]:
     except OSError as error:
         raise CorruptFile(f"{file}: cannot be read: {error.strerror or error}") from error
     try:
-        proto = ModelProto.FromString(data)
+        proto = model_proto().FromString(data)
     except (DecodeError, ValueError, RuntimeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         if "MaxDepth" in reason or "recursion" in reason.lower():
@@ -146,8 +153,15 @@ def parse(file: Path) -> tuple[ModelProto, Source]:
 
 
 def _check_names(scopes: list[Scope], file: Path) -> None:
-    """CorruptFile for a name that is not UTF-8 (the library gives bytes then); runtimes refuse such a file too."""
+    """CorruptFile for a name that is not UTF-8 (the library gives bytes then); runtimes refuse such a file too.
+
+    Also for nodes so wide that every question about them, asked of each input and each output, would take minutes.
+    """
+    n_pairs = 0
     for scope in scopes:
+        n_pairs += sum(len(node.input) * len(node.output) for node in scope.nodes)
+        if n_pairs > _N_MOST_PAIRS:
+            raise CorruptFile(f"{file}: expected nodes of few inputs and outputs, found nodes of thousands of both")
         names: list[object] = [scope.name, *scope.own_names, *scope.outputs]
         for node in scope.nodes:
             names += [node.op_type, node.domain, node.name, *node.input]

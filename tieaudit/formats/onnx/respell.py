@@ -48,7 +48,7 @@ def decide(bench: Bench, model: Model, edit: Respell, style: Style) -> InPlace |
         if isinstance(item, Stuck):
             reason = reason or item.because
         else:
-            total += cost(item.name, style)
+            total += cost(item.name, style, item.dequantised)
     other = lay_out(seats, True, style)
     if isinstance(other, Decision) and (reason is not None or other.cost < total):
         return other

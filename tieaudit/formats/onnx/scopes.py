@@ -10,6 +10,7 @@ It refuses graphs nested more deeply than `MAX_DEPTH`.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,16 @@ if TYPE_CHECKING:
 
 MAX_DEPTH = 100
 """Levels of subgraphs that are followed; real models use at most three or four."""
+_N_MOST_PATH = 2000
+"""Characters of a scope's name: every weight's id holds it, so a name of a megabyte would be stored for each weight."""
+
+
+OVERRIDES_SINCE = 4
+"""IR version from which listing an initializer as an input is a choice, which lets a caller replace it.
+
+Before, every initializer had to be listed (onnx.checker still says so), and ONNX Runtime
+takes no value for one (Graph::CanOverrideInitializer).
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,6 +185,9 @@ def _graph_scope(
 
 
 def _unique(path: str, taken: Counter[str]) -> str:
+    if len(path) > _N_MOST_PATH:
+        digest = hashlib.sha256(path.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        path = f"{path[: _N_MOST_PATH - 100]}…{digest}"
     taken[path] += 1
     return path if taken[path] == 1 else _unique(f"{path}~{taken[path]}", taken)
 

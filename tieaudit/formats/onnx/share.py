@@ -19,6 +19,7 @@ from tieaudit.formats.onnx.annotations import clash, hand_over
 from tieaudit.formats.onnx.bench import Bench, Spot
 from tieaudit.formats.onnx.flip import Stuck, flip, leaves
 from tieaudit.formats.onnx.patterns import Style, cost
+from tieaudit.formats.onnx.scopes import OVERRIDES_SINCE
 from tieaudit.formats.onnx.transposed import Transposed
 from tieaudit.formats.onnx.wire import N_BYTES_INLINE
 from tieaudit.formats.onnx.workbench import Body, Piece
@@ -81,19 +82,34 @@ def decide(bench: Bench, model: Model, edit: Share, style: Style) -> Decision | 
     reason = _unlike(seats, edit.values) or _apart(seats)
     if reason is not None:
         return reason
-    matrix = len(seats[0].weight.shape) == 2 and dtype(seats[0].weight.dtype).n_bits % 8 == 0
-    found = {turned: lay_out(seats, turned, style) for turned in ((False, True) if matrix else (False,))}
+    layouts = _layouts(seats, edit.values)
+    if isinstance(layouts, str):
+        return layouts
+    found = {turned: lay_out(seats, turned, style) for turned in layouts}
     possible = [item for item in found.values() if isinstance(item, Decision)]
     if possible:
         return min(possible, key=lambda item: item.cost)
-    if any(seat.turned for seat in seats) and found[False] != found.get(True):
-        return f"one way round, {found[False]}; the other way round, {found.get(True)}"
-    return str(found[False])
+    if any(seat.turned for seat in seats) and len(set(found.values())) > 1:
+        return f"one way round, {found[False]}; the other way round, {found[True]}"
+    return str(next(iter(found.values())))
+
+
+def _layouts(seats: Sequence[Seat], values: Storage | None) -> tuple[bool, ...] | str:
+    """Which layouts may be stored: those of a member, and the transpose of whole bytes; or why none may."""
+    kind = dtype(seats[0].weight.dtype)
+    if len(seats[0].weight.shape) != 2:
+        return (False,)
+    if kind.n_bits and kind.n_bits % 8 == 0:
+        return (False, True)
+    stored = {seat.turned for seat in seats}
+    if len(stored) > 1 and (values is not None or any(seat.spot.turned for seat in seats)):
+        return f"{kind.name} is not stored in whole bytes, so no new transpose of it is computed"
+    return tuple(sorted(stored))
 
 
 def take_seats(bench: Bench, model: Model, wanted: Sequence[tuple[str, bool]]) -> tuple[Seat, ...] | str:
     """Where the weights of these ids are (with whether each is the first one's transpose), or why one is unfit."""
-    seats: list[Seat] = []
+    seats: dict[tuple[Piece, Body, str], Seat] = {}
     for id, transposed in dict.fromkeys(wanted):
         weight = model.by_id.get(id)
         if weight is None:
@@ -106,9 +122,8 @@ def take_seats(bench: Bench, model: Model, wanted: Sequence[tuple[str, bool]]) -
             reason = "training information in the file speaks of it"
         if reason is not None or spot is None:
             return f"{id} cannot be shared: {reason}"
-        if all(seat.spot[:3] != spot[:3] for seat in seats):
-            seats.append(Seat(weight, spot, transposed ^ spot.turned))
-    return tuple(seats) if seats else "there is nothing to share"
+        seats.setdefault(spot[:3], Seat(weight, spot, transposed ^ spot.turned))
+    return tuple(seats.values()) if seats else "there is nothing to share"
 
 
 def _unfit(weight: Weight) -> str | None:
@@ -120,7 +135,7 @@ def _unfit(weight: Weight) -> str | None:
     if weight.held_as == "sparse_initializer":
         return "it is sparse"
     if weight.scope.startswith("function:"):
-        return "it belongs to a model-local function, whose body sees no outer names"
+        return "it belongs to a model-local function, whose body sees no outer names (onnx.inliner undoes it)"
     return None
 
 
@@ -134,8 +149,6 @@ def _unlike(seats: Sequence[Seat], values: Storage | None) -> str | None:
                 f"{list(seat.weight.shape)}: they cannot be one tensor"
             )
     kind = dtype(first.dtype)
-    if any(seat.turned != seats[0].turned for seat in seats) and (kind.n_bits == 0 or kind.n_bits % 8):
-        return f"{first.dtype} is not stored in whole bytes, so one copy cannot serve both layouts"
     if values is not None and (kind.family == "string" or values.n_bytes != first.n_bytes):
         return f"expected {first.n_bytes} bytes for the common value, found {values.n_bytes}"
     return None
@@ -167,7 +180,7 @@ def lay_out(seats: tuple[Seat, ...], turned: bool, style: Style) -> Decision | s
         for leaf in leaves(spot.piece, spot.body, spot.name, seen(seat), elem(spot), style):
             if isinstance(leaf, Stuck):
                 return f"{weight.id} cannot be read transposed: {leaf.because}"
-            total += cost(leaf.name, style)
+            total += cost(leaf.name, style, leaf.dequantised)
     anchors = []
     for part in dict.fromkeys(seat.spot.piece.part for seat in seats):
         anchor = _anchor([seat for seat in seats if seat.spot.piece.part == part], turned)
@@ -207,13 +220,18 @@ def _anchor(seats: Sequence[Seat], turned: bool) -> Anchor | str:
         return f"{pinned[0].weight.id} is an output of its graph, so its name must stay there, in its layout"
     here.sort(key=lambda seat: (seat not in pinned, seat is not seats[0], seat.spot.constant is not None))
     keeper = here[0] if here else None
-    if keeper is None and piece.proto.ir_version < 4:
+    if keeper is None and piece.proto.ir_version < OVERRIDES_SINCE:
         return f"IR version {piece.proto.ir_version} has no initializers that are not inputs, so none can be added"
     others = tuple(seat for seat in seats if seat is not keeper)
     reason = clash(keeper.spot if keeper else None, [(seat.spot, seat.turned != turned) for seat in others])
     if reason is not None:
         return reason
     rename = keeper is not None and _hidden(keeper, owner, [seat for seat in others if seat.turned == turned])
+    if rename and piece.proto.ir_version < OVERRIDES_SINCE:
+        return (
+            f"an inner graph uses the name {seats[0].weight.name!r} too, and IR version {piece.proto.ir_version} "
+            "has no initializers that are not inputs, so none can be added"
+        )
     if rename and pinned:
         return f"an inner graph uses the name {pinned[0].weight.name!r} for something else"
     return Anchor(piece, owner, keeper, rename, others)
@@ -288,7 +306,7 @@ def _in_one_file(
             for site in body.readers(before):
                 site.op.body.set_input(site, name)
         hand_over(body, before, owner, name)
-        _drop(seat.spot)
+        drop(seat.spot)
         bench.move(seat.weight, Spot(piece, owner, name, seat.spot.turned ^ (seat.turned != turned)))
 
 
@@ -312,7 +330,7 @@ def _keep(bench: Bench, anchor: Anchor, keeper: Seat) -> tuple[str, TensorProto]
             site.op.body.set_input(site, fresh)
         hand_over(owner, name, owner, fresh)
         tensor = _as_initializer(tensor, fresh)
-        _drop(Spot(piece, owner, name))
+        drop(Spot(piece, owner, name))
         owner.add_tensor(tensor)
         name = fresh
     bench.move(keeper.weight, Spot(piece, owner, name, keeper.spot.turned))
@@ -342,7 +360,8 @@ def _as_initializer(tensor: TensorProto, name: str) -> TensorProto:
     return copy
 
 
-def _drop(spot: Spot) -> None:
+def drop(spot: Spot) -> None:
+    """Take an initializer or a Constant node away."""
     op = spot.constant
     if op is not None:
         spot.body.replace(op, ())

@@ -33,9 +33,9 @@ LEARNED: dict[str, frozenset[int]] = {
             "LayerNormalization GroupNorm:1,2; SkipGroupNorm:1,2,4; RMSNormalization SimplifiedLayerNormalization:1;"
             "SkipLayerNormalization:2,3,4; SkipSimplifiedLayerNormalization:2,3; QOrderedLayerNormalization:2,3;"
             "Attention QAttention PackedAttention DecoderMaskedSelfAttention:1,2; MultiHeadAttention:3;"
-            "PackedMultiHeadAttention:3; DecoderMaskedMultiHeadAttention:10; DecoderAttention:2,3,4;"
-            "LongformerAttention:1,2,4,5; RelativePositionBias:0; GatedRelativePositionBias:1,3,4,5;"
-            "BiasGelu FastGelu BiasAdd BiasSplitGelu BiasDropout:1;"
+            "PackedMultiHeadAttention:3; GroupQueryAttention:11; DecoderMaskedMultiHeadAttention:10;"
+            "DecoderAttention:2,3,4; LongformerAttention:1,2,4,5; RelativePositionBias:0;"
+            "GatedRelativePositionBias:1,3,4,5; BiasGelu FastGelu BiasAdd BiasSplitGelu BiasDropout:1;"
             "MoE:2,3,4,5,6,7; QMoE:2,4,5,7,8,10; AttnLSTM:1,2,3,7; CausalConvWithState:1,2"
         ),
         "com.microsoft",

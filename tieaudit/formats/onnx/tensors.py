@@ -13,14 +13,14 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from tieaudit.dtypes import DType, dtype
 from tieaudit.errors import CorruptFile
 from tieaudit.formats.onnx.wire import Malformed, Skeleton, packed_field
+from tieaudit.printable import printable
 from tieaudit.storage import FileStorage, MemoryStorage, Storage
 
 if TYPE_CHECKING:
+    import numpy as np
     from onnx import SparseTensorProto, TensorProto
 
 _NAMES = (
@@ -32,6 +32,11 @@ DTYPES: dict[int, str] = {number: name for number, name in enumerate(_NAMES) if 
 """TensorProto.DataType → canonical name."""
 
 LFS_MAGIC = b"version https://git-lfs"
+MAX_RANK = 64
+"""Most dimensions of a tensor: what numpy holds, and far more than any runtime takes."""
+_N_MOST_CLAIMS = 16
+"""How often the bytes of a data file may be claimed by tensors of different ranges, types or shapes."""
+_FEW_BYTES = 64 * 1024 * 1024
 _STRING = 8
 _FLOAT_DATA, _DOUBLE_DATA = 4, 10
 
@@ -44,6 +49,10 @@ class Source:
     skeleton: Skeleton | None = None
     data_files: dict[str, tuple[Path, int]] = field(default_factory=dict)
     """Location as written → (resolved path, size in bytes) of the external files met so far."""
+    claims: dict[tuple[str, int, int, str, tuple[int, ...]], None] = field(default_factory=dict)
+    """(path, begin, end, type, shape) of each different external tensor met so far."""
+    n_bytes_copied: int = 0
+    """Bytes of data files that had to be taken into memory."""
 
 
 def text(found: str | bytes) -> str:
@@ -52,7 +61,10 @@ def text(found: str | bytes) -> str:
 
 
 def shape_of(dims: object, where: str) -> tuple[int, ...]:
-    """A shape with only sizes ≥ 0. CorruptFile otherwise."""
+    """A shape of at most MAX_RANK sizes ≥ 0. CorruptFile otherwise."""
+    n_dims = len(dims)  # type: ignore[arg-type]
+    if n_dims > MAX_RANK:
+        raise CorruptFile(f"{where}: expected at most {MAX_RANK} dimensions, found {n_dims}")
     shape = tuple(int(size) for size in dims)  # type: ignore[attr-defined]
     if any(size < 0 for size in shape):
         raise CorruptFile(f"{where}: expected sizes of 0 or more, found the shape {list(shape)}")
@@ -75,14 +87,14 @@ def locate(tensor: TensorProto, source: Source, place: str) -> tuple[tuple[int, 
     container = f"{source.path}#{place}"
     storage: Storage
     if tensor.data_location == 1:  # EXTERNAL
-        storage = _external(tensor, source, kind, n_elements, where)
+        storage = _external(tensor, source, kind, shape, where)
     elif tensor.data_type == _STRING:
         storage = MemoryStorage(_strings(tensor, n_elements, where), container)
     elif tensor.HasField("raw_data"):
         storage = _raw(tensor, source, kind.n_bytes(n_elements), where, container)
     else:
         storage = MemoryStorage(_typed(tensor, kind, n_elements, where), container)
-    return shape, kind.name, _without_padding(storage, kind, n_elements, container)
+    return shape, kind.name, _without_padding(storage, kind, n_elements, source, where, container)
 
 
 def locate_sparse(sparse: SparseTensorProto, source: Source, place: str) -> tuple[tuple[int, ...], str, Storage]:
@@ -95,7 +107,7 @@ def locate_sparse(sparse: SparseTensorProto, source: Source, place: str) -> tupl
             f"{where}: expected as many int64 indices as values, found {index_type} {list(indices_shape)} "
             f"for values {list(values_shape)}"
         )
-    data = b"".join(block for part in (values, indices) for block in part.read_ranges([(0, part.n_bytes)]))
+    data = b"".join(_taken(part, part.n_bytes, source, where) for part in (values, indices))
     return shape_of(sparse.dims, where), name, MemoryStorage(data, f"{source.path}#{place}")
 
 
@@ -120,6 +132,8 @@ def _strings(tensor: TensorProto, n_elements: int, where: str) -> bytes:
 
 
 def _typed(tensor: TensorProto, kind: DType, n_elements: int, where: str) -> bytes:
+    import numpy as np
+
     if kind.name in ("float32", "complex64"):
         data = _floats(tensor, _FLOAT_DATA, where)
     elif kind.name in ("float64", "complex128"):
@@ -146,6 +160,8 @@ def _floats(tensor: TensorProto, number: int, where: str) -> bytes:
 
 
 def _from_int32(values: np.ndarray[tuple[int], np.dtype[np.int32]], kind: DType, n_elements: int) -> bytes:
+    import numpy as np
+
     bits = values.view(np.uint32)
     if kind.name == "bool":
         return bytes((bits != 0).astype(np.uint8).tobytes())
@@ -159,7 +175,21 @@ def _from_int32(values: np.ndarray[tuple[int], np.dtype[np.int32]], kind: DType,
     return bytes(bits.astype(f"<u{max(kind.n_bits // 8, 1)}").tobytes())
 
 
-def _without_padding(storage: Storage, kind: DType, n_elements: int, container: str) -> Storage:
+def _taken(storage: Storage, n_bytes: int, source: Source, where: str) -> bytes:
+    """The first bytes of a storage, in memory. CorruptFile if data files are to be taken again and again."""
+    if isinstance(storage, FileStorage) and storage.path != str(source.path.resolve()):
+        source.n_bytes_copied += n_bytes
+        if source.n_bytes_copied > _FEW_BYTES + 2 * sum(dict(source.data_files.values()).values()):
+            raise CorruptFile(
+                f"{where}: expected each byte of a data file in one tensor, found tensors of one range that would need "
+                f"{source.n_bytes_copied} bytes of memory"
+            )
+    return storage.read_ranges([(0, n_bytes)])[0]
+
+
+def _without_padding(
+    storage: Storage, kind: DType, n_elements: int, source: Source, where: str, container: str
+) -> Storage:
     """The same bytes with the unused bits of the last byte zero. Reads one byte of a file in the usual case."""
     n_used = n_elements * kind.n_bits % 8
     if not n_used:
@@ -168,14 +198,14 @@ def _without_padding(storage: Storage, kind: DType, n_elements: int, container: 
     clean = last & ((1 << n_used) - 1)
     if clean == last:
         return storage
-    return MemoryStorage(storage.read_ranges([(0, storage.n_bytes - 1)])[0] + bytes([clean]), container)
+    return MemoryStorage(_taken(storage, storage.n_bytes - 1, source, where) + bytes([clean]), container)
 
 
-def _external(tensor: TensorProto, source: Source, kind: DType, n_elements: int, where: str) -> FileStorage:
+def _external(tensor: TensorProto, source: Source, kind: DType, shape: tuple[int, ...], where: str) -> FileStorage:
     if kind.family == "string":
         raise CorruptFile(f"{where}: expected inline strings, found strings in external data, which ONNX forbids")
     entries = {text(entry.key): text(entry.value) for entry in tensor.external_data}
-    n_bytes = kind.n_bytes(n_elements)
+    n_bytes = kind.n_bytes(prod(shape))
     path, size = data_file(source, entries.get("location", ""), where)
     offset = _number(entries, "offset", 0, where)
     length = _number(entries, "length", n_bytes, where)
@@ -188,7 +218,19 @@ def _external(tensor: TensorProto, source: Source, kind: DType, n_elements: int,
         raise CorruptFile(
             f"{where}: expected {length} bytes at byte {offset} of {path.name}, which has only {size} bytes"
         )
+    source.claims[str(path), offset, offset + length, kind.name, shape] = None
     return FileStorage(str(path), offset, length)
+
+
+def check_claims(source: Source) -> None:
+    """CorruptFile if tensors overlap so much that reading them would cost far more than reading their files."""
+    n_claimed = sum(end - begin for _, begin, end, _, _ in source.claims)
+    n_there = sum(dict(source.data_files.values()).values())
+    if n_claimed > _FEW_BYTES + _N_MOST_CLAIMS * n_there:
+        raise CorruptFile(
+            f"{source.path}: expected tensors that hardly overlap in their data files, found {len(source.claims)} that "
+            f"claim {n_claimed} bytes of files of {n_there} bytes"
+        )
 
 
 def _number(entries: dict[str, str], key: str, default: int, where: str) -> int:
@@ -212,9 +254,9 @@ def data_file(source: Source, location: str, where: str) -> tuple[Path, int]:
 def _find_data_file(folder: Path, location: str, where: str) -> tuple[Path, int]:
     rule = "expected external data in a file inside the model's folder"
     if not location or "\0" in location:
-        raise CorruptFile(f"{where}: {rule}, found the location {location!r}")
+        raise CorruptFile(f"{where}: {rule}, found the location {location[:200]!r}")
     if Path(location).is_absolute():
-        raise CorruptFile(f"{where}: {rule}, found the absolute path {location!r}")
+        raise CorruptFile(f"{where}: {rule}, found the absolute path {location[:200]!r}")
     home = folder.resolve()
     try:
         path = (home / location).resolve()
@@ -223,13 +265,14 @@ def _find_data_file(folder: Path, location: str, where: str) -> tuple[Path, int]
         size = path.stat().st_size if exists else 0
     except (OSError, RuntimeError) as error:  # name too long, loop of links, no permission
         raise CorruptFile(f"{where}: {rule}, found {location[:200]!r}: {error}") from error
+    shown = printable(str(path))
     if not inside:
         raise CorruptFile(
-            f"{where}: {rule}, found {location!r}, which leads to {path}; "
+            f"{where}: {rule}, found {location[:200]!r}, which leads to {shown}; "
             "copy that file beside the model if you trust it"
         )
     if not exists:
-        raise CorruptFile(f"{where}: expected its data in {path}, found no such file; fetch it beside the model")
+        raise CorruptFile(f"{where}: expected its data in {shown}, found no such file; fetch it beside the model")
     if size < 1024 and path.read_bytes().startswith(LFS_MAGIC):
-        raise CorruptFile(f"{where}: expected its data in {path}, found a git-LFS pointer; run git lfs pull")
+        raise CorruptFile(f"{where}: expected its data in {shown}, found a git-LFS pointer; run git lfs pull")
     return path, size

@@ -100,11 +100,16 @@ def _copy_of(piece: Piece, tensor: TensorProto, name: str) -> TensorProto:
 
 
 def _below(body: Body, name: str) -> Iterator[Site]:
-    """Every slot that reads a value, or one made of it by view nodes."""
-    for site in body.readers(name):
-        yield site
-        if _is_view(site):
-            yield from _below(site.op.body, site.op.proto.output[0])
+    """Every slot that reads a value, or one made of it by view nodes. A cycle of views is walked once."""
+    pending, met = [(body, name)], {(body, name)}
+    while pending:
+        home, value = pending.pop()
+        for site in home.readers(value):
+            yield site
+            made = (site.op.body, str(site.op.proto.output[0])) if _is_view(site) else None
+            if made is not None and made not in met:
+                met.add(made)
+                pending.append(made)
 
 
 def _is_view(site: Site) -> bool:
@@ -116,8 +121,9 @@ def _ends(site: Site) -> Iterator[Key]:
     if not _is_view(site):
         yield site.key
         return
-    for reader in site.op.body.readers(site.op.proto.output[0]):
-        yield from _ends(reader)
+    for reader in _below(site.op.body, site.op.proto.output[0]):
+        if not _is_view(reader):
+            yield reader.key
 
 
 def _move(piece: Piece, body: Body, old: str, new: str, uses: set[Key]) -> None:

@@ -8,17 +8,18 @@ re-arranges it; beyond `_N_MOST_STEPS` the call itself is the use.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
+from tieaudit.formats.onnx.boxes import box_of
 from tieaudit.formats.onnx.lookups import Lookups
 from tieaudit.formats.onnx.scopes import Scope, first_output
-from tieaudit.formats.onnx.tensors import DTYPES
+from tieaudit.formats.onnx.tensors import DTYPES, MAX_RANK
 from tieaudit.formats.onnx.values import Value, Values, attribute, int_attribute, op_name
 from tieaudit.model import Use, Weight
-from tieaudit.view import AS_STORED, Cast, Opaque, Reshape, Shape, Step, Transpose, View
+from tieaudit.view import AS_STORED, Cast, Dequantise, Opaque, Reshape, Shape, Step, Transpose, View
 
 if TYPE_CHECKING:
     from onnx import NodeProto
@@ -36,6 +37,10 @@ _TRANSPOSING = {
 }
 _N_MOST_STEPS = 20_000
 _N_MOST_CALLS = 50
+_N_MOST_STEPS_IN_CALLS = 100_000
+"""Of all weights together: what one call passes on, every call passes on."""
+_N_MOST_VIEWS = 200
+"""Nodes in a chain of views; behind them, the next one counts as the consumer."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,17 @@ def find_uses(values: Values, part: str, lookups: Lookups) -> Iterator[Use]:
 
     Cost: linear in the view nodes and consumers reached (each belongs to one weight unless functions are called).
     """
+    n_left = _N_MOST_STEPS_IN_CALLS
     for value, weight in values.weights.items():
-        yield from _uses_of(weight, _Seen(value, AS_STORED, weight.shape, weight.dtype), values, part, lookups)
+        start = _Seen(value, AS_STORED, weight.shape, weight.dtype)
+        n_left -= yield from _uses_of(weight, start, values, part, lookups, n_left)
 
 
-def _uses_of(weight: Weight, start: _Seen, values: Values, part: str, lookups: Lookups) -> Iterator[Use]:
-    pending, met, n_steps = deque([start]), set(), 0
+def _uses_of(
+    weight: Weight, start: _Seen, values: Values, part: str, lookups: Lookups, n_left: int
+) -> Generator[Use, None, int]:
+    """The uses of one weight; returns how many steps inside called functions that took, of which `n_left` are left."""
+    pending, met, n_steps, n_in_calls = deque([start]), set(), 0, 0
     while pending:
         seen = pending.popleft()
         key = (seen.value, tuple((scope.name, first_output(node)) for scope, node in seen.calls))
@@ -79,8 +89,9 @@ def _uses_of(weight: Weight, start: _Seen, values: Values, part: str, lookups: L
                 )
         for scope, node, slot in values.consumers.get(seen.value, ()):
             n_steps += 1
+            n_in_calls += bool(seen.calls)
             onward = None
-            if n_steps <= _N_MOST_STEPS:
+            if n_steps <= _N_MOST_STEPS and n_in_calls <= n_left:
                 onward = _called(seen, scope, node, slot, values) or _viewed(seen, scope, node, slot, values)
             if onward is not None:
                 pending.append(onward)
@@ -97,7 +108,10 @@ def _uses_of(weight: Weight, start: _Seen, values: Values, part: str, lookups: L
                 lookups.feeds_output(scope, node),
                 seen.chain,
                 seen.transposes,
+                tuple(first_output(call) for _, call in seen.calls),
+                box_of(scope, node, slot, seen.shape, values),
             )
+    return n_in_calls
 
 
 def _called(seen: _Seen, scope: Scope, node: NodeProto, slot: int, values: Values) -> _Seen | None:
@@ -119,11 +133,13 @@ def _viewed(seen: _Seen, scope: Scope, node: NodeProto, slot: int, values: Value
     op = op_name(node)
     if slot != 0 or op not in VIEW_OPS or not first_output(node) or values.function(node) is not None:
         return None
+    if len(seen.chain) >= _N_MOST_VIEWS:
+        return None
     after = replace(seen, value=Value(scope.name, first_output(node)), chain=(*seen.chain, first_output(node)))
     if op == "Identity":
         return after
     if op.endswith("DequantizeLinear"):
-        return replace(after, view=seen.view.then(Opaque("dequantized")), dtype=None)
+        return replace(after, view=seen.view.then(_dequantised(seen.shape, scope, node, values)), dtype=None)
     if op == "Cast":
         to = DTYPES.get(int_attribute(node, "to", 0) or 0)
         if to is not None and to == seen.dtype:
@@ -133,10 +149,24 @@ def _viewed(seen: _Seen, scope: Scope, node: NodeProto, slot: int, values: Value
     if op == "Transpose":
         return _transposed(after, node)
     shape = _shape_after(op, seen.shape, scope, node, values)
-    if shape is None:
+    if shape is None or len(shape) > MAX_RANK:
         return replace(after, view=seen.view.then(Opaque("reshaped")), shape=None)
     view = seen.view if shape == seen.shape else seen.view.then(Reshape(shape))
     return replace(after, view=view, shape=shape)
+
+
+def _dequantised(shape: Shape | None, scope: Scope, node: NodeProto, values: Values) -> Step:
+    """What DequantizeLinear does to each element; in blocks it depends on two axes."""
+    if int_attribute(node, "block_size", 0) != 0:
+        return Opaque("dequantized in blocks")
+    scales = values.resolve(scope, node.input[1]) if len(node.input) > 1 else None
+    held = values.weights.get(scales) if scales is not None else None
+    if held is not None and not held.shape:
+        return Dequantise()
+    axis = int_attribute(node, "axis", 1)
+    if axis is None or shape is None or not -len(shape) <= axis < len(shape):
+        return Opaque("dequantized")
+    return Dequantise(axis % len(shape))
 
 
 def _transposed(after: _Seen, node: NodeProto) -> _Seen:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
-
-import numpy as np
 
 from tieaudit.formats.onnx.scopes import Scope
 from tieaudit.model import Weight
@@ -139,7 +138,7 @@ class Values:
             if not known or weight.overridable or weight.storage is None or weight.n_elements > _N_MOST_INTS:
                 return None
             data = weight.storage.read_ranges([(0, weight.n_bytes)])[0]
-            return tuple(int(item) for item in np.frombuffer(data, weight.dtype))
+            return struct.unpack(f"<{weight.n_elements}{'q' if weight.dtype == 'int64' else 'i'}", data)
         producer = self.producers.get(value)
         if producer is None or producer.node.op_type != "Constant":
             return None

@@ -21,6 +21,8 @@ N_BYTES_INLINE = 1024
 _WINDOW_BYTES = 1 << 16
 _MAX_DEPTH = 400  # messages; the library itself refuses more than 100
 
+_MOST_LENGTH_BYTES = 5  # 35 bits; protobuf itself reads no more of a length
+
 _VARINT, _FIXED64, _BYTES, _START_GROUP, _END_GROUP, _FIXED32 = range(6)
 
 # message → field number → message type of that field, as far as tensors can be below it
@@ -120,6 +122,8 @@ class _Walk:
                 continue
             length, value = self.varint(behind_tag, end)
             behind = value + length
+            if value - behind_tag > _MOST_LENGTH_BYTES:  # what is spelt again below, the library would have refused
+                raise Malformed("a length is spelt with too many bytes", behind_tag)
             if behind > end:
                 raise Malformed(f"a record of {length} bytes does not fit into its message", at)
             if length >= N_BYTES_INLINE:
@@ -130,9 +134,8 @@ class _Walk:
                 elif tag >> 3 in nested:
                     inner = self.message(nested[tag >> 3], value, behind, depth + 1)
                 if inner is not None:
-                    if copied < at:
-                        pieces.append(self.read(copied, at))
-                    pieces.append(_encode(tag) + _encode(sum(map(len, inner))))
+                    pieces.append(self.read(copied, behind_tag))  # the tag as it is: the library judges it
+                    pieces.append(_encode(sum(map(len, inner))))
                     pieces.extend(inner)
                     copied = behind
             at = behind

@@ -203,6 +203,11 @@ class Body:
         kept = [value for value in self.graph.value_info if value.name not in self.gone]
         del self.graph.value_info[:]
         self.graph.value_info.extend([*kept, *self.new_types])
+        if self.parent is None and any(value.name in self.gone for value in self.graph.input):
+            # an initializer that had to be an input too, before IR version 4: see scopes.OVERRIDES_SINCE
+            inputs = [value for value in self.graph.input if value.name not in self.gone]
+            del self.graph.input[:]
+            self.graph.input.extend(inputs)
 
 
 SWEPT = frozenset({"Identity", "Transpose", "Cast", "Reshape"})

@@ -8,15 +8,16 @@ from file to file in blocks, so that memory stays bounded whatever the tensors' 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from tieaudit.copying import NewFile, copy_file
 from tieaudit.errors import RewriteRefused
+from tieaudit.formats import carried
 from tieaudit.formats.onnx.everywhere import all_tensors
 from tieaudit.formats.onnx.inline import N_MOST_BYTES, expanded, write_pieces
-from tieaudit.formats.onnx.transposed import in_blocks
+from tieaudit.formats.onnx.transposed import append
 from tieaudit.formats.onnx.wire import N_BYTES_INLINE
 from tieaudit.formats.onnx.workbench import EXTERNAL, Piece
 from tieaudit.storage import FileStorage, Storage
@@ -26,9 +27,12 @@ if TYPE_CHECKING:
 
     from tieaudit.model import Model
 
-PAGE_BYTES = 4096
-"""Alignment of tensors of 1 MiB and more, so that they can be mapped (onnx: docs/ExternalData.md)."""
+PAGE_BYTES = 65536
+"""Alignment of tensors of 1 MiB and more, so that they can be mapped: Windows maps at multiples of 64 KiB, others at
+those of 4 KiB (onnx: docs/ExternalData.md; ONNX Runtime writes so: graph.h, OffsetAlignmentInfo)."""
 _N_BYTES_ALIGNED = 1024 * 1024
+EXTERNAL_SINCE = 4
+"""IR version from which a tensor may lie in a file of its own (onnx.proto: IR_VERSION_2019_1_22)."""
 _N_BYTES_SMALL_ALIGNMENT = 64
 
 
@@ -121,11 +125,18 @@ def _move_out_if_too_large(piece: Piece) -> None:
         number = piece.token_number(tensor.raw_data) if tensor.data_location != EXTERNAL else None
         if number is not None and number not in piece.outside:
             numbers.append(number)
-    if sum(piece.stored[number].n_bytes for number in numbers) + piece.proto.ByteSize() <= N_MOST_BYTES:
+    n_others = piece.proto.ByteSize()
+    n_bytes = n_others + sum(piece.stored[number].n_bytes for number in numbers)
+    if n_bytes <= N_MOST_BYTES:
         return
-    for number in numbers:
-        if piece.stored[number].n_bytes >= N_BYTES_INLINE:
-            piece.outside[number] = f"{piece.path.name}.data"
+    large = [number for number in numbers if piece.stored[number].n_bytes >= N_BYTES_INLINE]
+    if piece.proto.ir_version < EXTERNAL_SINCE or n_others > N_MOST_BYTES or not large:
+        raise RewriteRefused(
+            f"{piece.path}: expected a result of at most {N_MOST_BYTES:,} bytes, which is what a protobuf file can hold, "
+            f"found one of {n_bytes:,}",
+            hint=f"save it with external data first (IR version {EXTERNAL_SINCE} or newer)",
+        )
+    piece.outside.update(dict.fromkeys(large, f"{piece.path.name}.data"))
 
 
 def _write_data(dest: Path, relative: Path, items: list[Item]) -> str:
@@ -135,7 +146,7 @@ def _write_data(dest: Path, relative: Path, items: list[Item]) -> str:
     by_container: dict[str, list[Item]] = {}
     for item in items:
         by_container.setdefault(item.storage.region[0], []).append(item)
-    with target.open("xb") as file:
+    with NewFile(target) as file:
         for container, members in by_container.items():
             for begin, end, overlapping in _runs(members):
                 first = overlapping[0].storage
@@ -143,7 +154,6 @@ def _write_data(dest: Path, relative: Path, items: list[Item]) -> str:
                 at = _append(file, whole)
                 for item in overlapping:
                     _place(item, at + item.storage.region[1] - begin)
-        file.flush()
     return relative.as_posix()
 
 
@@ -164,15 +174,11 @@ def _runs(items: list[Item]) -> Iterator[tuple[int, int, list[Item]]]:
         yield begin, end, run
 
 
-def _append(file: BinaryIO, storage: Storage) -> int:
-    """Write a storage at the next aligned place, in blocks; its offset."""
-    alignment = PAGE_BYTES if storage.n_bytes >= _N_BYTES_ALIGNED else _N_BYTES_SMALL_ALIGNMENT
-    at = file.tell()
-    padding = -at % alignment
-    file.write(bytes(padding))
-    for block in in_blocks(storage):
-        file.write(block)
-    return at + padding
+def _append(file: NewFile, storage: Storage) -> int:
+    """Write a storage at the next aligned place; its offset."""
+    at = file.align(PAGE_BYTES if storage.n_bytes >= _N_BYTES_ALIGNED else _N_BYTES_SMALL_ALIGNMENT)
+    append(file, storage)
+    return at
 
 
 def _place(item: Item, offset: int) -> None:
@@ -199,7 +205,7 @@ def _write_piece(dest: Path, relative: Path, piece: Piece) -> str:
         return piece.stored[number] if number is not None else None
 
     pieces, _ = expanded(piece.proto.SerializeToString(), piece.token, stored)
-    with target.open("xb") as file:
+    with NewFile(target) as file:
         write_pieces(pieces, file)
     return relative.as_posix()
 
@@ -207,20 +213,13 @@ def _write_piece(dest: Path, relative: Path, piece: Piece) -> str:
 def _copy(source: Path, dest: Path, relative: Path) -> str:
     target = dest / relative
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
+    copy_file(source, target)
     return relative.as_posix()
 
 
 def _copy_rest(root: Path, dest: Path, written: set[str], replaced: set[Path]) -> Iterator[str]:
-    """Every other regular file of the folder, except the data files that were written anew, and git's own."""
-    for folder, folders, files in os.walk(root):
-        folders[:] = sorted(name for name in folders if name != ".git" and not _same(Path(folder) / name, dest))
-        for name in sorted(files):
-            path = Path(folder) / name
-            relative = path.relative_to(root)
-            if relative.as_posix() not in written and path.is_file() and path.resolve() not in replaced:
-                yield _copy(path, dest, relative)
-
-
-def _same(one: Path, other: Path) -> bool:
-    return one.resolve() == other.resolve()
+    """Every other regular file of the folder, except the data files that were written anew."""
+    for path in carried(root):
+        relative = path.relative_to(root)
+        if relative.as_posix() not in written and path.resolve() not in replaced:
+            yield _copy(path, dest, relative)

@@ -88,6 +88,8 @@ def read_index(path: Path) -> dict[str, str]:
 
 def read_index_json(path: Path) -> dict[str, object]:
     """The whole index as JSON."""
+    if not path.is_file():  # opening a pipe would wait for a writer
+        raise CorruptFile(f"{path}: expected an index, found {'no file' if not path.exists() else 'no plain file'}")
     n_bytes = path.stat().st_size
     if n_bytes > MAX_INDEX_BYTES:
         raise CorruptFile(f"{path}: expected an index of at most {MAX_INDEX_BYTES} bytes, found {n_bytes}")

@@ -7,14 +7,14 @@ of 8 bytes. The reference also sorts tensors by alignment; a rewritten file keep
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tieaudit.copying import NewFile
 from tieaudit.errors import RewriteRefused
 from tieaudit.formats.safetensors.header import LENGTH_BYTES, MAX_HEADER_BYTES, SPELLINGS
-from tieaudit.storage import Storage, blocks
+from tieaudit.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,17 @@ class NewEntry:
 
 
 def write_safetensors(entries: Iterable[NewEntry], metadata: Mapping[str, str], dest: Path) -> None:
-    """Write `entries` in their order to the new file `dest`, and flush it to the disk.
+    """Write `entries` in their order to the new file `dest`.
 
     Raises: RewriteRefused if a type has no spelling in the format or the header would be too long; FileExistsError.
-    Cost: one pass over the data, memory of one block.
+    Cost: one pass over the data, by the kernel where it can; else memory of one block.
     """
     entries = list(entries)
     text = header_bytes(entries, metadata)
-    with dest.open("xb") as file:
+    with NewFile(dest) as file:
         file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
         for entry in entries:
-            for block in blocks(entry.storage):
-                file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
+            file.copy(entry.storage)
 
 
 def header_bytes(entries: Iterable[NewEntry], metadata: Mapping[str, str]) -> bytes:

@@ -1,0 +1,1 @@
+"""Fuzzing of the readers: `make fuzz`. See README.md in this folder."""
