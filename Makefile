@@ -8,6 +8,7 @@ PYTHON ?= $(shell for candidate in python3 python3.13 python3.12 python3.11; do 
 PIP_ARGS ?=
 WORKERS ?= 2
 TESTS ?=
+BENCH_ARGS ?=
 FUZZ_SECONDS ?= 600
 TARGETS ?=
 
@@ -20,7 +21,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: help setup demo test check check-format check-lint check-types check-layers check-docs
-.PHONY: bench docs fixtures format fuzz clean
+.PHONY: bench bench-page docs fixtures format fuzz clean
 
 help: ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -53,8 +54,11 @@ docs: $(READY) $(BUILT) ## write the generated pages and the output shown in REA
 	$(BIN)/python tools/make_docs.py
 	$(BIN)/python tools/refresh_readme.py
 
-bench: $(READY) ## time and memory of a scan, beside peers; writes docs/benchmarks.md
-	$(BIN)/python benchmarks/run.py
+bench: $(READY) ## time and memory beside peers, docs/benchmarks.md; BENCH_ARGS='--only cold-start' for a part
+	PIP_ARGS="$(PIP_ARGS)" $(BIN)/python benchmarks/run.py $(BENCH_ARGS)
+
+bench-page: $(READY) ## docs/benchmarks.md again from the figures that are there
+	$(BIN)/python benchmarks/run.py --only
 
 fuzz: $(READY) ## ten minutes of fuzzing for each reader; FUZZ_SECONDS=60 TARGETS=onnx for less; Linux, Python 3.11 to 3.13
 	$(BIN)/python -c 'import atheris' 2>/dev/null \

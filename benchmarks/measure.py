@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 Command = Sequence[str | Path]
 TIMEOUT_SECONDS = 120.0
-BUDGET_SECONDS = 12.0
+BUDGET_SECONDS = 10.0
 """After this long a program is not repeated again; it is timed at least once."""
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "NO_COLOR": "1"}
 
@@ -48,7 +48,8 @@ class Run:
         if self.exit_code == 0:
             return ""
         lines = [line.strip() for line in self.stderr.splitlines() if line.strip()]
-        return (lines[-1] if lines else f"ended with exit code {self.exit_code}")[:160]
+        said = lines[-1] if lines else f"ended with exit code {self.exit_code}"
+        return said.replace(f"{ROOT}{os.sep}", "").removeprefix("error: ")[:200]
 
 
 @dataclass(frozen=True)
@@ -119,11 +120,15 @@ def repeated(
     timeout: float = TIMEOUT_SECONDS,
     environment: Mapping[str, str] | None = None,
     budget: float = BUDGET_SECONDS,
+    warm: bool = False,
 ) -> Measured:
-    """Once to warm up (files in the system's cache, modules compiled), then up to `n_repeats` times while `budget` seconds last."""
+    """Once to warm up (files in the system's cache, modules compiled), then up to `n_repeats` times while `budget` seconds last.
+
+    `warm`: something else has done the warming up.
+    """
     runs: list[Run] = []
     spent = 0.0
-    for repeat in range(n_repeats + 1):
+    for repeat in range(int(warm), n_repeats + 1):
         one = run(command, timeout=timeout, environment=environment)
         if one.error:
             return Measured((), 0, "", one.error)
@@ -167,13 +172,13 @@ class Observed:
 
 
 def observe(arguments: Command, *, timeout: float = TIMEOUT_SECONDS, **environment: str) -> Observed:
-    """`tieaudit ARGUMENTS…` with a report at its end. RuntimeError if the report does not come. Linux only."""
+    """`tieaudit ARGUMENTS…` with a report at its end; none from a process that was killed. Linux only."""
     with tempfile.TemporaryFile() as report:
         handle = report.fileno()
         command = [sys.executable, "-c", _OBSERVER, str(handle), *arguments]
         done = run(command, timeout=timeout, environment=environment, keep=[handle])
         text = _text(report)
-    if not text:
-        raise RuntimeError(f"{' '.join(map(str, arguments))}: {done.error or 'ended without a report'}")
-    own, modules = ast.literal_eval(text)
+    if not text and not done.error:
+        raise RuntimeError(f"{' '.join(map(str, arguments))}: ended well, but without a report")
+    own, modules = ast.literal_eval(text) if text else (0, ())
     return Observed(done, own, frozenset(modules))

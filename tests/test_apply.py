@@ -215,7 +215,7 @@ def test_a_kill_at_any_stage_leaves_no_output_and_the_input_intact(
     source = tiny_onnx.lost(home / "m.onnx", external=external)
     before = listing(home)
     script = KILL.format(module=module, function=function, nth=nth)
-    words = ["apply", str(source), "--to", str(home / "out.onnx"), "--require", "structural"]
+    words = ["apply", str(source), "--to", str(home / "out" / "out.onnx"), "--require", "structural"]
     done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, env={**os.environ}, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     visible = {name: digest for name, digest in listing(home).items() if not name.startswith(".")}

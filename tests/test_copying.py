@@ -44,7 +44,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("ways", ["both", "sendfile", "blocks", "stops half way"])
 def test_ranges_arrive_whatever_the_kernel_refuses(ways: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = []
+    taken: list[int] = []
     real = copying._copy_file_range
     if ways == "stops half way":  # one request is honoured in part, then the way is closed
 

@@ -115,7 +115,8 @@ INTERRUPTED = """
 import sys
 from tieaudit import proving
 code = "import time, tempfile; from tieaudit import proving, verify\\\\n"
-code += "def wait(*a, **k):\\\\n    with tempfile.TemporaryDirectory(): print(chr(33), flush=True); time.sleep(600)\\\\n"
+code += "def wait(*a, **k):\\\\n    with tempfile.TemporaryDirectory():\\\\n"
+code += "        print(chr(33), flush=True); time.sleep(600)\\\\n"
 code += "verify.structural.check = wait; proving.serve()"
 proving.COMMAND = (sys.executable, "-c", code)
 proving.TRACEBACK_VARIABLE = "PATH"  # let the process print to our standard error

@@ -116,16 +116,13 @@ def test_a_source_that_changes_while_it_is_written_is_refused(
 ) -> None:
     source = tiny_onnx.lost(tmp_path / "m.onnx", external=external)
     target = tmp_path / "m.onnx.data" if external else source
-    import tieaudit.apply as module
-
-    real = module.rewrite
 
     def touched(*args: Any) -> Any:
-        found = real(*args)
+        found = rewrite(*args)
         os.utime(target, ns=(1, 1))
         return found
 
-    monkeypatch.setattr(module, "rewrite", touched)
+    monkeypatch.setattr("tieaudit.apply.rewrite", touched)
     result = run("apply", source, "--to", tmp_path / "out" / "m.onnx")
     assert result.exit_code == 2
     assert f"{target}: expected a file that stays as it is while it is read, found it changed" in result.stderr

@@ -78,7 +78,7 @@ def test_what_was_shared_is_read_as_one_tensor_and_a_second_run_finds_nothing(tm
     source, to = folder(tmp_path / "in", "alpha", "beta"), tmp_path / "out"
     assert run("apply", source, "--share-files", "--to", to).exit_code == 0
     (model,) = json.loads(run("scan", to, "--format", "json").output)["models"]
-    assert [Path(part["name"]).name for part in model["parts"]] == ["alpha", "beta"]
+    assert model["parts"] == ["alpha", "beta"]
     aliased = [{one["id"] for one in group["members"]} for group in model["groups"] if group["origin"] == "aliased"]
     assert {"alpha||wte.weight", "beta||wte.weight"} in aliased
     for words in (("--share-files",), ()):

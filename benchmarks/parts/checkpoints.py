@@ -23,11 +23,13 @@ def _measure(n_repeats: int) -> Data:
     for name in dict.fromkeys((*NUMBERS, *(one for group in SIZES for one in group))):
         folder = built(name)
         about: dict[str, Any] = {"name": name, **_counted(folder)}
-        done = repeated([*TIEAUDIT, "scan", folder, "--format", "json"], min(n_repeats, 3))
-        if not done.error:
-            about["own_peak_bytes"] = observe(["scan", folder, "--format", "json"]).own_peak_bytes
-        rows.append({**about, **done.as_json()})
-        say(f"{name:32} {about['n_tensors']:7,} tensors {done.error or f'{done.median:8.2f} s'}")
+        seen = observe(["scan", folder, "--format", "json"])
+        if seen.run.error:
+            rows.append({**about, "error": seen.run.error})
+        else:
+            done = repeated([*TIEAUDIT, "scan", folder, "--format", "json"], n_repeats, warm=True)
+            rows.append({**about, "own_peak_bytes": seen.own_peak_bytes, **done.as_json()})
+        say(f"{name:32} {about['n_tensors']:7,} tensors {seen.run.error or f'{done.median:8.2f} s'}")
     return rows
 
 

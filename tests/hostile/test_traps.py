@@ -11,15 +11,13 @@ import json
 import pstats
 import tracemalloc
 from collections.abc import Callable
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-
-onnx = pytest.importorskip("onnx")
-helper, numpy_helper, TensorProto = onnx.helper, onnx.numpy_helper, onnx.TensorProto
+from onnx import TensorProto, helper, numpy_helper
 
 from tieaudit.errors import CorruptFile, TieAuditError
 from tieaudit.formats.huggingface import asking
@@ -245,7 +243,7 @@ def test_functions_that_pass_weights_through_many_views_end_with_the_call(
 ) -> None:
     monkeypatch.setattr("tieaudit.formats.onnx.uses._N_MOST_STEPS_IN_CALLS", 500)
     names = ["a", *(f"i{i}" for i in range(98)), "b"]
-    body = [node("Identity", [one], [other]) for one, other in zip(names, names[1:], strict=False)]
+    body = [node("Identity", [one], [other]) for one, other in pairwise(names)]
     function = helper.make_function("f", "F", ["a"], ["b"], body, [helper.make_opsetid("", 17)])
     calls = [node("F", [f"w{i}"], [f"y{i}"], domain="f") for i in range(20)]
     held = [tensor(f"w{i}", 2, 2, seed=i) for i in range(20)]

@@ -132,8 +132,8 @@ def _move_out_if_too_large(piece: Piece) -> None:
     large = [number for number in numbers if piece.stored[number].n_bytes >= N_BYTES_INLINE]
     if piece.proto.ir_version < EXTERNAL_SINCE or n_others > N_MOST_BYTES or not large:
         raise RewriteRefused(
-            f"{piece.path}: expected a result of at most {N_MOST_BYTES:,} bytes, which is what a protobuf file can hold, "
-            f"found one of {n_bytes:,}",
+            f"{piece.path}: expected a result of at most {N_MOST_BYTES:,} bytes, which is what a protobuf file can hold"
+            f", found one of {n_bytes:,}",
             hint=f"save it with external data first (IR version {EXTERNAL_SINCE} or newer)",
         )
     piece.outside.update(dict.fromkeys(large, f"{piece.path.name}.data"))
