@@ -147,14 +147,32 @@ def test_a_source_that_changes_between_looking_and_writing_is_refused(tmp_path: 
         seen.check()
 
 
-def test_a_data_file_whose_name_is_taken_is_refused_before_anything_is_written(
+def test_beside_its_source_the_result_has_a_data_file_of_its_own(tmp_path: Path) -> None:
+    source = tiny_onnx.lost(tmp_path / "m.onnx", external=True)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    result = run("apply", source, "--to", tmp_path / "tied.onnx", "--require", "end-to-end")
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in tmp_path.iterdir()} - set(before) == {
+        "tied.onnx", "tied.onnx.data", "tied.onnx.receipt.json"
+    }  # fmt: skip
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    stored = {item.name: item for item in onnx.load(tmp_path / "tied.onnx", load_external_data=False).graph.initializer}
+    places = [entry.value for item in stored.values() for entry in item.external_data if entry.key == "location"]
+    assert set(places) == {"tied.onnx.data"}
+    assert run("verify", source, tmp_path / "tied.onnx").exit_code == 0
+    assert run("apply", "--undo", tmp_path / "tied.onnx.receipt.json").exit_code == 0
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_data_file_whose_second_name_is_taken_too_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tiny_onnx.lost(tmp_path / "m.onnx", external=True)
+    (tmp_path / "tied.onnx.data").write_text("somebody else's")
     monkeypatch.setattr("tieaudit.apply.rewrite", lambda *args: pytest.fail("it was written"))
     result = run("apply", source, "--to", tmp_path / "tied.onnx")
     assert result.exit_code == 2
-    assert "m.onnx.data: exists already, and the result needs a data file of this name" in result.stderr
+    assert "tied.onnx.data: exists already, and the result needs a data file of this name" in result.stderr
     assert f"{tmp_path / 'tied' / 'tied.onnx'}" in result.stderr
 
 

@@ -49,7 +49,7 @@ def apply(
             f"{destination}: is inside the model's own folder, which is only read", hint="give another --to"
         )
     if source.is_file() and destination.suffix == source.suffix:
-        _check_data_names(model, destination)
+        plan = replace(plan, data_names=_data_names(model, destination))
     seen = stamps(model) if seen is None else seen
     with workspace(destination) as folder:
         written, after = rewrite(model, plan, folder)
@@ -63,17 +63,26 @@ def apply(
         return Applied(plan, proof, deliver(model, plan, written, proof, folder, destination))
 
 
-def _check_data_names(model: Model, destination: Path) -> None:
-    """Data files keep their names, because the model file speaks of them: these must be free at the destination."""
-    home = Path(model.path).absolute().parent
-    for name in (path for part in model.parts for path in part.paths[1:]):
-        data = Path(name).absolute()
-        target = destination.parent / (data.relative_to(home) if data.is_relative_to(home) else data.name)
-        if os.path.lexists(target):
+def _data_names(model: Model, destination: Path) -> dict[str, str]:
+    """New names for the data files whose own ones are taken where the result will lie: in the source's folder, say.
+
+    RewriteRefused if those are taken, too.
+    """
+    home, names = Path(model.path).absolute().parent, dict[str, str]()
+    known = [Path(path).absolute() for part in model.parts for path in part.paths[1:]]
+    old = [(data.relative_to(home) if data.is_relative_to(home) else Path(data.name)).as_posix() for data in known]
+    for name in dict.fromkeys((*old, f"{Path(model.path).name}.data")):  # the last one: where large tensors move out
+        if not os.path.lexists(destination.parent / name):
+            continue
+        new = f"{destination.name}.data" if len(old) < 2 else f"{destination.stem}.{Path(name).name}"
+        if os.path.lexists(destination.parent / new):
             raise RewriteRefused(
-                f"{target}: exists already, and the result needs a data file of this name; nothing is ever overwritten",
+                f"{destination.parent / new}: exists already, and the result needs a data file of this name; "
+                "nothing is ever overwritten",
                 hint=f"give a --to in a folder of its own: {destination.parent / destination.stem / destination.name}",
             )
+        names[name] = new
+    return names
 
 
 def unused(proof: Proof) -> str | None:

@@ -72,8 +72,8 @@ def _show(data: Data) -> list[str]:
     lines = [
         "98 float32 tensors: an embedding of 32,000 × 1,024 with its transposed copy as head, and 16 layers of six",
         "matrices, one of them stored twice. Whether a program saw the two pairs is read from what it printed or left.",
-        "Peers that rewrite do so in memory, where nothing else is said. A program that needs long is repeated less often",
-        f"than the others; *n* says how often. Beside tieaudit: {versions}.",
+        "Peers that rewrite do so in memory, where nothing else is said. A program that needs long is repeated less",
+        f"often than the others; *n* says how often. Beside tieaudit: {versions}.",
     ]
     head = ["program", "what it does", "equal pair", "transposed pair", "seconds", "n", "peak MB"]
     for form, title in FORMS.items():

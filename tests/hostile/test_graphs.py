@@ -154,3 +154,19 @@ def test_a_location_with_dots_is_written_as_the_file_it_means(tmp_path: Path) ->
     assert np.array_equal(
         numpy_helper.to_array(kept.graph.initializer[0]).ravel()[:3], tiny_onnx.table().ravel()[:3]
     ) or (np.array_equal(numpy_helper.to_array(kept.graph.initializer[0]).T.ravel()[:3], tiny_onnx.table().ravel()[:3]))
+
+
+def test_names_that_two_nodes_each_make_cost_no_exponential_time(tmp_path: Path) -> None:
+    # 60 steps of two nodes each, all from one name to the next: 2^60 ways for whoever follows every one
+    def double(model: onnx.ModelProto) -> None:
+        for step in range(60):
+            before = f"i{step}" if step else "wte.weight"
+            model.graph.node.extend([helper.make_node("Identity", [before], [f"i{step + 1}"])] * 2)
+        model.graph.node.append(helper.make_node("Transpose", ["i60"], ["t"], perm=[1, 0]))
+        model.graph.node.append(helper.make_node("MatMul", ["h", "t"], ["second"]))
+
+    path = changed(tmp_path / "m.onnx", double)
+    began = time.perf_counter()
+    for scheme in ("dedup", "io", "untie"):
+        assert run("plan", path, "--scheme", scheme).exit_code in (0, 2)
+    assert time.perf_counter() - began < 20

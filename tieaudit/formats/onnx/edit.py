@@ -42,7 +42,7 @@ def edit(model: Model, plan: Plan, dest: Path) -> Written:
         reason = _act(bench, model, one, plan, style)
         if reason is not None:
             raise RewriteRefused(f"{model.path}: {reason}", hint="nothing was written")
-    files = write(model, list(bench.pieces.values()), dest)
+    files = write(model, list(bench.pieces.values()), dest, plan.data_names)
     return Written(files, bench.renamed(), bench.records.rewritten(model.uses))
 
 

@@ -57,9 +57,17 @@ class Stuck(NamedTuple):
 
 def leaves(
     piece: Piece, body: Body, name: str, shape: Shape, elem: int, style: Style, casts: tuple[Op, ...] = (),
-    depth: int = 0,
+    depth: int = 0, met: set[tuple[Body, str]] | None = None,
 ) -> Iterator[Leaf | Stuck]:  # fmt: skip
-    """Every consumer of a value of `shape`, with the pattern that lets it read the transpose."""
+    """Every consumer of a value of `shape`, with the pattern that lets it read the transpose.
+
+    Cost: linear; where several nodes make one name, following each of them would double the work at every step.
+    """
+    met = set() if met is None else met
+    if (body, name) in met:
+        yield Stuck(f"several nodes make {name!r}")
+        return
+    met.add((body, name))
     if depth > _N_MOST_PASSED:
         yield Stuck(f"more than {_N_MOST_PASSED} nodes pass it on one after the other, or they form a cycle")
         return
@@ -72,11 +80,11 @@ def leaves(
         if not op.proto.output:
             yield Stuck(f"its consumer {op.handle!r} ({op.type}) has no result")
         elif is_same(piece, site, shape):
-            yield from leaves(piece, op.body, op.proto.output[0], shape, elem, style, casts, depth + 1)
+            yield from leaves(piece, op.body, op.proto.output[0], shape, elem, style, casts, depth + 1, met)
         elif op.type == "Transpose" and turns(op):
             yield Leaf(reading, None, casts)
         elif to := converted(piece, site):
-            yield from leaves(piece, op.body, op.proto.output[0], shape, to, style, (*casts, op), depth + 1)
+            yield from leaves(piece, op.body, op.proto.output[0], shape, to, style, (*casts, op), depth + 1, met)
         else:
             found = _IN_BLOCKS if op.type in _DEQUANTISE else choose(reading, style)
             if isinstance(found, str):
@@ -86,19 +94,24 @@ def leaves(
 
 
 def transposed_reads(
-    piece: Piece, body: Body, name: str, shape: Shape, elem: int, depth: int = 0
-) -> Iterator[tuple[Site, str, int]]:
+    piece: Piece, body: Body, name: str, shape: Shape, elem: int, depth: int = 0,
+    met: set[tuple[Body, str]] | None = None,
+) -> Iterator[tuple[Site, str, int]]:  # fmt: skip
     """(the Transpose's input slot, the value it reads, its element type) of every Transpose of a stored matrix."""
-    for site in body.readers(name) if depth <= _N_MOST_PASSED else ():
+    met = set() if met is None else met
+    if (body, name) in met or depth > _N_MOST_PASSED:
+        return
+    met.add((body, name))
+    for site in body.readers(name):
         op = site.op
         if not op.proto.output:
             continue
         if is_same(piece, site, shape):
-            yield from transposed_reads(piece, op.body, op.proto.output[0], shape, elem, depth + 1)
+            yield from transposed_reads(piece, op.body, op.proto.output[0], shape, elem, depth + 1, met)
         elif op.type == "Transpose" and turns(op):
             yield site, op.proto.input[0], elem
         elif to := converted(piece, site):
-            yield from transposed_reads(piece, op.body, op.proto.output[0], shape, to, depth + 1)
+            yield from transposed_reads(piece, op.body, op.proto.output[0], shape, to, depth + 1, met)
 
 
 def converted(piece: Piece, site: Site) -> int:

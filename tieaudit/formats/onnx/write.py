@@ -8,7 +8,7 @@ from file to file in blocks, so that memory stays bounded whatever the tensors' 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -45,8 +45,10 @@ class Item(NamedTuple):
     """The data file as the model file will name it."""
 
 
-def write(model: Model, pieces: list[Piece], dest: Path) -> tuple[str, ...]:
+def write(model: Model, pieces: list[Piece], dest: Path, data_names: Mapping[str, str]) -> tuple[str, ...]:
     """Write every file of the model into the new folder `dest`; paths relative to it.
+
+    `data_names`: new names of data files, by the old ones.
 
     Raises RewriteRefused where a file cannot be kept in the folder, CorruptFile where bytes are missing.
     """
@@ -59,7 +61,8 @@ def write(model: Model, pieces: list[Piece], dest: Path) -> tuple[str, ...]:
         sources.update(path for path, _ in piece.data_files)
         piece.flush()
         _move_out_if_too_large(piece)
-        for item in _items(piece):
+        for found in _items(piece):
+            item = found._replace(location=data_names.get(found.location, found.location))
             data.setdefault(_inside(_relative(piece, root).parent / item.location, piece), []).append(item)
     written = [_write_data(dest, relative, items) for relative, items in sorted(data.items())]
     for piece in pieces:
