@@ -104,7 +104,7 @@ def run(
         seconds = time.perf_counter() - begin
         alarm.cancel()
         child.returncode = os.waitstatus_to_exitcode(status)
-        peak = used.ru_maxrss * 1
+        peak = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return Run(seconds, peak, child.returncode, _text(out), _text(err), expired.is_set())
 
 
@@ -122,7 +122,7 @@ def repeated(
     budget: float = BUDGET_SECONDS,
     warm: bool = False,
 ) -> Measured:
-    """Once to warm up (files in the system's cache, modules compiled), then `n_repeats` times while `budget` seconds last.
+    """Once to warm up (the system's file cache, compiled modules), then `n_repeats` times while `budget` seconds last.
 
     `warm`: something else has done the warming up.
     """

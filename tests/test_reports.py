@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tieaudit.audit import audit, rules
 from tieaudit.config import Settings
-from tieaudit.printable import counted, listed, printable, shorten, size
+from tieaudit.printable import columns, counted, listed, printable, shorten, size
 from tieaudit.propose import listed_candidates
 from tieaudit.registry import discover
 from tieaudit.reports import ReportFormat
@@ -216,3 +216,19 @@ def test_printable_text_is_short_harmless_and_stays_as_it_is(anything: str, n_mo
     assert len(shown) <= n_most
     assert shown.isprintable()
     assert printable(printable(anything, None), None) == printable(anything, None)
+
+
+@pytest.mark.parametrize(
+    ("rows", "align", "lines"),
+    [
+        ([], "", []),
+        ([("a", "1"), ("bcd", "20")], "<>", ["a     1", "bcd  20"]),
+        ([("a", ""), ("bcd", "")], "<<", ["a", "bcd"]),
+        ([("重み", "1"), ("w", "1")], "<>", ["重み  1", "w     1"]),  # two columns each
+        ([("e\u0301t", "1"), ("xyz", "1")], "<>", ["e\u0301t   1", "xyz  1"]),  # a mark takes none
+    ],
+)
+def test_columns_are_as_wide_as_a_terminal_shows_them(
+    rows: list[tuple[str, ...]], align: str, lines: list[str]
+) -> None:
+    assert columns(rows, align) == lines

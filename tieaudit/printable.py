@@ -5,6 +5,8 @@ Also the units of the reports: sizes are decimal (1 MB = 1,000,000 bytes), count
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 N_MOST = 200
 N_MOST_MESSAGE = 2000
 """Characters of an error: a name of a megabyte in it is no help."""
@@ -47,6 +49,32 @@ def listed(names: tuple[str, ...], n_most: int = 4) -> str:
     if len(names) > n_most:
         return f"{', '.join(shown)} and {len(names) - n_most:,} more"
     return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
+
+
+def columns(rows: Sequence[Sequence[str]], align: str) -> list[str]:
+    """One line per row, with two spaces between columns that are as wide as their widest cell.
+
+    `align` has one character per column: `<` or `>`. A list, so that a report can put other lines between.
+    Cost: linear. A library for tables takes longer to import than a scan of a small model takes.
+    """
+    widths = [max(map(_width, column), default=0) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = []
+        for cell, width, side in zip(row, widths, align, strict=True):
+            gap = " " * (width - _width(cell))
+            cells.append(cell + gap if side == "<" else gap + cell)
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def _width(text: str) -> int:
+    """Columns that a terminal gives a text: two to a wide character (Unicode Standard Annex 11), none to a mark."""
+    if text.isascii():
+        return len(text)
+    from unicodedata import combining, east_asian_width
+
+    return sum(0 if combining(one) else 2 if east_asian_width(one) in "WF" else 1 for one in text)
 
 
 def size(n_bytes: int) -> str:

@@ -9,12 +9,10 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tabulate import tabulate
-
 from tieaudit.config import DEFAULTS, Settings
 from tieaudit.equality import of_buffers
 from tieaudit.model import Member, Model, Origin, Role, Tie
-from tieaudit.printable import counted, printable, shorten, size
+from tieaudit.printable import columns, counted, printable, shorten, size
 from tieaudit.reports import ReportFormat
 from tieaudit.verdict import Candidate, Finding, Report
 
@@ -129,18 +127,10 @@ def _totals(report: Report, page: _Page) -> list[str]:
     ]
     if not total.n_bytes_duplicate:
         rows[2] = (*rows[2][:2], "nothing stored twice")
-    lines = ["  " + line for line in _table(rows, ("left", "right", "left"))]
+    lines = ["  " + line for line in columns(rows, "<><")]
     return lines + (
         page.wrap(printable(total.n_parameters_because, _LONGEST), "  ") if total.n_parameters_because else []
     )
-
-
-def _table(rows: Sequence[Sequence[str]], align: Sequence[str]) -> list[str]:
-    """One line per row, so that a caller can put other lines between them."""
-    if not rows:
-        return []
-    return [line.rstrip() for line in tabulate(
-        rows, tablefmt="plain", colalign=align, disable_numparse=True).splitlines()]  # fmt: skip
 
 
 def _ties(report: Report, page: _Page) -> list[str]:
@@ -214,7 +204,7 @@ def _fitted(rows: Sequence[Sequence[str]], width: int) -> list[str]:
         room += max(widths[1] - _SHORT_ROLE, 0)
         rows = [(row[0], shorten(row[1], _SHORT_ROLE), *row[2:]) for row in rows]
     named = [(shorten(row[0], max(room, _MIN_NAME)), *row[1:]) for row in rows]
-    return _table(named, ("left",) * (len(widths) - 1) + ("right",))
+    return columns(named, "<" * (len(widths) - 1) + ">")
 
 
 def _first(tie: Tie, page: _Page) -> Sequence[Member]:
