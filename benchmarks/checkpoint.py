@@ -71,7 +71,7 @@ def layout(n_tensors: int, shrink: int = 1) -> Layout:
     per_layer = 256 * 6 + 20
     sizes = Sizes(n_layers=3 + max(1, round((n_tensors - 60) / per_layer)), shrink=shrink)
     tensors = list(_tensors(sizes))
-    n_shards = max(1, round(len(tensors) * N_SHARDS / N_TENSORS))
+    n_shards = max(1, len(tensors) * N_SHARDS // N_TENSORS)
     bounds = [len(tensors) * index // n_shards for index in range(n_shards + 1)]
     return Layout(sizes, [tensors[begin:end] for begin, end in pairwise(bounds)])
 

@@ -28,7 +28,7 @@ from benchmarks import checkpoint  # noqa: E402 - runs as a script, from any fol
 from benchmarks.spelling import write_external, write_inline, write_safetensors  # noqa: E402
 
 BUILT = ROOT / "benchmarks" / "built"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 """Counted up when the contents of a model change: folders built by an older script are built again."""
 
 VOCABULARY, HIDDEN, INNER = 32_000, 1024, 2048

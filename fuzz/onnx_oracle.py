@@ -5,6 +5,7 @@ It shares no code with tieaudit. Scopes are named as the documentation says; fun
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -28,6 +29,8 @@ def graphs(model: Any) -> list[Graph]:
     taken: Counter[str] = Counter()
 
     def unique(name: str) -> str:
+        if len(name) > 2000:
+            name = f"{name[:1900]}…{hashlib.sha256(name.encode()).hexdigest()[:32]}"
         taken[name] += 1
         return name if taken[name] == 1 else unique(f"{name}~{taken[name]}")
 

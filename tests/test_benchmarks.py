@@ -22,6 +22,7 @@ SMALL: dict[str, int] = {"n_layers": 3, "vocabulary": 60, "hidden": 8, "inner": 
 def arrays_of_onnx(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
+    assert all(one.HasField("raw_data") for one in model.graph.initializer)
     return {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
 
 
@@ -74,13 +75,13 @@ def test_the_large_model_has_98_tensors_and_the_size_that_its_page_says() -> Non
     # 2 × 32,000 × 1,024 × 4 = 262,144,000 for embedding and head; 96 × 1,024 × 2,048 × 4 = 805,306,368
     assert (len(matrices), sum(one.n_bytes for one in matrices)) == (98, 1_067_450_368)
     names = {one.name for one in matrices}
-    assert one_gigabyte.EQUAL | one_gigabyte.TRANSPOSED <= names
+    assert names >= one_gigabyte.EQUAL | one_gigabyte.TRANSPOSED
 
 
 def test_the_largest_checkpoint_has_the_size_that_its_page_says() -> None:
     full, narrow = checkpoint.layout(90_000), checkpoint.layout(90_000, shrink=4)
     assert abs(full.n_tensors - 90_000) < 900
-    assert len(full.shards) in range(160, 167)
+    assert len(full.shards) == 163
     assert 6.5e11 < full.n_bytes < 7.2e11
     assert narrow.n_tensors == full.n_tensors
     assert 15 < full.n_bytes / narrow.n_bytes < 17
@@ -126,7 +127,7 @@ def test_a_program_that_fails_or_hangs_is_one_line_without_a_place_of_this_machi
     failed = measure.repeated([sys.executable, "-c", code], 2)
     assert (failed.error, failed.seconds) == ("benchmarks/x.onnx: cannot be read", ())
     hung = measure.run([sys.executable, "-c", "import time; time.sleep(60)"], timeout=0.5)
-    assert hung.error.startswith("not finished after ")
+    assert hung.error.startswith("not finished after ") and hung.seconds < 30
 
 
 def test_memory_and_repeats_are_those_of_the_process() -> None:
@@ -176,7 +177,7 @@ def made_up(seconds: float, peak_bytes: float, equal: bool = True) -> dict[str, 
     own = {"name": "`tieaudit scan`", "does": "", "seconds": [seconds], "peak_bytes": peak_bytes}
     own |= {"equal": equal, "transposed": True, "wrong": []}
     peer = {**own, "name": one_gigabyte.PEER, "seconds": [3.0], "transposed": False}
-    broken = {"name": "another | peer", "does": "", "error": "TypeError: no <file>"}
+    broken = {"name": "another peer", "does": "", "error": "TypeError: no <file>"}
     return {"versions": {"onnx-ir": "1"}, "forms": {form: [own, peer, broken] for form in one_gigabyte.FORMS}}
 
 
@@ -200,7 +201,7 @@ def result(data: Any, load: float = 0.0) -> dict[str, Any]:
 def test_the_page_says_what_fails_what_is_missing_and_that_others_were_at_work() -> None:
     text = page.rendered({"one-gigabyte": result(made_up(0.6, 100e6), load=3.0)}, run.PARTS, "Tried nothing.")
     assert "**does not hold** | 5.0×, 100 MB, both pairs found" in text
-    assert r"another | peer" in text and "failed: TypeError: no &lt;file>" in text
+    assert "| another peer | failed: TypeError: no &lt;file> |" in text
     assert "> **Not quiet**: the load average was 3.00" in text
     assert "Not measured: `make bench BENCH_ARGS='--only cold-start'`." in text
     assert text.endswith("Tried nothing.\n")

@@ -125,6 +125,11 @@ main(sys.argv[1:])
 """.replace("\\\\n", "\\n")
 
 
+def listens() -> None:
+    """A shell's background job ignores the interrupt, and so does every process that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupt_during_the_proof_ends_its_process_too(number: signal.Signals, tmp_path: Path) -> None:
     source, scratch = tiny_onnx.lost(tmp_path / "m.onnx"), tmp_path / "scratch"
@@ -132,12 +137,15 @@ def test_an_interrupt_during_the_proof_ends_its_process_too(number: signal.Signa
     words = ["apply", str(source), "--to", str(tmp_path / "out.onnx")]
     environment = {**os.environ, "TMPDIR": str(scratch)}
     with subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED, *words], env=environment, stderr=subprocess.PIPE
+        [sys.executable, "-c", INTERRUPTED, *words], env=environment, stderr=subprocess.PIPE, preexec_fn=listens
     ) as child:
-        assert child.stderr is not None
-        assert child.stderr.read(1) == b"!"
-        child.send_signal(number)
-        said = child.communicate(timeout=60)[1]  # ends when the last process that could print has ended
+        try:
+            assert child.stderr is not None
+            assert child.stderr.read(1) == b"!"
+            child.send_signal(number)
+            said = child.communicate(timeout=60)[1]  # ends when the last process that could print has ended
+        finally:
+            child.kill()
     assert child.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
     assert b"Traceback" not in said
     if number != signal.SIGKILL:

@@ -119,12 +119,16 @@ def test_an_interrupt_leaves_nothing_and_prints_no_traceback(tmp_path: Path, num
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     ) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "writing\n"
-        time.sleep(0.1)
-        child.send_signal(number)
-        _, said = child.communicate(timeout=30)
+        try:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "writing\n"
+            time.sleep(0.1)
+            child.send_signal(number)
+            _, said = child.communicate(timeout=30)
+        finally:
+            child.kill()
     assert child.returncode == code
     assert "Traceback" not in said
     assert [one.name for one in tmp_path.iterdir()] == ["m.onnx"]

@@ -76,17 +76,23 @@ def test_the_checks_notice_a_reader_that_opens_another_file_or_writes(tmp_path: 
         pass
 
 
-def test_the_checks_notice_a_reader_that_gives_other_names_than_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tieaudit.formats.onnx import read
+def test_the_checks_notice_a_reader_that_sees_another_model_than_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tieaudit.formats.onnx import read, tensors
+    from tieaudit.formats.safetensors import header
 
-    real = read.make_id
-    monkeypatch.setattr(read, "make_id", real)
-    data = next(iter(TARGETS["onnx"].seeds()))
-    monkeypatch.setattr(read, "first_output", lambda node: "z")
-    assert TARGETS["onnx"].check(data) is None  # there is no Constant node in it
-    monkeypatch.setattr(read, "find_uses", lambda *_: iter(()))
-    with pytest.raises(Violation, match="uses differ"):
-        TARGETS["onnx"].check(data)
+    onnx_file, checkpoint = next(iter(TARGETS["onnx"].seeds())), next(iter(TARGETS["safetensors"].seeds()))
+    with monkeypatch.context() as patch:
+        patch.setattr(read, "find_uses", lambda *_: iter(()))
+        with pytest.raises(Violation, match="uses differ"):
+            TARGETS["onnx"].check(onnx_file)
+    with monkeypatch.context() as patch:
+        patch.setattr(tensors, "shape_of", lambda dims, where: tuple(dims)[::-1])
+        with pytest.raises(Violation, match="shape"):
+            TARGETS["onnx"].check(onnx_file)
+    with monkeypatch.context() as patch:
+        patch.setattr(header, "_check_layout", lambda *_: None)
+        with pytest.raises(Violation, match="read what the library refuses"):
+            TARGETS["safetensors"].check(checkpoint + b"left over")
 
 
 def test_a_folder_of_pipes_is_refused_without_waiting() -> None:

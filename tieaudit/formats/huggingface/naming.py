@@ -43,7 +43,9 @@ def _names_v5(model: Any, shapes: dict[str, list[int]]) -> tuple[dict[str, list[
         if pattern is None:
             names.setdefault(stored, []).append(live)
             continue
-        entry, parts = fused.setdefault(live, (deepcopy(by_pattern[pattern]), []))
+        if live not in fused:  # a copy is slow, and thousands of experts become one tensor
+            fused[live] = (deepcopy(by_pattern[pattern]), [])
+        entry, parts = fused[live]
         parts.append(stored)
         meta = torch.empty(shapes[stored], device="meta")
         entry.add_tensor(live, stored, pattern, lambda tensor=meta: tensor)

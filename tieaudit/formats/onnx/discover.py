@@ -187,7 +187,7 @@ def external_locations(file: Path) -> set[str]:
     if not file.is_file():  # opening a pipe would wait for a writer
         return set()
     try:
-        with file.open("rb") as stream:
+        with file.open("rb", buffering=0) as stream:
             data = skeleton(stream, file.stat().st_size).data
     except (OSError, Malformed):
         return set()

@@ -31,7 +31,7 @@ HeldAs = Literal["initializer", "constant_node", "sparse_initializer"]
 _N_MOST_BYTES_RETRY = 256 * 1024 * 1024
 """A file that the walk over its records refuses is given to the library for a second opinion up to this size."""
 _N_MOST_PAIRS = 20_000_000
-"""Inputs times outputs of each node, added up: the largest real models have some 100,000."""
+"""Inputs times outputs of each node, added up: the most of 439 real files are 6,102."""
 
 
 @dataclass
@@ -129,7 +129,7 @@ def parse(file: Path) -> tuple[ModelProto, Source]:
         n_bytes = file.stat().st_size
         why = ""
         try:
-            with file.open("rb") as stream:
+            with file.open("rb", buffering=0) as stream:
                 found = skeleton(stream, n_bytes)
             data, source = found.data, Source(file, found)
         except Malformed as error:

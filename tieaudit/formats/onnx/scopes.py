@@ -3,7 +3,7 @@
 Reader, surgery and verifier name subgraphs through this file only, so that they always mean the same one. A scope's
 name is the '/'-joined path of `<handle>.<attribute>` from the main graph (''), e.g. `If_0.then_branch/loop1.body`;
 the i-th member of a GRAPHS attribute is `<attribute>[i]`. A function body is `function:<domain>:<name>` (with
-`:<overload>` if it has one).
+`:<overload>` if it has one). Beyond 2000 characters it is cut to 1900, with … and 32 digits of its sha256 behind them.
 
 It refuses graphs nested more deeply than `MAX_DEPTH`.
 """

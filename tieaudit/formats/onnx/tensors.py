@@ -9,6 +9,7 @@ Source of the layouts: onnx.proto (TensorProto) of onnx 1.23, onnx/numpy_helper.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +50,12 @@ class Source:
     skeleton: Skeleton | None = None
     data_files: dict[str, tuple[Path, int]] = field(default_factory=dict)
     """Location as written → (resolved path, size in bytes) of the external files met so far."""
+
+    @cached_property
+    def resolved(self) -> str:
+        """The file's path without links: asked of the system once, not for every tensor."""
+        return str(self.path.resolve())
+
     claims: dict[tuple[str, int, int, str, tuple[int, ...]], None] = field(default_factory=dict)
     """(path, begin, end, type, shape) of each different external tensor met so far."""
     n_bytes_copied: int = 0
@@ -121,7 +128,7 @@ def _raw(tensor: TensorProto, source: Source, n_bytes: int, where: str, containe
             f"found {found}{at}"
         )
     if place:
-        return FileStorage(str(source.path.resolve()), place[0], n_bytes)
+        return FileStorage(source.resolved, place[0], n_bytes)
     return MemoryStorage(tensor.raw_data, container)
 
 
@@ -177,7 +184,7 @@ def _from_int32(values: np.ndarray[tuple[int], np.dtype[np.int32]], kind: DType,
 
 def _taken(storage: Storage, n_bytes: int, source: Source, where: str) -> bytes:
     """The first bytes of a storage, in memory. CorruptFile if data files are to be taken again and again."""
-    if isinstance(storage, FileStorage) and storage.path != str(source.path.resolve()):
+    if isinstance(storage, FileStorage) and storage.path != source.resolved:
         source.n_bytes_copied += n_bytes
         if source.n_bytes_copied > _FEW_BYTES + 2 * sum(dict(source.data_files.values()).values()):
             raise CorruptFile(

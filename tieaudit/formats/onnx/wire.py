@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 N_BYTES_INLINE = 1024
 """Messages and raw_data shorter than this are copied whole: a seek would cost more than the bytes."""
-_WINDOW_BYTES = 1 << 16
+_FIRST_WINDOW_BYTES, _WINDOW_BYTES = 1 << 9, 1 << 16
 _MAX_DEPTH = 400  # messages; the library itself refuses more than 100
 
 _MOST_LENGTH_BYTES = 5  # 35 bits; protobuf itself reads no more of a length
@@ -82,12 +82,16 @@ class _Walk:
         self.places: list[tuple[int, int]] = []
         self._begin = 0
         self._window = b""
+        self._ahead = _FIRST_WINDOW_BYTES
 
     def read(self, begin: int, end: int) -> bytes:
         """Bytes [begin, end) of the file, through a window that headers share."""
         if begin < self._begin or end > self._begin + len(self._window):
+            # behind a tensor that was left out, little is needed: its neighbour's name; in a graph, all that follows
+            is_next = 0 <= begin - self._begin <= len(self._window)
+            self._ahead = min(self._ahead * 2, _WINDOW_BYTES) if is_next else _FIRST_WINDOW_BYTES
             self.file.seek(begin)
-            self._window = self.file.read(max(end - begin, min(_WINDOW_BYTES, self.n_bytes - begin)))
+            self._window = self.file.read(max(end - begin, min(self._ahead, self.n_bytes - begin)))
             self._begin = begin
             if len(self._window) < end - begin:
                 raise Malformed("the file ends", begin + len(self._window))
@@ -98,6 +102,9 @@ class _Walk:
 
     def varint(self, at: int, end: int) -> tuple[int, int]:
         """(value, offset behind it) of a base-128 number, at most ten bytes."""
+        here = at - self._begin
+        if 0 <= here < len(self._window) and at < end and self._window[here] < 0x80:  # most numbers are small
+            return self._window[here], at + 1
         value = 0
         head = self.read(at, min(at + 10, end))
         for index, byte in enumerate(head):

@@ -2,7 +2,8 @@
 
 What this refuses although the library (0.8) reads it: a header that does not begin with `{`, a name that occurs twice
 in one object, and the array spelling of a tensor entry. All three are against the format's own description, and each
-lets two readers see two different models in one file.
+lets two readers see two different models in one file. What it reads although the library refuses it: numbers within one
+rounding of the largest float (1.7976931348623158e308), in a field that nobody reads.
 
 Source: https://github.com/huggingface/safetensors (README "Format", `safetensors/src/tensor.rs`), version 0.8.
 """
@@ -170,8 +171,10 @@ class _Negative(float):
 
 
 def _integer(text: str) -> int | float:
-    # int() of a text of any length is quadratic, and nothing here is longer than 20 digits
-    return _Negative(-1) if text.startswith("-") or len(text) > 20 else int(text)
+    if len(text) <= 20 and not text.startswith("-"):
+        return int(text)
+    _number(text)  # int() of a text of any length is quadratic, and the reference reads what is longer as a float
+    return _Negative(-1)
 
 
 def _number(text: str) -> float:
