@@ -16,8 +16,8 @@ from tieaudit.errors import CorruptFile, UnreadableModel
 from tieaudit.formats.safetensors import safetensors
 from tieaudit.formats.safetensors.header import MAX_HEADER_BYTES, TAGS, read_header
 from tieaudit.formats.safetensors.sharded import read_checkpoint
-from tieaudit.formats.safetensors.write import NewEntry, write_safetensors
 from tieaudit.formats.safetensors.weights import by_convention
+from tieaudit.formats.safetensors.write import NewEntry, write_safetensors
 from tieaudit.storage import MemoryStorage
 
 GOOD = {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}
