@@ -24,7 +24,14 @@ Command = Sequence[str | Path]
 TIMEOUT_SECONDS = 120.0
 BUDGET_SECONDS = 10.0
 """After this long a program is not repeated again; it is timed at least once."""
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "NO_COLOR": "1"}
+# compiled modules may be kept, as pip keeps them for every installed peer: the run that is not counted compiles ours
+ENVIRONMENT = {
+    "PYTHONDONTWRITEBYTECODE": "",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "NO_COLOR": "1",
+}
 
 
 @dataclass(frozen=True)

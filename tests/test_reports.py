@@ -232,3 +232,13 @@ def test_columns_are_as_wide_as_a_terminal_shows_them(
     rows: list[tuple[str, ...]], align: str, lines: list[str]
 ) -> None:
     assert columns(rows, align) == lines
+
+
+def test_a_document_about_thousands_of_weights_is_the_same_without_line_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = audit(toy({"a": ramp(4, 4), "b": ramp(4, 4), "c": ramp(3, 4)}))
+    render = discover("reports", ReportFormat)["json"].render
+    short = render([report], [], {})
+    monkeypatch.setattr("tieaudit.reports.json._N_MOST_INDENTED", 2)
+    long = render([report], [], {})
+    assert (short.count("\n") > 50, long.count("\n")) == (True, 1)
+    assert json.loads(short) == json.loads(long)

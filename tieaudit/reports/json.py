@@ -15,6 +15,8 @@ from tieaudit.verdict import Candidate, Finding, Report
 
 SCHEMA = "tieaudit/scan/1"
 _OF_THE_SCREEN = frozenset({"color", "width"})
+_N_MOST_INDENTED = 2000
+"""Weights in one document that is still printed with line breaks."""
 _NO_ROLE = Role("other", "")
 
 
@@ -33,8 +35,10 @@ def document(
 
 
 def _render(reports: Sequence[Report], errors: Sequence[tuple[str, str]], settings: Mapping[str, object]) -> str:
+    # indented for people while people may read it: the standard library is ten times slower with an indent
+    indent = 1 if sum(len(report.subject.model.weights) for report in reports) <= _N_MOST_INDENTED else None
     # ASCII only: names from files may hold lone surrogates and control characters, which no terminal should get raw
-    return encoder.dumps(document(reports, errors, settings), indent=1, ensure_ascii=True, allow_nan=False) + "\n"
+    return encoder.dumps(document(reports, errors, settings), indent=indent, ensure_ascii=True, allow_nan=False) + "\n"
 
 
 def _setting(value: object) -> object:
