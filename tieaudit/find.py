@@ -268,9 +268,7 @@ def _home_by_digest(
     return None
 
 
-def _measured_tie(
-    position: Mapping[str, int], members: list[tuple[Weight, View]], names: Mapping[str, Names]
-) -> Tie:
+def _measured_tie(position: Mapping[str, int], members: list[tuple[Weight, View]], names: Mapping[str, Names]) -> Tie:
     every = [Member(alias.id, view.compose(seen)) for weight, view in members for alias, seen in names[weight.id]]
     every.sort(key=lambda member: position[member.id])
     if every[0].view != AS_STORED:  # make the first name the anchor: a transpose is its own inverse

@@ -69,9 +69,7 @@ class Strided:
         found = b"".join(self._elements(self.offset, self.shape, self.strides, first, last))
         return found[begin - first * self.n_item_bytes :][:length]
 
-    def _elements(
-        self, offset: int, shape: Shape, strides: tuple[int, ...], first: int, last: int
-    ) -> Iterable[bytes]:
+    def _elements(self, offset: int, shape: Shape, strides: tuple[int, ...], first: int, last: int) -> Iterable[bytes]:
         """Elements first … last in row-major order: parts of rows at both ends, whole rows between them."""
         if not shape:
             yield self._bytes(self._box(offset, (1,), (0,)))
@@ -234,7 +232,9 @@ def _cut(axes: Sequence[Axis], edges: Sequence[int]) -> list[Axis] | None:
     return found
 
 
-def runs(begin: int, shape: Shape, strides: Sequence[int], n_item_bytes: int, most: int) -> list[tuple[int, int]] | None:
+def runs(
+    begin: int, shape: Shape, strides: Sequence[int], n_item_bytes: int, most: int
+) -> list[tuple[int, int]] | None:
     """Begin and end of every stretch of bytes that is visited, from `begin` on; None if there are more than `most`."""
     axes = list(footprint(shape, strides))
     if 0 in shape:

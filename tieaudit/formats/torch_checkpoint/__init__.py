@@ -42,8 +42,8 @@ def _load_key(path: Path, files: tuple[Path, ...], key: str) -> Model:
 
 def _can_realise(model: Model, edit: Edit, target: str) -> str | None:
     return (
-        "tieaudit reads PyTorch checkpoints and does not write them yet: tie the modules and save again with torch.save, "
-        "which stores tensors that share memory once"
+        "tieaudit reads PyTorch checkpoints and does not write them yet: tie the modules and save again with "
+        "torch.save, which stores tensors that share memory once"
     )
 
 

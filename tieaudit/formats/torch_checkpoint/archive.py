@@ -163,11 +163,15 @@ class Archive:
             packed, plain, header = _sizes_64(extra, plain, packed, header)
             self._check(name, flags, method, packed, plain)
             if name in found:
-                raise CorruptFile(f"{self.where}: expected every name once, found {name[:200]!r} twice: readers disagree")
+                raise CorruptFile(
+                    f"{self.where}: expected every name once, found {name[:200]!r} twice: readers disagree"
+                )
             found[name] = Member(name, method, packed, plain, header)
             at += 46 + n_name + n_extra + n_comment
         if at != len(text) or not found:
-            raise CorruptFile(f"{self.where}: expected entries up to the end of the directory, found none at byte {begin + at}")
+            raise CorruptFile(
+                f"{self.where}: expected entries up to the end of the directory, found none at byte {begin + at}"
+            )
         return list(found.values())
 
     def _check(self, name: str, flags: int, method: int, n_packed: int, n_bytes: int) -> None:

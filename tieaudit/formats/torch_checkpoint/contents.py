@@ -24,6 +24,8 @@ _TRAINING = re.compile(
     r"optim|sched|scaler|rng|random|^(lr|epoch|step|global_step|loss|best_.*|callbacks|loops|hparams|args|hyper_parameters)$",
     re.IGNORECASE,
 )
+_FLAT = "_flat_weights"
+"""Recurrent modules of TorchScript keep a list of their own parameters, which are named already."""
 _MAX_DEPTH = 100
 _MAX_VISITS = 1_000_000
 
@@ -58,7 +60,8 @@ class Contents:
             return Chosen("", list(self._leaves(self.value)), ())
         if key:
             return Chosen(key, list(self._leaves(self._at(key))), tuple(self._beside(key)))
-        found, path = self.value, []
+        path: list[str] = []
+        found = self.value
         while (main := self._main(found)) is not None and len(path) < 8:
             path.append(main)
             found = dict(self.children(found))[main]
@@ -213,7 +216,7 @@ def _inside(container: object) -> Iterator[tuple[str, object]]:
             return
         for held in (state, container.items, container.entries, container.args):
             if isinstance(held, (dict, list, tuple)):
-                yield from _inside(held)
+                yield from ((name, child) for name, child in _inside(held) if name != _FLAT)
             elif held is not None:
                 yield "state", held
 

@@ -22,7 +22,7 @@ Kind = Literal["zip", "legacy", ""]
 
 
 def owns(path: Path) -> bool:
-    """Whether a file is a checkpoint, an index of sharded ones, or, by its name, one that was damaged. Reads 512 bytes."""
+    """Whether a file is a checkpoint, or an index of sharded ones. Reads 512 bytes."""
     if path.name.endswith(INDEX_SUFFIX):
         return path.is_file()
     if not path.name.endswith(SUFFIXES) or _NO_MODEL.match(path.name) or not path.is_file():
@@ -62,8 +62,8 @@ def what_is(path: Path) -> tuple[Kind, str]:
         return "", "a git-LFS pointer, the weights are elsewhere: run `git lfs pull`"
     if head[257:262] == b"ustar":
         return "", (
-            "a tar archive: PyTorch before 0.1.10 wrote such checkpoints, and its safe loader refuses them too; load it "
-            "once in a place where it can do no harm, and save it again"
+            "a tar archive: PyTorch before 0.1.10 wrote such checkpoints, and its safe loader refuses them too; load "
+            "it once in a place where it can do no harm, and save it again"
         )
     if head[:1] == b"\x80" and head[1] <= 5:
         return "", "a Python pickle that `torch.save` did not write"

@@ -2,7 +2,7 @@
 
 magic number, protocol 1001, system, the value itself, keys of the storages in the order in which they follow; each
 storage is its number of elements (8 bytes, little-endian) and its bytes. Source: torch/serialization.py,
-`_legacy_load` and `_legacy_save`; storages are little-endian whatever wrote them (`StorageMethods.cpp`, `writeFileRaw`).
+`_legacy_load` and `_legacy_save`; storages are little-endian whatever wrote them (torch/csrc/serialization.cpp).
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class LegacyFile:
             n_bytes = dtype(known.dtype).n_bytes(known.n_elements)
             if at + 8 + n_bytes > n_file:
                 raise CorruptFile(
-                    f"{self.where}: storage {key!r}: expected {n_bytes} bytes at byte {at + 8}, found the end of the file "
-                    f"at byte {n_file}: truncated"
+                    f"{self.where}: storage {key!r}: expected {n_bytes} bytes at byte {at + 8}, found the end of the "
+                    f"file at byte {n_file}: truncated"
                 )
             head = FileStorage(self.path, at, 8).read_ranges([(0, 8)])[0]
             count = int.from_bytes(head, "little", signed=True)

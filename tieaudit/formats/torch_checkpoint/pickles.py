@@ -26,9 +26,9 @@ RUNS_CODE = frozenset(
     "os posix nt sys subprocess runpy pty shutil socket ctypes importlib imp builtins.eval "
     "builtins.exec builtins.compile builtins.open builtins.__import__ builtins.input builtins.breakpoint "
     "builtins.globals builtins.execfile builtins.apply builtins.exit builtins.quit code codeop bdb pdb timeit "
-    "multiprocessing asyncio webbrowser pip pickle _pickle marshal requests httplib urllib http ftplib smtplib telnetlib "
-    "cProfile pydoc doctest types.CodeType types.FunctionType numpy.testing._private.utils.runstring torch.hub torch.utils.cpp_extension "
-    "torch.jit._script.script torch._inductor".split()
+    "multiprocessing asyncio webbrowser pip pickle _pickle marshal requests httplib urllib http ftplib smtplib "
+    "telnetlib cProfile pydoc doctest types.CodeType types.FunctionType numpy.testing torch.hub "
+    "torch.utils.cpp_extension torch.jit._script.script torch._inductor".split()
 )
 """Modules, and single functions, of which no checkpoint has need and many an attack has; naming one is enough.
 
@@ -107,7 +107,9 @@ class Machine:
             try:
                 operation(self)
             except (IndexError, KeyError, TypeError, ValueError, OverflowError, struct.error) as error:
-                raise self._wrong(f"opcode {bytes([code])!r} does not fit what is there ({type(error).__name__})") from None
+                raise self._wrong(
+                    f"opcode {bytes([code])!r} does not fit what is there ({type(error).__name__})"
+                ) from None
         raise self._wrong(f"expected at most {MAX_STEPS:,} steps, found more")
 
     def _wrong(self, what: str) -> CorruptFile:
@@ -204,8 +206,8 @@ class Machine:
         parts = full.split(".")
         if any(".".join(parts[:count]) in RUNS_CODE for count in range(1, len(parts) + 1)):
             raise self._wrong(
-                f"the pickle names {full[:80]}, which runs code when PyTorch loads it without weights_only: nothing was "
-                "executed, and the file is not to be trusted"
+                f"the pickle names {full[:80]}, which runs code when PyTorch loads it without weights_only: nothing "
+                "was executed, and the file is not to be trusted"
             )
         self.push(self._globals.setdefault(full, Global(full)))
 
@@ -276,18 +278,17 @@ def _key(value: object) -> object:
 
 
 def _operations() -> Mapping[int, Callable[[Machine], object]]:
-    m = Machine
-    found: dict[str, Callable[[m], object]] = {
+    found: dict[str, Callable[[Machine], object]] = {
         "\x80": lambda s: s._stream.byte(),
         "\x95": lambda s: s._stream.take(8),
-        "(": m.mark,
+        "(": Machine.mark,
         "0": lambda s: s._stack.pop() if s._stack else s._since_mark(),
-        "1": m._since_mark,
+        "1": Machine._since_mark,
         "2": lambda s: s.push(s._stack[-1]),
         "F": lambda s: s.push(float(s._stream.line())),
-        "G": m.real,
-        "I": m.written_integer,
-        "L": m.written_integer,
+        "G": Machine.real,
+        "I": Machine.written_integer,
+        "L": Machine.written_integer,
         "J": lambda s: s.push(s._stream.number(4, signed=True)),
         "K": lambda s: s.push(s._stream.byte()),
         "M": lambda s: s.push(s._stream.number(2)),
@@ -316,22 +317,22 @@ def _operations() -> Mapping[int, Callable[[Machine], object]]:
         "\x86": lambda s: s.tuple_of(2),
         "\x87": lambda s: s.tuple_of(3),
         "l": lambda s: s.push(s._since_mark()),
-        "d": m.new_dict,
+        "d": Machine.new_dict,
         "\x91": lambda s: s.push(s._since_mark()),
         "a": lambda s: s.append([s._stack.pop()]),
         "e": lambda s: s.append(s._since_mark()),
         "\x90": lambda s: s.append(s._since_mark()),
-        "s": m.set_item,
+        "s": Machine.set_item,
         "u": lambda s: s._set(s._since_mark()),
         "c": lambda s: s.name_of(s._stream.line(), s._stream.line()),
-        "\x93": m.stack_global,
-        "i": m.named_instance,
-        "o": m.instance,
-        "R": m.reduce,
-        "\x81": m.reduce,
-        "\x92": m.new_object_with_keywords,
-        "b": m.build,
-        "Q": m.persistent,
+        "\x93": Machine.stack_global,
+        "i": Machine.named_instance,
+        "o": Machine.instance,
+        "R": Machine.reduce,
+        "\x81": Machine.reduce,
+        "\x92": Machine.new_object_with_keywords,
+        "b": Machine.build,
+        "Q": Machine.persistent,
         "p": lambda s: s.put(int(s._stream.line())),
         "q": lambda s: s.put(s._stream.byte()),
         "r": lambda s: s.put(s._stream.number(4)),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tieaudit.dtypes import TABLE, dtype
@@ -40,10 +40,19 @@ class _Found:
 class Pickled:
     """All weights of a checkpoint in one or several files."""
 
-    files: tuple[Path, ...]
-    weights: tuple[Weight, ...]
+    main: Path
+    by_file: Mapping[Path, tuple[Weight, ...]]
     metadata: dict[str, str]
     notes: tuple[str, ...]
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        return tuple(weight for weights in self.by_file.values() for weight in weights)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The index, if any, first."""
+        return tuple(dict.fromkeys((self.main, *self.by_file)))
 
 
 def load(path: Path, files: tuple[Path, ...], key: str = "") -> Model:
@@ -66,9 +75,10 @@ def read(main: Path, key: str = "") -> Pickled:
     """The weights of a file, or of an index and its shards."""
     if not main.name.endswith(INDEX_SUFFIX):
         weights, metadata, notes = _read_one(main, key)
-        return Pickled((main,), weights, metadata, notes)
+        return Pickled(main, {main: weights}, metadata, notes)
     weight_map = read_index(main)
-    found: dict[str, Weight] = {}
+    names: set[str] = set()
+    by_file: dict[Path, tuple[Weight, ...]] = {}
     all_notes: list[str] = []
     shards = tuple(main.parent / name for name in dict.fromkeys(weight_map.values()))
     metadata = {}
@@ -84,11 +94,12 @@ def read(main: Path, key: str = "") -> Pickled:
             if weight_map.get(weight.name) != shard.name:
                 where = weight_map.get(weight.name, "no shard")
                 raise CorruptFile(f"{main}: expected tensor {weight.name!r} in {where}, found it in {shard.name}")
-            found[weight.name] = weight
-    missing = [name for name in weight_map if name not in found]
+            names.add(weight.name)
+        by_file[shard] = weights
+    missing = [name for name in weight_map if name not in names]
     if missing:
         raise CorruptFile(f"{main}: expected tensor {missing[0]!r} in {weight_map[missing[0]]}, found no such tensor")
-    return Pickled((main, *shards), tuple(found.values()), metadata, tuple(all_notes))
+    return Pickled(main, by_file, metadata, tuple(all_notes))
 
 
 def _read_one(path: Path, key: str) -> tuple[tuple[Weight, ...], dict[str, str], tuple[str, ...]]:
@@ -105,7 +116,9 @@ def _read_one(path: Path, key: str) -> tuple[tuple[Weight, ...], dict[str, str],
     if opened.placeholders:
         most = opened.placeholders.most_common(_PRESENT)
         more = len(opened.placeholders) - len(most)
-        metadata["placeholders"] = ", ".join(f"{name} ×{count}" for name, count in most) + f" and {more} more" * (more > 0)
+        metadata["placeholders"] = ", ".join(f"{name} ×{count}" for name, count in most) + f" and {more} more" * (
+            more > 0
+        )
     notes = [f"{name}: {because}" for name, because in found.left_out.items()]
     if not found.weights and not notes:
         notes.append("the file holds no tensor")
@@ -150,11 +163,8 @@ def _weight(found: _Found, name: str, tensor: Tensor, kind: str) -> Weight | Non
     elif parameter is None:
         said, why = by_convention(name, tensor.dtype, tensor.shape)
         parameter, because = said, because or why
-    held = "sparse_initializer" if kind == "sparse" else "tensor"
-    return Weight(
-        make_id(name), name, tensor.shape, tensor.dtype, storage, parameter=parameter, because=because,
-        held_as="sparse_initializer" if held == "sparse_initializer" else "tensor",
-    )  # fmt: skip
+    weight = Weight(make_id(name), name, tensor.shape, tensor.dtype, storage, parameter=parameter, because=because)
+    return replace(weight, held_as="sparse_initializer") if kind == "sparse" else weight
 
 
 def _storage(found: _Found, name: str, tensor: Tensor, stored: Bytes) -> Storage | None:

@@ -1,7 +1,7 @@
 """What the functions mean that PyTorch's pickles call: a tensor as a step through a named storage. Nothing is read.
 
-Source: torch/_utils.py (`_rebuild_…`), torch/serialization.py (`persistent_load`), torch/_tensor.py `_reduce_ex_internal`,
-torch/jit/_pickle.py; version 2.13.
+Source: torch/_utils.py (`_rebuild_…`), torch/serialization.py (`persistent_load`), torch/_tensor.py
+(`_reduce_ex_internal`), torch/jit/_pickle.py; version 2.13.
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ class Rebuilder:
         begin = 0
         if len(saved) == 6 and isinstance(saved[5], tuple):
             if len(saved[5]) != 3 or not _is_size(saved[5][1]) or not _is_size(saved[5][2]):
-                raise CorruptFile(f"{self.where}: storage {key!r}: expected a view (key, offset, size), found another value")
+                raise CorruptFile(
+                    f"{self.where}: storage {key!r}: expected a view (key, offset, size), found another value"
+                )
             begin, view_count = saved[5][1:]
             if begin + view_count > count:
                 raise CorruptFile(f"{self.where}: storage {key!r}: expected a view inside it, found one beyond its end")
@@ -134,7 +136,9 @@ class Rebuilder:
         shape, strides = _sizes(size), _sizes(stride)
         where = f"{self.where}: a tensor of storage {stored.key!r}"
         if shape is None or strides is None or len(shape) != len(strides) or len(shape) > _MAX_AXES:
-            raise CorruptFile(f"{where}: expected sizes and strides that are not negative, one of each, found {size} {stride}"[:400])
+            raise CorruptFile(
+                f"{where}: expected sizes and strides that are not negative, one of each, found {size} {stride}"[:400]
+            )
         if not _is_size(offset):
             raise CorruptFile(f"{where}: expected an offset of at least 0, found {offset}"[:400])
         odd = ""
@@ -161,7 +165,9 @@ class Rebuilder:
             raise ValueError
         return Tensor(None, name, 0, shape, (), because="on the meta device: no values were saved")
 
-    def quantised(self, stored: object, offset: object, size: object, stride: object, params: Any, *more: Any) -> object:
+    def quantised(
+        self, stored: object, offset: object, size: object, stride: object, params: Any, *more: Any
+    ) -> object:
         codes = self._tensor(stored, offset, size, stride, None, None)
         scheme, *numbers = params
         found: dict[str, object] = {"codes": replace(codes, because="codes of a quantised tensor", parameter=None)}
@@ -199,8 +205,6 @@ class Rebuilder:
             return _numpy(state)
         if made.name.startswith("torch.") and made.name.endswith("Tensor") and len(state) == 4:
             return self._tensor(*state, None, None) if isinstance(state[0], Bytes) else NotImplemented
-        if made.name == "numpy.dtype":
-            return NotImplemented
         return NotImplemented
 
 
