@@ -192,7 +192,9 @@ class Rebuilder:
         """A subclass, or a tensor with attributes: what it is made from, unless its own state holds the tensors."""
         made = self.call(function, args) if isinstance(function, Global) else NotImplemented
         if isinstance(made, (Tensor, Parts)):
-            return made
+            name = kind.name if isinstance(kind, Global) else ""
+            is_buffer = name in _BUFFERS or (isinstance(state, dict) and state.get("_is_buffer") is True)
+            return self.parameter(made) if name in _PARAMETERS else self.buffer(made) if is_buffer else made
         placeholder = Made(kind, args)
         placeholder.state = state
         return placeholder
