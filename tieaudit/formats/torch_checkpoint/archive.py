@@ -52,12 +52,10 @@ class Archive:
         begin, n_bytes = self._directory(n_file)
         members = self._members(begin, n_bytes)
         self._check_apart(members, begin)
-        tops = {member.name.partition("/")[0] for member in members if "/" in member.name}
         self.top = _top(members)
         self.members: Mapping[str, Member] = {
             member.name.removeprefix(self.top): member for member in members if member.name.startswith(self.top)
         }
-        self.n_tops = len(tops)
         self._n_inflated = 0
 
     def __contains__(self, name: str) -> bool:
@@ -217,4 +215,5 @@ def _top(members: list[Member]) -> str:
     """The folder that all of a PyTorch archive lies in: that of the shallowest data.pkl, else of the first member."""
     pickles = [member.name for member in members if member.name.endswith("/data.pkl")]
     first = min(pickles, key=lambda name: name.count("/")) if pickles else members[0].name
-    return first.rpartition("/")[0] + "/" if pickles else ""
+    top = first.rpartition("/")[0] if pickles else first.partition("/")[0] if "/" in first else ""
+    return f"{top}/" if top else ""

@@ -7,6 +7,7 @@ functions a meaning that PyTorch writes. Source of the opcodes: CPython, Lib/pic
 from __future__ import annotations
 
 import struct
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # how Python 2 spelt the names of protocols 0 to 2
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,7 +24,7 @@ _MAX_INTEGER_BYTES = 64
 _NO_MARK = "expected a MARK on the stack"
 
 RUNS_CODE = frozenset(
-    "os posix nt sys subprocess runpy pty shutil socket ctypes importlib imp builtins.eval "
+    "os posix nt sys subprocess commands runpy pty shutil socket ctypes importlib imp builtins.eval "
     "builtins.exec builtins.compile builtins.open builtins.__import__ builtins.input builtins.breakpoint "
     "builtins.globals builtins.execfile builtins.apply builtins.exit builtins.quit code codeop bdb pdb timeit "
     "multiprocessing asyncio webbrowser pip pickle _pickle marshal requests httplib urllib http ftplib smtplib "
@@ -201,10 +202,9 @@ class Machine:
     def name_of(self, module: object, name: object) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
             raise TypeError
-        module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
-        full = f"{module}.{name}"
-        parts = full.split(".")
-        if any(".".join(parts[:count]) in RUNS_CODE for count in range(1, len(parts) + 1)):
+        said = f"{module}.{name}"
+        full = ".".join(NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name)))
+        if _runs_code(said) or _runs_code(full):
             raise self._wrong(
                 f"the pickle names {full[:80]}, which runs code when PyTorch loads it without weights_only: nothing "
                 "was executed, and the file is not to be trusted"
@@ -266,6 +266,11 @@ class Machine:
 
     def put(self, index: int) -> None:
         self._memo[index] = self._stack[-1]
+
+
+def _runs_code(name: str) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[:count]) in RUNS_CODE for count in range(1, len(parts) + 1))
 
 
 def _key(value: object) -> object:
