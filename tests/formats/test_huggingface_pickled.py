@@ -95,6 +95,15 @@ def test_a_pickled_folder_is_read_only_and_says_how_to_convert(tmp_path: Path) -
     assert "read only" in str(huggingface.can_realise(load_one(folder), share, "transformers-5"))
 
 
+def test_a_finding_of_a_pickled_folder_recommends_no_command_that_would_be_refused(tmp_path: Path) -> None:
+    report = scan(load_one(pickled(tmp_path / "m", {EMBED: copied(TABLE), HEAD: copied(TABLE)}, tied=True)))
+    (finding,) = report.findings
+    assert finding.code == "TIE102"
+    assert finding.fix is not None
+    assert finding.fix.safety == "manual"
+    assert "save_pretrained(out)" in finding.fix.command
+
+
 def test_shards_and_index_of_pickled_weights_all_mean_their_folder(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "m")
     names = [f"pytorch_model-0000{n}-of-00002.bin" for n in (1, 2)]
@@ -134,3 +143,19 @@ def test_a_pickle_that_runs_code_is_refused_in_a_folder_too(tmp_path: Path) -> N
     assert "runs code" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert not marker.exists()
+
+
+def test_verify_runs_a_pickled_folder_and_finds_it_equal_bit_for_bit(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        n_layer=1, n_head=2, n_embd=8, vocab_size=32, n_positions=16, bos_token_id=0, eos_token_id=0
+    )
+    torch.manual_seed(0)
+    module = transformers.GPT2LMHeadModel(config)
+    module.save_pretrained(tmp_path / "s")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "config.json").write_bytes((tmp_path / "s" / "config.json").read_bytes())
+    torch.save(module.state_dict(), tmp_path / "b" / "pytorch_model.bin")
+    result = CliRunner().invoke(main, ["verify", str(tmp_path / "s"), str(tmp_path / "b"), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert "equal bit for bit" in result.output
