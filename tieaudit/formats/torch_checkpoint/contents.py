@@ -112,6 +112,9 @@ class Contents:
     def _at(self, key: str) -> object:
         """The container under a dotted key; the longest name that is there goes first, as names may hold dots."""
         found, rest = self.value, key
+        module = dict(self.children(found)).get("")
+        if module is not None and not key.startswith("CONSTANTS"):  # TorchScript: the module, and constants beside it
+            found = module
         while rest:
             named = dict(self.children(found))
             fitting = [name for name in named if rest == name or rest.startswith(name + ".")]

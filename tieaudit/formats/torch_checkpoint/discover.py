@@ -54,7 +54,7 @@ def what_is(path: Path) -> tuple[Kind, str]:
         head = file.read(_N_HEAD)
     if head.startswith(b"PK\x03\x04"):
         return "zip", ""
-    if head.startswith(MAGIC):
+    if head[:1] == b"\x80" and MAGIC in head[:32]:
         return "legacy", ""
     if not head:
         return "", "an empty file"

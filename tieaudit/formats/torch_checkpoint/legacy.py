@@ -19,8 +19,9 @@ from tieaudit.formats.torch_checkpoint.rebuild import Bytes, Rebuilder
 from tieaudit.formats.torch_checkpoint.stream import Stream
 from tieaudit.storage import FileStorage
 
-MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-"""The first pickle, as every version writes it."""
+MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""The end of the first pickle: what comes before it depends on the protocol."""
+_MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 
 
@@ -35,7 +36,9 @@ class LegacyFile:
         self._named: dict[str, Bytes] = {}
         stream = Stream(file, self.where)
         rebuilder = Rebuilder(self.where)
-        stream.take(len(MAGIC))
+        magic = Machine(stream, rebuilder.persistent, rebuilder.call).load()
+        if magic != _MAGIC_NUMBER:
+            raise CorruptFile(f"{path}: expected PyTorch's magic number, found {str(magic)[:40]}")
         protocol = Machine(stream, rebuilder.persistent, rebuilder.call).load()
         if protocol != _PROTOCOL:
             raise CorruptFile(f"{path}: expected protocol {_PROTOCOL}, found {str(protocol)[:40]}")
