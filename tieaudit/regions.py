@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from tieaudit.compare import storage_of
@@ -17,8 +16,6 @@ Names = list[tuple[Weight, View]]
 """Weights that are the very same bytes, each with the view through which the first one becomes it."""
 _N_MOST_RUNS = 200_000
 """Stretches of bytes that are looked at to tell whether interleaved views meet."""
-_N_MOST_TRIED = 8
-"""Ways of cutting one region into axes that do not become each other: real files have one."""
 
 
 def overlapping(regions: Sequence[Region]) -> list[list[int]]:
@@ -42,25 +39,20 @@ def overlapping(regions: Sequence[Region]) -> list[list[int]]:
 
 
 def aliases(stored: Iterable[Weight]) -> list[Names]:
-    """Weights by what they are made of: one entry per distinct set of bytes, element type and way of cutting it.
+    """Weights by what they are made of: one entry per distinct set of bytes and element type.
 
     In the order of their first names. Same region and steps: as stored. Same elements in another order: transposed,
     permuted or reshaped. Nothing is read.
     """
-    found: dict[object, list[Names]] = defaultdict(list)
+    found: dict[object, Names] = {}
     for weight in stored:
         storage = storage_of(weight)
         strides = strides_of(storage, weight.shape)
-        key = (storage.region, weight.dtype, footprint(weight.shape, strides))
-        for names in found[key][:_N_MOST_TRIED]:
-            first = names[0][0]
-            view = view_between(first.shape, strides_of(storage_of(first), first.shape), weight.shape, strides)
-            if view is not None:
-                names.append((weight, view))
-                break
-        else:
-            found[key].append([(weight, AS_STORED)])
-    return [names for group in found.values() for names in group]
+        names = found.setdefault((storage.region, weight.dtype, footprint(weight.shape, strides)), [])
+        first = names[0][0] if names else weight
+        view = view_between(first.shape, strides_of(storage_of(first), first.shape), weight.shape, strides)
+        names.append((weight, view if view is not None else AS_STORED))  # None: not with equal footprints
+    return list(found.values())
 
 
 def overlaps(shared: Sequence[Names]) -> tuple[Overlap, ...]:

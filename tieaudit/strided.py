@@ -173,37 +173,33 @@ def footprint(shape: Shape, strides: Sequence[int]) -> tuple[Axis, ...]:
 
 
 def view_between(shape: Shape, strides: Sequence[int], to_shape: Shape, to_strides: Sequence[int]) -> View | None:
-    """The view through which one tensor becomes another that steps through the same elements, or None.
+    """The view through which one tensor becomes another that visits the same elements; None for other elements.
 
     >>> print(view_between((2, 3), (3, 1), (3, 2), (1, 3)))
     transposed
     >>> print(view_between((2, 3), (3, 1), (6,), (1,)))
     reshaped to [6]
     """
-    one, other = merged(zip(shape, strides, strict=True)), merged(zip(to_shape, to_strides, strict=True))
-    if one == other:
+    axes, wanted = list(zip(shape, strides, strict=True)), list(zip(to_shape, to_strides, strict=True))
+    if merged(axes) == merged(wanted):
         return AS_STORED if shape == to_shape else View((Reshape(to_shape),))
-    if len(shape) == len(to_shape):
-        axes = list(zip(shape, strides, strict=True))
-        perm = _permutation(axes, list(zip(to_shape, to_strides, strict=True)))
-        if perm is not None:
-            return AS_STORED.then(Transpose(perm))
-    edges = sorted({edge for size, stride in (*one, *other) if stride for edge in (stride, size * stride)})
-    cut, other_cut = _cut(one, edges), _cut(other, edges)
-    perm = None if cut is None or other_cut is None else _permutation(cut, other_cut)
-    if cut is None or perm is None:
+    if footprint(shape, strides) != footprint(to_shape, to_strides):
         return None
-    sizes = tuple(size for size, _ in cut)
-    return _without_idle(View((Reshape(sizes), Transpose(perm), Reshape(to_shape))), shape)
+    perm = _permutation(axes, wanted)
+    if perm is not None:
+        return AS_STORED.then(Transpose(perm))
+    # in the order of the bytes both are one sequence, which a reshape cuts in the other way
+    order, back = _by_bytes(axes), _by_bytes(wanted)
+    cut = tuple(to_shape[axis] for axis in back)
+    view = AS_STORED.then(Transpose(order))
+    if view.shape(shape) != cut:
+        view = view.then(Reshape(cut))
+    return view.then(Transpose(back).inverse(cut))
 
 
-def _without_idle(view: View, shape: Shape) -> View:
-    steps = []
-    for step in view.steps:
-        if step.shape(shape) != shape or isinstance(step, Transpose):
-            steps.append(step)
-        shape = step.shape(shape)
-    return View(tuple(steps))
+def _by_bytes(axes: Sequence[Axis]) -> tuple[int, ...]:
+    """Axes from the one with the longest steps to that with the shortest."""
+    return tuple(sorted(range(len(axes)), key=lambda n: (-axes[n][1], -axes[n][0])))
 
 
 def _permutation(axes: Sequence[Axis], wanted: Sequence[Axis]) -> tuple[int, ...] | None:
@@ -217,19 +213,6 @@ def _permutation(axes: Sequence[Axis], wanted: Sequence[Axis]) -> tuple[int, ...
         left.remove(at)
         perm.append(at)
     return None if left else tuple(perm)
-
-
-def _cut(axes: Sequence[Axis], edges: Sequence[int]) -> list[Axis] | None:
-    """Axes split at the steps at which another tensor has its own; None where that is not whole."""
-    found: list[Axis] = []
-    for size, stride in axes:
-        end = size * stride
-        for edge in [*(one for one in reversed(edges) if stride < one < end), stride]:
-            if stride and (edge % stride or end % edge):
-                return None
-            found.append((end // edge if stride else size, edge))
-            end = edge
-    return found
 
 
 def runs(
