@@ -51,6 +51,18 @@ def test_a_scan_of_two_megabytes_of_safetensors_loads_none_either(
     assert packages & HEAVY == set()
 
 
+def test_a_scan_of_a_pytorch_checkpoint_loads_none_either(tmp_path: Path, matrices: dict[str, np.ndarray]) -> None:
+    torch = pytest.importorskip("torch")
+    state = {name: torch.from_numpy(value) for name, value in matrices.items()}
+    tied = next(iter(state.values()))
+    for name, how in (("zip", True), ("legacy", False)):
+        path = tmp_path / f"{name}.pt"
+        torch.save({"state_dict": {**state, "tied": tied}}, path, _use_new_zipfile_serialization=how)
+        packages, code = loaded_by("scan", str(path))
+        assert code == 0
+        assert packages & HEAVY == set()
+
+
 def test_a_transposed_copy_in_safetensors_loads_numpy_and_no_more(
     tmp_path: Path, matrices: dict[str, np.ndarray]
 ) -> None:

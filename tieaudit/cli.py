@@ -30,6 +30,7 @@ _EPILOG_SCAN = """\b
 Examples:
   tieaudit scan model.onnx
   tieaudit scan ./my-model-folder --format json
+  tieaudit scan last.ckpt --key state_dict_ema
 """
 _EPILOG_PLAN = """\b
 Examples:
@@ -62,7 +63,7 @@ def main() -> None:
     scan says which weights of a model are tied, which claim to be, and which once were.
     apply writes the repaired model, verify proves that nothing else changed.
 
-    Reads ONNX files, safetensors files and Hugging Face folders. Nothing is ever written in place.
+    Reads ONNX files, safetensors files, PyTorch checkpoints and Hugging Face folders. Nothing is ever written in place.
     """
 
 
@@ -95,10 +96,17 @@ def _format_option(names: Sequence[str]) -> Callable[[Callable[..., None]], Call
     )
 
 
+_key_option = click.option(
+    "--key", default="", metavar="K",
+    help="Of a PyTorch checkpoint, what is kept under this key (dotted), or . for all of it. Default: the model's own.",
+)  # fmt: skip
+
+
 @main.command(epilog=_EPILOG_SCAN)
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@_key_option
 @_format_option(["text", "json"])
-def scan(paths: tuple[str, ...], format_name: str) -> None:
+def scan(paths: tuple[str, ...], key: str, format_name: str) -> None:
     """What is there: weights, roles, ties of every origin, candidates, findings.
 
     PATH is a model file, a folder, or a glob; a shard or a config.json means its model.
@@ -113,7 +121,7 @@ def scan(paths: tuple[str, ...], format_name: str) -> None:
     for source in sources:
         try:
             with _progress(source) as progress:
-                reports.append(look_at(source.load(), progress=progress))
+                reports.append(look_at(source.load(key), progress=progress))
         except (TieAuditError, OSError, RecursionError, MemoryError) as error:  # also a file that went away meanwhile
             errors.append((str(source.path), str(in_one_line(error, str(source.path)))))
     if reports or format_name != "text":
@@ -127,8 +135,9 @@ def scan(paths: tuple[str, ...], format_name: str) -> None:
 @main.command(epilog=_EPILOG_PLAN)
 @click.argument("path")
 @_plan_options
+@_key_option
 @_format_option(["text", "json"])
-def plan(path: str, format_name: str, **chosen: Any) -> None:
+def plan(path: str, key: str, format_name: str, **chosen: Any) -> None:
     """What could be done and what it would save; writes nothing.
 
     Exit code: 0 printed · 2 everything was refused.
@@ -138,7 +147,7 @@ def plan(path: str, format_name: str, **chosen: Any) -> None:
     from tieaudit.plan import plan as make_plan
     from tieaudit.scan import look
 
-    subject = look(load_one(path, together=bool(chosen["share_files"])))
+    subject = look(load_one(path, together=bool(chosen["share_files"]), key=key))
     made = make_plan(subject, _choices(chosen))
     print_result(outcome.planned(subject.model, made, format_name, left=_left(subject, made)))
     if made.refusals and not made.edits:

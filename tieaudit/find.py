@@ -14,11 +14,13 @@ from tieaudit.compare import N_ROUNDS, comparable, constant_value, digest, head,
 from tieaudit.dtypes import dtype
 from tieaudit.errors import UnreadableModel
 from tieaudit.model import Member, Model, Tie, Use, Weight, classes
+from tieaudit.regions import Names, aliases, overlaps
 from tieaudit.registry import discover
 from tieaudit.relations import Relation
-from tieaudit.storage import Region, reading
+from tieaudit.storage import reading
+from tieaudit.strided import Strided
 from tieaudit.verdict import Apart, Found
-from tieaudit.view import AS_STORED, Reshape, Shape, View
+from tieaudit.view import AS_STORED, TRANSPOSED, Shape, View
 
 _NOT_A_ROLE = frozenset({"Shape", "Size"})
 """Consumers that look at a weight without using its values."""
@@ -40,16 +42,14 @@ def find(model: Model, *, progress: Progress | None = None) -> Found:
 def _find(model: Model, progress: Progress | None) -> Found:
     unreadable: dict[str, str] = {}
     stored = [weight for weight in model.weights if weight.storage is not None and weight.n_elements > 0]
-    by_region: dict[tuple[Region, str, tuple[int, ...]], list[Weight]] = defaultdict(list)
-    for weight in stored:
-        by_region[storage_of(weight).region, weight.dtype, weight.shape].append(weight)
-    representatives = [group[0] for group in by_region.values()]
-    names = {group[0].id: group for group in by_region.values()}
+    shared = aliases(stored)
+    names = {group[0][0].id: group for alias in shared for group in _one_by_relation(alias)}
+    representatives = [group[0][0] for group in names.values()]
 
     looks: dict[str, _Look] = {}
     constants = _constants(representatives, looks, unreadable)
     readable = [w for w in representatives if w.id not in constants and w.id not in unreadable]
-    ties = [*_aliased(stored), *_shared_uses(model, constants)]
+    ties = [*_aliased(shared), *_shared_uses(model, constants)]
     position = {weight.id: index for index, weight in enumerate(model.weights)}
     for members in _measured(readable, looks, unreadable, progress):
         ties.append(_measured_tie(position, members, names))
@@ -61,45 +61,37 @@ def _find(model: Model, progress: Progress | None) -> Found:
         one_value = classes(tie.ids for tie in ties if tie.origin in ("measured", "aliased"))
         far = tuple(apart(model, {id: index for index, ids in enumerate(one_value) for id in ids}))
     ties.extend(_declared(model))
-    constant_ids = frozenset(w.id for first in constants for w in names[first])
-    return Found(tuple(ties), constant_ids, _constant_classes(constants, names), far, unreadable)
+    constant_ids = frozenset(w.id for first in constants for w, _ in names[first])
+    slices = overlaps(shared)
+    return Found(tuple(ties), constant_ids, _constant_classes(constants, names), far, unreadable, overlaps=slices)
 
 
-def overlapping(regions: Sequence[Region]) -> list[list[int]]:
-    """Indices of regions that overlap, directly or through others; empty regions overlap nothing.
+def _aliased(shared: Iterable[Names]) -> Iterable[Tie]:
+    """Names of exactly the same bytes: one value by construction. Partial overlaps are no equality."""
+    for names in shared:
+        if len(names) > 1:
+            where = storage_of(names[0][0]).region
+            because = f"{len(names)} names of bytes {where[1]}–{where[2]} of {where[0].rsplit('/', 1)[-1]}"
+            yield Tie(tuple(Member(weight.id, view) for weight, view in names), "aliased", because)
 
-    The one interval algorithm of the tool: a sweep that keeps the *largest* end seen so far, not the last one.
-    Cost: O(n log n).
+
+def _one_by_relation(names: Names) -> list[Names]:
+    """Names of one region by who can stand for whom when copies are looked for: as stored, or transposed.
+
+    One that is stored row by row stands for the others: it is read in one piece.
     """
-    order = sorted((i for i, (_, begin, end) in enumerate(regions) if begin < end), key=lambda i: regions[i])
-    groups: list[list[int]] = []
-    container, reach = None, -1
-    for index in order:
-        where, begin, end = regions[index]
-        if where == container and begin < reach:
-            groups[-1].append(index)
-            reach = max(reach, end)
-        else:
-            groups.append([index])
-            container, reach = where, end
-    return [group for group in groups if len(group) > 1]
-
-
-def _aliased(stored: Sequence[Weight]) -> Iterable[Tie]:
-    """Names of exactly one region: one value by construction. Partial overlaps are no equality."""
-    regions = [storage_of(weight).region for weight in stored]
-    for group in overlapping(regions):
-        exact: dict[tuple[Region, str], list[Weight]] = defaultdict(list)
-        for index in group:
-            exact[regions[index], stored[index].dtype].append(stored[index])
-        for (where, _), weights in exact.items():
-            if len(weights) > 1:
-                first = weights[0]
-                members = tuple(
-                    Member(w.id, AS_STORED if w.shape == first.shape else View((Reshape(w.shape),))) for w in weights
-                )
-                because = f"{len(weights)} names of bytes {where[1]}–{where[2]} of {where[0].rsplit('/', 1)[-1]}"
-                yield Tie(members, "aliased", because)
+    found: dict[object, Names] = {}
+    for weight, view in names:
+        simple = view in (AS_STORED, TRANSPOSED)
+        found.setdefault(None if simple else (weight.shape, view), []).append((weight, view))
+    groups = []
+    for group in found.values():
+        group = [(weight, AS_STORED if view not in (AS_STORED, TRANSPOSED) else view) for weight, view in group]
+        at = next((n for n, (weight, _) in enumerate(group) if not isinstance(weight.storage, Strided)), 0)
+        turn = group[at][1]  # its own inverse
+        others = [(weight, turn.compose(view)) for weight, view in (*group[:at], *group[at + 1 :])]
+        groups.append([(group[at][0], AS_STORED), *others])
+    return groups
 
 
 def _shared_uses(model: Model, constants: Iterable[str]) -> Iterable[Tie]:
@@ -170,13 +162,13 @@ def _constants(
 
 
 def _constant_classes(
-    constants: dict[str, tuple[Weight, bytes]], names: dict[str, list[Weight]]
+    constants: dict[str, tuple[Weight, bytes]], names: Mapping[str, Names]
 ) -> tuple[tuple[str, ...], ...]:
     by_value: dict[tuple[str, tuple[int, ...], bytes], list[str]] = defaultdict(list)
     for weight, value in constants.values():
         if weight.dtype == "string":  # a lone string is one value, but two of them need not be the same one
             value = b"".join(storage_of(weight).read_ranges([(0, weight.n_bytes)]))
-        by_value[weight.dtype, weight.shape, value].extend(w.id for w in names[weight.id])
+        by_value[weight.dtype, weight.shape, value].extend(w.id for w, _ in names[weight.id])
     return tuple(tuple(ids) for ids in by_value.values() if len(ids) > 1)
 
 
@@ -276,10 +268,8 @@ def _home_by_digest(
     return None
 
 
-def _measured_tie(
-    position: Mapping[str, int], members: list[tuple[Weight, View]], names: dict[str, list[Weight]]
-) -> Tie:
-    every = [Member(alias.id, view) for weight, view in members for alias in names[weight.id]]
+def _measured_tie(position: Mapping[str, int], members: list[tuple[Weight, View]], names: Mapping[str, Names]) -> Tie:
+    every = [Member(alias.id, view.compose(seen)) for weight, view in members for alias, seen in names[weight.id]]
     every.sort(key=lambda member: position[member.id])
     if every[0].view != AS_STORED:  # make the first name the anchor: a transpose is its own inverse
         every = [Member(m.id, m.view.compose(every[0].view)) for m in every]

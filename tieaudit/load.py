@@ -21,10 +21,17 @@ class Source:
     format: Format
     files: tuple[Path, ...]
 
-    def load(self) -> Model:
-        """Read it. UnreadableModel with one clear line if that fails; the system's own errors become one too."""
+    def load(self, key: str = "") -> Model:
+        """Read it. UnreadableModel with one clear line if that fails; the system's own errors become one too.
+
+        `key`: of a file that holds several models, the one under this key; UsageError for other formats.
+        """
         try:
-            return self.format.load(self.path, self.files)
+            if not key:
+                return self.format.load(self.path, self.files)
+            if self.format.load_key is None:
+                raise UsageError(f"{self.path}: a model of the format {self.format.name} holds no keys to choose from")
+            return self.format.load_key(self.path, self.files, key)
         except OSError as error:
             reason = error.strerror or str(error)
             raise UnreadableModel(f"{error.filename or self.path}: cannot be read: {reason}") from error
@@ -68,11 +75,11 @@ def locate(patterns: Iterable[str]) -> tuple[list[Source], list[tuple[str, str]]
     return sorted(sources.values(), key=lambda source: str(source.path)), errors
 
 
-def load_one(path: str | Path, *, together: bool = False) -> Model:
+def load_one(path: str | Path, *, together: bool = False, key: str = "") -> Model:
     """The single model at `path`. UsageError if there are several, UnreadableModel if there is none.
 
     A folder means the model whose folder it is, the plain one of several variants, not other files that lie in it,
-    and not models of folders inside; `together`: all its ONNX files, as parts of one model.
+    and not models of folders inside; `together`: all its ONNX files, as parts of one model. `key`: see `Source.load`.
     """
     sources, errors = locate([str(path)])
     if errors:
@@ -85,7 +92,7 @@ def load_one(path: str | Path, *, together: bool = False) -> Model:
     if len(sources) != 1:
         names = ", ".join(str(source.path) for source in sources[:4])
         raise UsageError(f"{path}: expected one model, found {len(sources)}: {names}", hint="name one of them")
-    return sources[0].load()
+    return sources[0].load(key)
 
 
 def _together(folder: Path, sources: list[Source]) -> Model:
@@ -171,20 +178,22 @@ def _describe(path: Path) -> str:
     if head.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html")):
         return "an HTML page, probably an error page saved under this name: download the model again"
     if head.startswith(b"PK\x03\x04") and (first := _first_entry(head)).endswith(("/data.pkl", "/data/0", "/version")):
-        return f"a PyTorch file (a zip archive, first entry {first!r}), which is not supported yet"
+        return f"a PyTorch file (a zip archive, first entry {first!r}) {_NOT_BY_NAME}"
+    if head.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."):  # torch/serialization.py, MAGIC_NUMBER
+        return f"a PyTorch file in the format before 1.6 (a pickle) {_NOT_BY_NAME}"
     for magic, what in _NOT_YET:
         if head.startswith(magic):
             return f"{what}, which is not supported yet"
     return f"not a model that tieaudit recognises (begins with {head[:8]!r})"
 
 
+_NOT_BY_NAME = "whose name is none of a checkpoint with weights: rename it to .pt to have it read all the same"
 _NOT_YET = (
-    (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "a PyTorch file in the format before 1.6 (a pickle)"),
     *((b"\x80" + version, "a Python pickle") for version in (b"\x02", b"\x03", b"\x04", b"\x05")),
     (b"GGUF", "a GGUF file"),
     (b"\x89HDF", "an HDF5 file"),
 )
-"""First bytes of other kinds of models; none of them is opened. torch/serialization.py has MAGIC_NUMBER."""
+"""First bytes of other kinds of models; none of them is opened."""
 
 
 def _first_entry(head: bytes) -> str:

@@ -29,6 +29,15 @@ class Apart:
 
 
 @dataclass(frozen=True)
+class Overlap:
+    """Names that share some of their stored bytes, but not all: slices of one tensor, which is no equality."""
+
+    ids: tuple[str, ...]
+    """The one that spans most first."""
+    because: str
+
+
+@dataclass(frozen=True)
 class Found:
     """What `find` established by reading bytes and regions; judgement comes later."""
 
@@ -44,6 +53,8 @@ class Found:
     """Id → why its bytes could not be read."""
     n_bytes_read: int = 0
     """Bytes of tensors read from files to find all that."""
+    overlaps: tuple[Overlap, ...] = ()
+    """Slices: names that share some of their bytes."""
 
 
 @dataclass(frozen=True)

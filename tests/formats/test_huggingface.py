@@ -105,11 +105,11 @@ def test_folder_of_onnx_files_with_a_config_is_not_owned(tmp_path: Path) -> None
     assert not huggingface.owns(tmp_path)
 
 
-def test_pickled_weights_only_say_how_to_convert(tmp_path: Path) -> None:
+def test_weights_of_other_frameworks_only_say_how_to_convert(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
+    (tmp_path / "tf_model.h5").write_bytes(b"\x89HDF")
     assert huggingface.owns(tmp_path)
-    with pytest.raises(UnreadableModel, match=r"found only pytorch_model.bin.*save_pretrained"):
+    with pytest.raises(UnreadableModel, match=r"found only tf_model\.h5.*save_pretrained"):
         huggingface.load(tmp_path, ())
 
 

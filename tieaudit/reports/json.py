@@ -57,6 +57,7 @@ def _model(report: Report) -> dict[str, object]:
         "summary": asdict(report.summary),
         "weights": [_weight(report, weight, weight.id in found.constants) for weight in model.weights],
         "groups": [_group(tie, of_buffers(model, tie)) for tie in found.ties],
+        "overlaps": [{"ids": list(one.ids), "because": one.because} for one in found.overlaps],
         "constant_groups": [list(ids) for ids in found.constant_classes],
         "candidates": [_candidate(candidate) for candidate in report.candidates],
         "findings": [_finding(finding) for finding in report.findings],

@@ -109,6 +109,12 @@ def _kind(model: Model) -> str:
     n_files = sum(len(part.paths) for part in model.parts)
     if n_files > len(model.parts):
         facts.append(counted(n_files, "file"))
+    if model.metadata.get("key"):
+        facts.append(f"key {printable(model.metadata['key'], 60)}")
+    if model.metadata.get("beside"):
+        facts.append(f"not read: {printable(model.metadata['beside'], 120)}")
+    if model.metadata.get("placeholders"):
+        facts.append(f"not loaded, only named: {printable(model.metadata['placeholders'], 120)}")
     if model.metadata.get("alternative_of"):
         facts.append(f"alternative of {printable(model.metadata['alternative_of'])}")
     if model.metadata.get("alternatives"):
@@ -153,7 +159,20 @@ def _ties(report: Report, page: _Page) -> list[str]:
             title = page.paint(f"Ties, {origin}", "title") + f" ({len(ties):,}): {_MEANING[origin]}"
             lines += [title, *_tie_lines(report, ties[: page.most.n_most_ties], page)]
             lines += _more(len(ties) - page.most.n_most_ties, "  ")
-    return [*(lines or ["No tie of any origin."]), *_buffer_lines(report, buffers, page)]
+    return [*(lines or ["No tie of any origin."]), *_buffer_lines(report, buffers, page), *_slices(report, page)]
+
+
+def _slices(report: Report, page: _Page) -> list[str]:
+    """Names that share some of their bytes: no tie, but what changes one changes the other."""
+    found = report.subject.found.overlaps
+    if not found:
+        return []
+    lines = ["", page.paint("Slices", "title") + f" ({len(found):,}): names that share some of their stored bytes"]
+    for one in found[: page.most.n_most_ties]:
+        shown = ", ".join(printable(id) for id in one.ids[: page.most.n_most_members])
+        shown += f" and {len(one.ids) - page.most.n_most_members:,} more" * (len(one.ids) > page.most.n_most_members)
+        lines += page.wrap(f"{shown}: {printable(one.because, _LONGEST)}", "  ")
+    return [*lines, *_more(len(found) - page.most.n_most_ties, "  ")]
 
 
 def _equal_buffers(report: Report) -> list[Tie]:

@@ -6,6 +6,7 @@ Only classes of the installed library are run, never a folder's own code, and on
 from __future__ import annotations
 
 import hashlib
+import os
 import statistics
 import time
 from collections.abc import Iterator, Mapping
@@ -115,9 +116,11 @@ def _load(path: str, device: str) -> tuple[Any, dict[str, list[str]]]:
         )
     cls = getattr(transformers, names[0]) if names else _class_without_name(config, path)
     torch.manual_seed(0)  # what the loader draws at random is then the same in both models
-    # safetensors only: a .bin file is a pickle, and pickles execute code
+    # where there are safetensors nothing else; a .bin file is a pickle, which PyTorch's safe loader alone may read
+    plain = any(name.endswith((".safetensors", ".safetensors.index.json")) for name in os.listdir(path))
+    how = {"use_safetensors": True} if plain else {"use_safetensors": False, "weights_only": True}
     model, loading = cls.from_pretrained(
-        path, config=config, local_files_only=True, use_safetensors=True, output_loading_info=True, **_as_stored()
+        path, config=config, local_files_only=True, output_loading_info=True, **how, **_as_stored()
     )
     problems = {
         key: sorted(str(item) for item in loading.get(key, ()))

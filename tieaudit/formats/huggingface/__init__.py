@@ -1,4 +1,4 @@
-"""A Hugging Face folder: config.json and safetensors weights as one model, with the ties that its class makes."""
+"""A Hugging Face folder: config.json and its weights as one model, with the ties that its class makes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _switch(model: Model, ids: tuple[str, ...], tied: bool, target: str) -> tupl
 
 huggingface = Format(
     name="huggingface",
-    summary="Hugging Face folders: config.json with safetensors weights, as transformers loads them",
+    summary="Hugging Face folders: config.json with safetensors, or pytorch_model.bin (read only)",
     targets=("transformers-5", "transformers-4"),
     owns=_owns,
     group=_group,

@@ -12,6 +12,7 @@ from typing import Any
 from tieaudit.errors import CorruptFile, UnreadableModel
 from tieaudit.formats.safetensors.header import LFS_MAGIC
 from tieaudit.formats.safetensors.sharded import INDEX_SUFFIX, read_index
+from tieaudit.formats.torch_checkpoint.discover import INDEX_SUFFIX as PICKLED_INDEX
 
 CONFIG = "config.json"
 MAX_CONFIG_BYTES = 32_000_000
@@ -20,6 +21,8 @@ _PREFERRED = ("model.safetensors", "model" + INDEX_SUFFIX, "diffusion_pytorch_mo
 _PICKLED = re.compile(
     r"^(pytorch_model.*\.bin|pytorch_model.*\.bin\.index\.json|tf_model.*\.h5|flax_model.*\.msgpack)$"
 )
+_READ_PICKLED = ("pytorch_model.bin", "pytorch_model" + PICKLED_INDEX, "diffusion_pytorch_model.bin")
+"""Pickled weights that are read where a folder has no others, in the order in which transformers looks for them."""
 _OTHER_WEIGHTS = (".onnx", ".gguf", ".pt2")
 
 
@@ -27,7 +30,7 @@ def owns(path: Path) -> bool:
     """A folder with config.json and weights that are this format's; or config.json, index or shard inside one."""
     if path.is_dir():
         return _is_model_folder(path)
-    if path.name == CONFIG or path.name.endswith((".safetensors", INDEX_SUFFIX)):
+    if path.name == CONFIG or path.name.endswith((".safetensors", INDEX_SUFFIX)) or _PICKLED.match(path.name):
         return path.is_file() and _is_model_folder(path.parent)
     return False
 
@@ -48,12 +51,15 @@ def group(paths: Sequence[Path]) -> list[tuple[Path, tuple[Path, ...]]]:
     for path in paths:
         folder = path if path.is_dir() else path.parent
         if folder not in found:
-            found[folder] = weight_set(folder).files if has_safetensors(folder) else (folder / CONFIG,)
+            found[folder] = weight_set(folder).files if has_weights(folder) else (folder / CONFIG,)
     return list(found.items())
 
 
-def has_safetensors(folder: Path) -> bool:
-    return any(entry.name.endswith((".safetensors", INDEX_SUFFIX)) for entry in folder.iterdir())
+def has_weights(folder: Path) -> bool:
+    """Whether weights that are read lie in a folder."""
+    return any(
+        entry.name.endswith((".safetensors", INDEX_SUFFIX)) or entry.name in _READ_PICKLED for entry in folder.iterdir()
+    )
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ def weight_set(folder: Path) -> WeightSet:
     tensors = [name for name in names if name.endswith(".safetensors")]
     indices = [name for name in names if name.endswith(INDEX_SUFFIX)]
     if not tensors and not indices:
-        _refuse_without_safetensors(folder, names)
+        return _pickled_set(folder, names)
     main = next((name for name in _PREFERRED if name in tensors or name in indices), None)
     if main is None:
         lone = [name for name in tensors if not _SHARD.search(name) and name != "adapter_model.safetensors"]
@@ -94,13 +100,19 @@ def weight_set(folder: Path) -> WeightSet:
     return WeightSet(folder / main, tuple(folder / n for n in (CONFIG, main, *shards)), others)
 
 
-def _refuse_without_safetensors(folder: Path, names: Sequence[str]) -> None:
+def _pickled_set(folder: Path, names: Sequence[str]) -> WeightSet:
+    """The weights of a folder without safetensors, as transformers chooses them."""
+    main = next((name for name in _READ_PICKLED if name in names), None)
     pickled = [name for name in names if _PICKLED.match(name)]
+    if main is not None:
+        _refuse_pointer(folder / main)
+        shards = tuple(dict.fromkeys(read_index(folder / main).values())) if main.endswith(PICKLED_INDEX) else ()
+        others = tuple(name for name in pickled if name not in (main, *shards))
+        return WeightSet(folder / main, tuple(folder / name for name in (CONFIG, main, *shards)), others)
     if pickled:
         raise UnreadableModel(
-            f"{folder}: expected safetensors weights, found only {', '.join(pickled[:3])}",
-            hint="this version reads no pickled weights; convert with "
-            "`AutoModel.from_pretrained(folder).save_pretrained(out)` or the convert space of the Hub",
+            f"{folder}: expected safetensors or pytorch_model.bin, found only {', '.join(pickled[:3])}",
+            hint="convert with `AutoModel.from_pretrained(folder).save_pretrained(out)`",
         )
     raise UnreadableModel(f"{folder}: a config.json without weights", hint="download the safetensors files too")
 

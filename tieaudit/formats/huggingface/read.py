@@ -11,7 +11,8 @@ from tieaudit.formats.huggingface.asking import ask_class
 from tieaudit.formats.huggingface.defaults import Major, from_convention, from_table, table
 from tieaudit.formats.huggingface.facts import ClassFacts, ClassTie, from_answer
 from tieaudit.formats.huggingface.folder import CONFIG, architecture_of, read_config, weight_set
-from tieaudit.formats.safetensors.sharded import Checkpoint, read_checkpoint
+from tieaudit.formats.huggingface.pickled import read_weights
+from tieaudit.formats.safetensors.sharded import Checkpoint
 from tieaudit.formats.safetensors.weights import by_convention, documented, stored_weights
 from tieaudit.model import Declaration, Model, Part, Weight, make_id
 
@@ -36,7 +37,7 @@ def load(path: Path, files: tuple[Path, ...]) -> Model:
     """
     config = read_config(path)
     chosen = weight_set(path)
-    checkpoint = read_checkpoint(chosen.main)
+    checkpoint, pickled, lost = read_weights(chosen.main)
     known = know(config, checkpoint)
     weights = {weight.id: weight for weight in stored_weights(checkpoint)}
     weights = {id: _classified(weight, known.best, config) for id, weight in weights.items()}
@@ -54,8 +55,8 @@ def load(path: Path, files: tuple[Path, ...]) -> Model:
         weights=tuple(weights.values()),
         declarations=(*declarations, *documented_ties),
         hints=_hints(known.best, weights),
-        metadata=_metadata(config, known, checkpoint, chosen.others),
-        notes=(*known.notes, *notes),
+        metadata={**_metadata(config, known, checkpoint, chosen.others), **pickled},
+        notes=(*known.notes, *notes, *lost),
     )
 
 

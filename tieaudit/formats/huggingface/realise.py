@@ -12,6 +12,7 @@ from tieaudit.change import Edit, Respell, SetConfig, Share, Unshare
 from tieaudit.formats import NEEDS_SETTING
 from tieaudit.formats.huggingface.facts import FLAG
 from tieaudit.formats.huggingface.folder import CONFIG
+from tieaudit.formats.huggingface.pickled import WHAT as PICKLED
 from tieaudit.model import Declaration, Model, Weight
 from tieaudit.storage import same_bytes
 from tieaudit.view import AS_STORED
@@ -28,6 +29,11 @@ _COMPANION = re.compile(r"scale|zero|qzeros|g_idx|absmax|quant|SCB|meta$|lut|per
 def can_realise(model: Model, edit: Edit, target: str) -> str | None:
     """Why this edit cannot be made for the target, in one sentence, or None. Begins with `needs flag: ` if a setting
     (see `switch`) would lift it."""
+    if model.metadata.get("weights") == PICKLED:
+        return (
+            "pickled weights are read only: `AutoModel.from_pretrained(folder).save_pretrained(out)` writes the same "
+            "model as safetensors, which can be rewritten"
+        )
     if isinstance(edit, Share):
         return _unknown(model) or _share(model, edit, target)
     if isinstance(edit, Unshare):

@@ -139,7 +139,7 @@ def _entries(checkpoint: Checkpoint, shard: str, changes: _Changes) -> list[NewE
     if not names & (changes.dropped.keys() | changes.values.keys() | changes.copies.keys()):
         return None
     found = []
-    for entry in sorted(header.entries, key=lambda one: one.storage.offset):
+    for entry in sorted(header.entries, key=lambda one: one.storage.region[1]):
         if entry.name in changes.dropped:
             continue
         storage = changes.values.get(entry.name, entry.storage)

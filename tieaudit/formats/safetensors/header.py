@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from tieaudit.dtypes import TABLE
 from tieaudit.errors import CorruptFile, UnreadableModel
-from tieaudit.storage import FileStorage
+from tieaudit.storage import FileStorage, Storage
 
 LENGTH_BYTES = 8
 """The file begins with the header's length, unsigned, little-endian."""
@@ -65,7 +65,8 @@ class Entry:
     dtype: str
     """Canonical name from `dtypes.TABLE`."""
     shape: tuple[int, ...]
-    storage: FileStorage
+    storage: Storage
+    """A range of the file; in a pickled checkpoint, which has the same noun, maybe a step through one."""
 
 
 @dataclass(frozen=True)
@@ -265,8 +266,8 @@ def _depth(value: object) -> int:
 def _check_layout(path: Path, entries: tuple[Entry, ...], data: int, n_file: int) -> None:
     """No overlap, no hole, nothing after the last tensor: every byte of the data has exactly one owner."""
     reached, last = data, "the header"
-    for entry in sorted(entries, key=lambda one: (one.storage.offset, one.storage.offset + one.storage.n_bytes)):
-        begin, end = entry.storage.offset, entry.storage.offset + entry.storage.n_bytes
+    for entry in sorted(entries, key=lambda one: one.storage.region[1:]):
+        _, begin, end = entry.storage.region
         if end > n_file:
             raise CorruptFile(
                 f"{path}: tensor {entry.name!r}: expected its data to end within the {n_file} bytes of the file, "

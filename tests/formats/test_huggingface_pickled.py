@@ -1,0 +1,161 @@
+"""Folders whose weights are `pytorch_model.bin`: whatever is said of safetensors is said of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from tieaudit.change import Share
+from tieaudit.cli import main
+from tieaudit.formats.huggingface import huggingface, read
+from tieaudit.formats.safetensors.write import NewEntry, write_safetensors
+from tieaudit.load import load_one, locate
+from tieaudit.model import Member
+from tieaudit.scan import scan
+from tieaudit.storage import MemoryStorage
+
+torch = pytest.importorskip("torch")
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 3}
+TABLE = np.random.default_rng(0).standard_normal((300, 8)).astype(np.float32)
+OTHER = TABLE + 1
+
+
+@pytest.fixture(autouse=True)
+def _no_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the data files answer: a class that is asked answers the same about both kinds of files."""
+    monkeypatch.setattr(read, "ask_class", lambda *_: {"error": "transformers is not installed"})
+
+
+def folder_of(folder: Path, tied: bool | None = None) -> Path:
+    folder.mkdir()
+    config = LLAMA if tied is None else {**LLAMA, "tie_word_embeddings": tied}
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    return folder
+
+
+def plain(folder: Path, arrays: dict[str, np.ndarray], tied: bool) -> Path:
+    entries = [
+        NewEntry(name, "float32", array.shape, MemoryStorage(array.tobytes(), name)) for name, array in arrays.items()
+    ]
+    write_safetensors(entries, {"format": "pt"}, folder_of(folder, tied) / "model.safetensors")
+    return folder
+
+
+def pickled(folder: Path, state: dict[str, Any], tied: bool) -> Path:
+    torch.save(state, folder_of(folder, tied) / "pytorch_model.bin")
+    return folder
+
+
+def copied(array: np.ndarray) -> Any:
+    return torch.from_numpy(array.copy())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("head", ["equal", "different", "absent"])
+def test_a_pickled_folder_says_what_the_same_folder_in_safetensors_says(tmp_path: Path, head: str, tied: bool) -> None:
+    arrays = {EMBED: TABLE}
+    if head != "absent":
+        arrays[HEAD] = TABLE if head == "equal" else OTHER
+    one = scan(load_one(plain(tmp_path / "s", arrays, tied)))
+    other = scan(load_one(pickled(tmp_path / "p", {name: copied(array) for name, array in arrays.items()}, tied)))
+    assert [finding.code for finding in other.findings] == [finding.code for finding in one.findings]
+    assert other.summary == one.summary
+    ties, others = ([(tie.origin, tie.ids) for tie in report.subject.found.ties] for report in (one, other))
+    assert others == ties
+    assert bool(ties) == (tied or head == "equal")
+
+
+def test_a_tie_in_a_pickled_folder_is_one_storage_and_wastes_nothing(tmp_path: Path) -> None:
+    table = copied(TABLE)
+    report = scan(load_one(pickled(tmp_path / "m", {EMBED: table, HEAD: table}, tied=True)))
+    assert ("aliased", (EMBED, HEAD)) in [(tie.origin, tie.ids) for tie in report.subject.found.ties]
+    assert report.summary.n_bytes_duplicate == 0
+    assert report.summary.n_bytes == TABLE.nbytes
+    assert report.summary.n_parameters == TABLE.size
+    assert report.findings == ()
+    assert report.subject.model.metadata["weights"] == "pickled"
+
+
+def test_a_pickled_folder_is_read_only_and_says_how_to_convert(tmp_path: Path) -> None:
+    folder = pickled(tmp_path / "m", {EMBED: copied(TABLE), HEAD: copied(TABLE)}, tied=True)
+    result = CliRunner().invoke(main, ["apply", str(folder), "--to", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert "pickled weights are read only" in " ".join(result.output.split())
+    assert "save_pretrained(out)" in result.output
+    assert not (tmp_path / "out").exists()
+    share = Share((Member(EMBED), Member(HEAD)), because="a test")
+    assert huggingface.can_realise is not None
+    assert "read only" in str(huggingface.can_realise(load_one(folder), share, "transformers-5"))
+
+
+def test_a_finding_of_a_pickled_folder_recommends_no_command_that_would_be_refused(tmp_path: Path) -> None:
+    report = scan(load_one(pickled(tmp_path / "m", {EMBED: copied(TABLE), HEAD: copied(TABLE)}, tied=True)))
+    (finding,) = report.findings
+    assert finding.code == "TIE102"
+    assert finding.fix is not None
+    assert finding.fix.safety == "manual"
+    assert "save_pretrained(out)" in finding.fix.command
+
+
+def test_shards_and_index_of_pickled_weights_all_mean_their_folder(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "m")
+    names = [f"pytorch_model-0000{n}-of-00002.bin" for n in (1, 2)]
+    for name, key in zip(names, (EMBED, HEAD), strict=True):
+        torch.save({key: copied(TABLE)}, folder / name)
+    index = {"metadata": {"total_size": 2 * TABLE.nbytes}, "weight_map": {EMBED: names[0], HEAD: names[1]}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    for path in (folder, folder / names[1], folder / "pytorch_model.bin.index.json", folder / "config.json"):
+        sources, errors = locate([str(path)])
+        assert [(source.path, source.format.name) for source in sources] == [(folder, "huggingface")]
+        assert errors == []
+    model = load_one(folder)
+    assert [weight.name for weight in model.weights if not weight.absent] == [EMBED, HEAD]
+    assert [Path(path).name for path in model.parts[0].paths] == ["config.json", "pytorch_model.bin.index.json", *names]
+
+
+def test_safetensors_are_preferred_and_a_pickle_beside_them_is_never_opened(tmp_path: Path) -> None:
+    folder = plain(tmp_path / "m", {EMBED: TABLE}, tied=True)
+    (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04 no archive")
+    sources, errors = locate([str(folder)])
+    assert [source.path for source in sources] == [folder]
+    assert errors == []
+    assert load_one(folder).metadata["alternatives"] == "pytorch_model.bin"
+
+
+def test_a_pickle_that_runs_code_is_refused_in_a_folder_too(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "m")
+    marker = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (exec, (f"open({str(marker)!r}, 'w')",))
+
+    torch.save({EMBED: Evil()}, folder / "pytorch_model.bin")
+    result = CliRunner().invoke(main, ["scan", str(folder)])
+    assert result.exit_code == 2
+    assert "runs code" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not marker.exists()
+
+
+def test_verify_runs_a_pickled_folder_and_finds_it_equal_bit_for_bit(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        n_layer=1, n_head=2, n_embd=8, vocab_size=32, n_positions=16, bos_token_id=0, eos_token_id=0
+    )
+    torch.manual_seed(0)
+    module = transformers.GPT2LMHeadModel(config)
+    module.save_pretrained(tmp_path / "s")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "config.json").write_bytes((tmp_path / "s" / "config.json").read_bytes())
+    torch.save(module.state_dict(), tmp_path / "b" / "pytorch_model.bin")
+    result = CliRunner().invoke(main, ["verify", str(tmp_path / "s"), str(tmp_path / "b"), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert "equal bit for bit" in result.output
