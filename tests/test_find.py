@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tieaudit.compare import constant_value, head, same_through
-from tieaudit.find import find, overlapping
+from tieaudit.find import find
 from tieaudit.model import Member, Model, Part, Tie, Weight
-from tieaudit.storage import FileStorage, MemoryStorage
+from tieaudit.storage import FileStorage, MemoryStorage, overlapping
 from tieaudit.view import AS_STORED, TRANSPOSED, Reshape, View
 
 Names = list[set[str]]

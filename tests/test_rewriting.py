@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -116,8 +117,7 @@ def test_a_source_that_changes_while_it_is_written_is_refused(
 ) -> None:
     source = tiny_onnx.lost(tmp_path / "m.onnx", external=external)
     target = tmp_path / "m.onnx.data" if external else source
-    import tieaudit.apply as module
-
+    module = importlib.import_module("tieaudit.apply")
     real = module.rewrite
 
     def touched(*args: Any) -> Any:
@@ -154,7 +154,8 @@ def test_a_data_file_whose_name_is_taken_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tiny_onnx.lost(tmp_path / "m.onnx", external=True)
-    monkeypatch.setattr("tieaudit.apply.rewrite", lambda *args: pytest.fail("it was written"))
+    stage = importlib.import_module("tieaudit.apply")
+    monkeypatch.setattr(stage, "rewrite", lambda *args: pytest.fail("it was written"))
     result = run("apply", source, "--to", tmp_path / "tied.onnx")
     assert result.exit_code == 2
     assert "m.onnx.data: exists already, and the result needs a data file of this name" in result.stderr

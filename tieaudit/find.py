@@ -16,14 +16,16 @@ from tieaudit.errors import UnreadableModel
 from tieaudit.model import Member, Model, Tie, Use, Weight, classes
 from tieaudit.registry import discover
 from tieaudit.relations import Relation
-from tieaudit.storage import Region, reading
+from tieaudit.storage import no_values, overlapping, reading, strides_of
 from tieaudit.verdict import Apart, Found
-from tieaudit.view import AS_STORED, Reshape, Shape, View
+from tieaudit.view import AS_STORED, Reshape, Shape, Transpose, View
 
 _NOT_A_ROLE = frozenset({"Shape", "Size"})
 """Consumers that look at a weight without using its values."""
 
 Progress = Callable[[int], None]
+_Names = Mapping[str, Sequence[tuple[Weight, View]]]
+"""By the first name of one stored tensor: all its names, each with the view through which the first becomes it."""
 
 
 def find(model: Model, *, progress: Progress | None = None) -> Found:
@@ -40,11 +42,11 @@ def find(model: Model, *, progress: Progress | None = None) -> Found:
 def _find(model: Model, progress: Progress | None) -> Found:
     unreadable: dict[str, str] = {}
     stored = [weight for weight in model.weights if weight.storage is not None and weight.n_elements > 0]
-    by_region: dict[tuple[Region, str, tuple[int, ...]], list[Weight]] = defaultdict(list)
+    by_region: dict[object, list[Weight]] = defaultdict(list)
     for weight in stored:
-        by_region[storage_of(weight).region, weight.dtype, weight.shape].append(weight)
-    representatives = [group[0] for group in by_region.values()]
-    names = {group[0].id: group for group in by_region.values()}
+        by_region[_layout(weight)[0]].append(weight)
+    representatives = [group[0] for group in by_region.values() if not no_values(storage_of(group[0]))]
+    names = {group[0].id: [(one, _seen(group[0], one)) for one in group] for group in by_region.values()}
 
     looks: dict[str, _Look] = {}
     constants = _constants(representatives, looks, unreadable)
@@ -61,45 +63,60 @@ def _find(model: Model, progress: Progress | None) -> Found:
         one_value = classes(tie.ids for tie in ties if tie.origin in ("measured", "aliased"))
         far = tuple(apart(model, {id: index for index, ids in enumerate(one_value) for id in ids}))
     ties.extend(_declared(model))
-    constant_ids = frozenset(w.id for first in constants for w in names[first])
+    constant_ids = frozenset(w.id for first in constants for w, _ in names[first])
     return Found(tuple(ties), constant_ids, _constant_classes(constants, names), far, unreadable)
-
-
-def overlapping(regions: Sequence[Region]) -> list[list[int]]:
-    """Indices of regions that overlap, directly or through others; empty regions overlap nothing.
-
-    The one interval algorithm of the tool: a sweep that keeps the *largest* end seen so far, not the last one.
-    Cost: O(n log n).
-    """
-    order = sorted((i for i, (_, begin, end) in enumerate(regions) if begin < end), key=lambda i: regions[i])
-    groups: list[list[int]] = []
-    container, reach = None, -1
-    for index in order:
-        where, begin, end = regions[index]
-        if where == container and begin < reach:
-            groups[-1].append(index)
-            reach = max(reach, end)
-        else:
-            groups.append([index])
-            container, reach = where, end
-    return [group for group in groups if len(group) > 1]
 
 
 def _aliased(stored: Sequence[Weight]) -> Iterable[Tie]:
     """Names of exactly one region: one value by construction. Partial overlaps are no equality."""
     regions = [storage_of(weight).region for weight in stored]
     for group in overlapping(regions):
-        exact: dict[tuple[Region, str], list[Weight]] = defaultdict(list)
+        exact: dict[object, list[Weight]] = defaultdict(list)
         for index in group:
-            exact[regions[index], stored[index].dtype].append(stored[index])
-        for (where, _), weights in exact.items():
+            dense = _dense(stored[index]) is not None
+            exact[(regions[index], stored[index].dtype) if dense else _layout(stored[index])[0]].append(stored[index])
+        for weights in exact.values():
             if len(weights) > 1:
-                first = weights[0]
-                members = tuple(
-                    Member(w.id, AS_STORED if w.shape == first.shape else View((Reshape(w.shape),))) for w in weights
-                )
+                where = storage_of(weights[0]).region
+                members = tuple(Member(weight.id, _seen(weights[0], weight)) for weight in weights)
                 because = f"{len(weights)} names of bytes {where[1]}–{where[2]} of {where[0].rsplit('/', 1)[-1]}"
                 yield Tie(members, "aliased", because)
+
+
+def _layout(weight: Weight) -> tuple[object, ...]:
+    """What tells a stored tensor from every other, up to the order of its axes; then that order, or None if gaps."""
+    storage, order = storage_of(weight), _dense(weight)
+    if order is not None:
+        return ((storage.region, weight.dtype, tuple(weight.shape[axis] for axis in order)), order)
+    return ((storage.region, weight.dtype, weight.shape, strides_of(storage)), None)
+
+
+def _dense(weight: Weight) -> tuple[int, ...] | None:
+    """The axes from the slowest to the fastest in memory; None where elements overlap or have gaps between them."""
+    strides = strides_of(storage_of(weight))
+    if strides is None:
+        return tuple(range(len(weight.shape)))
+    order = tuple(sorted(range(len(strides)), key=lambda axis: (-strides[axis], -weight.shape[axis], axis)))
+    expected = 1
+    for axis in reversed(order):
+        if weight.shape[axis] != 1 and strides[axis] != expected:
+            return None
+        expected *= weight.shape[axis]
+    return order
+
+
+def _seen(first: Weight, other: Weight) -> View:
+    """How the first of two weights over the very same bytes becomes the other."""
+    if first.shape == other.shape and strides_of(storage_of(first)) == strides_of(storage_of(other)):
+        return AS_STORED
+    order, wanted = _dense(first), _dense(other)
+    if order is None or wanted is None:
+        return AS_STORED
+    view = View().then(Transpose(order))
+    held, needed = (tuple(w.shape[axis] for axis in axes) for w, axes in ((first, order), (other, wanted)))
+    if held != needed:
+        view = view.then(Reshape(needed))
+    return view.then(Transpose(tuple(wanted.index(axis) for axis in range(len(wanted)))))
 
 
 def _shared_uses(model: Model, constants: Iterable[str]) -> Iterable[Tie]:
@@ -169,14 +186,12 @@ def _constants(
     return found
 
 
-def _constant_classes(
-    constants: dict[str, tuple[Weight, bytes]], names: dict[str, list[Weight]]
-) -> tuple[tuple[str, ...], ...]:
+def _constant_classes(constants: dict[str, tuple[Weight, bytes]], names: _Names) -> tuple[tuple[str, ...], ...]:
     by_value: dict[tuple[str, tuple[int, ...], bytes], list[str]] = defaultdict(list)
     for weight, value in constants.values():
         if weight.dtype == "string":  # a lone string is one value, but two of them need not be the same one
             value = b"".join(storage_of(weight).read_ranges([(0, weight.n_bytes)]))
-        by_value[weight.dtype, weight.shape, value].extend(w.id for w in names[weight.id])
+        by_value[weight.dtype, weight.shape, value].extend(w.id for w, _ in names[weight.id])
     return tuple(tuple(ids) for ids in by_value.values() if len(ids) > 1)
 
 
@@ -276,10 +291,8 @@ def _home_by_digest(
     return None
 
 
-def _measured_tie(
-    position: Mapping[str, int], members: list[tuple[Weight, View]], names: dict[str, list[Weight]]
-) -> Tie:
-    every = [Member(alias.id, view) for weight, view in members for alias in names[weight.id]]
+def _measured_tie(position: Mapping[str, int], members: list[tuple[Weight, View]], names: _Names) -> Tie:
+    every = [Member(alias.id, view.compose(seen)) for weight, view in members for alias, seen in names[weight.id]]
     every.sort(key=lambda member: position[member.id])
     if every[0].view != AS_STORED:  # make the first name the anchor: a transpose is its own inverse
         every = [Member(m.id, m.view.compose(every[0].view)) for m in every]

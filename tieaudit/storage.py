@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -36,6 +36,40 @@ class Storage(Protocol):
     def read_ranges(self, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
         """The bytes of each (offset, length), relative to this storage. CorruptFile if the file is shorter."""
         ...
+
+
+def strides_of(storage: Storage) -> tuple[int, ...] | None:
+    """Distances between neighbours on every axis, in elements; None for the usual case: row by row, without gaps.
+
+    Only memory holds tensors of another layout. `read_ranges` gives their canonical bytes all the same.
+    """
+    found: tuple[int, ...] | None = getattr(storage, "strides", None)
+    return found
+
+
+def no_values(storage: Storage) -> str:
+    """Why there is a place but no bytes in it (a tensor of the meta device, a shard of another machine), or empty."""
+    return str(getattr(storage, "no_values", ""))
+
+
+def overlapping(regions: Sequence[Region]) -> list[list[int]]:
+    """Indices of regions that overlap, directly or through others; empty regions overlap nothing.
+
+    The one interval algorithm of the tool: a sweep that keeps the *largest* end seen so far, not the last one.
+    Cost: O(n log n).
+    """
+    order = sorted((i for i, (_, begin, end) in enumerate(regions) if begin < end), key=lambda i: regions[i])
+    groups: list[list[int]] = []
+    container, reach = None, -1
+    for index in order:
+        where, begin, end = regions[index]
+        if where == container and begin < reach:
+            groups[-1].append(index)
+            reach = max(reach, end)
+        else:
+            groups.append([index])
+            container, reach = where, end
+    return [group for group in groups if len(group) > 1]
 
 
 @dataclass(frozen=True)

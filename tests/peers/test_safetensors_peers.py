@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from tieaudit.errors import CorruptFile
-from tieaudit.find import find, overlapping
+from tieaudit.find import find
 from tieaudit.formats.safetensors.write import NewEntry, write_safetensors
 from tieaudit.load import load_one
 from tieaudit.model import Model
 from tieaudit.scan import scan
-from tieaudit.storage import MemoryStorage
+from tieaudit.storage import MemoryStorage, overlapping
 
 
 def random(*shape: int, seed: int = 0) -> Any:

@@ -43,6 +43,8 @@ class Format:
     """Write the planned model into the new folder `dest`; every other file of the model comes along."""
     switch: Callable[[Model, tuple[str, ...], bool, str], tuple[SetConfig, ...] | str] | None = None
     """(model, ids, tied, target) → the settings that make the loader tie (or not tie) these ids, or why not."""
+    named: Callable[[str], bool] | None = None
+    """Whether a text that is no path names a model of this format (`package.module:factory`)."""
     precedence: int = 0
     """Among formats that own one path the highest wins (a Hugging Face folder over the safetensors inside)."""
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tieaudit.find import overlapping
 from tieaudit.model import Model, Weight
 from tieaudit.printable import listed, printable, size
 from tieaudit.remedy import rewrite
 from tieaudit.rules import Examples, rule
-from tieaudit.storage import FileStorage, Region
+from tieaudit.storage import FileStorage, Region, overlapping
 from tieaudit.verdict import CannotTell, Finding, Subject
 
 
