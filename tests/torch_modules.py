@@ -68,6 +68,10 @@ def tied_lm() -> nn.Module:
     return TiedLM()
 
 
+def tied_lm_with_inputs() -> tuple[nn.Module, Any]:
+    return TiedLM(), (torch.tensor([[1, 2, 3], [4, 5, 6]]),)
+
+
 def universal_with_inputs() -> tuple[nn.Module, Any]:
     return Universal(), (torch.zeros(2, 6),)
 

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from tieaudit.change import Plan, Proof
     from tieaudit.live import Change
     from tieaudit.model import Model
+    from tieaudit.survival import Survival
     from tieaudit.training import GradientParity
     from tieaudit.verdict import Report
 
 __version__ = "0.1.0"
-__all__ = ["TieAuditError", "apply", "gradients", "plan", "render", "scan", "tie", "untie", "verify"]
+__all__ = ["TieAuditError", "apply", "gradients", "plan", "render", "scan", "survival", "tie", "untie", "verify"]
 
 
 def scan(model: str | Path | torch.nn.Module, *, inputs: Any = None) -> Report:
@@ -203,6 +204,24 @@ def gradients(
     from tieaudit.training import gradients as compare
 
     return compare(module, inputs, loss=loss)
+
+
+def survival(module: torch.nn.Module, *, inputs: Any = None, only: tuple[str, ...] | None = None) -> Survival:
+    """Which everyday operations break this module's ties: copies, conversions, files, exports, distributed wrapping.
+
+    Each is tried on a copy; `str()` of the answer is the table, with a remedy where a tie is lost. `only`: names of
+    operations. Exports need sample inputs; distributed wrapping starts two processes on this machine.
+
+    >>> import torch, tieaudit
+    >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Linear(4, 10, bias=False))
+    >>> model[1].weight = model[0].weight
+    >>> table = tieaudit.survival(model, only=("copy.deepcopy(module)", "module.to_empty() from meta"))
+    >>> [(row.operation, row.outcome) for row in table.rows]
+    [('copy.deepcopy(module)', 'kept'), ('module.to_empty() from meta', 'lost')]
+    """
+    from tieaudit.survival import survival as try_all
+
+    return try_all(module, inputs, only=only)
 
 
 def render(report: Report, format: Literal["text", "json"] = "text") -> str:
