@@ -1,4 +1,4 @@
-"""Tying and untying live modules in place: what becomes one object, what a step of training makes of it, the way back."""
+"""Tying and untying live modules in place: what becomes one object, what training makes of it, and the way back."""
 
 from __future__ import annotations
 

@@ -174,3 +174,11 @@ def test_a_survival_that_cannot_run_is_one_line_and_exit_2(arguments: tuple[str,
     assert done.returncode == 2
     assert said in done.stderr
     assert done.stdout == ""
+
+
+def test_the_page_shows_every_operation_and_every_public_function() -> None:
+    page = (ROOT / "docs" / "python.md").read_text()
+    assert [one.name for one in operations() if f"\n{one.name}  " not in page] == []
+    functions = [name for name in tieaudit.__all__ if name != "TieAuditError"]
+    assert [name for name in functions if f"`{name}(" not in page] == []
+    assert f"which of {len(operations())} everyday operations" in (ROOT / "CHANGELOG.md").read_text()

@@ -132,7 +132,6 @@ class _Slots:
         self.remember(owner, change)
         places: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
         places[leaf] = tensor
-        _tell_recurrent(owner)
 
     def remember(self, owner: torch.nn.Module, change: Change) -> None:
         """Note how to put a module's slots back, once for each module."""
@@ -150,15 +149,8 @@ def _restorer(owner: torch.nn.Module) -> Callable[[], None]:
         for place, content in zip(places, contents, strict=True):
             place.clear()
             place.update(content)
-        _tell_recurrent(owner)
 
     return restore
-
-
-def _tell_recurrent(owner: torch.nn.Module) -> None:
-    """Recurrent modules keep references to their weights beside their slots. Source: torch/nn/modules/rnn.py."""
-    if hasattr(owner, "_flat_weights_names"):
-        owner._flat_weights = [getattr(owner, name, None) for name in owner._flat_weights_names]
 
 
 def _one_object(module: torch.nn.Module, model: Model, found: Found, plan: Plan) -> list[Edit]:

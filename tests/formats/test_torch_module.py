@@ -76,6 +76,16 @@ def test_a_tied_head_is_one_region_and_counts_once() -> None:
     )
 
 
+def test_a_buffer_that_is_not_saved_is_told_from_one_that_is() -> None:
+    module = nn.Module()
+    module.register_buffer("kept", torch.zeros(2))
+    module.register_buffer("scratch", torch.zeros(2), persistent=False)
+    assert {w.name: w.because for w in read_module(module).weights} == {
+        "kept": "a buffer",
+        "scratch": "a buffer that is not saved",
+    }
+
+
 def test_a_module_at_two_paths_shows_under_both_with_its_buffers() -> None:
     model = read_module(Twice())
     names = {weight.name for weight in model.weights}
@@ -145,6 +155,9 @@ def test_elements_with_gaps_are_told_apart_by_their_strides() -> None:
     module = of(a=base[0:23:2], b=base[0:23:2], c=base[1:24:2])
     report = scan(read_module(module))
     assert aliased(report) == {frozenset({"a", "b"})}
+    # elements 0, 1, 6, 7 and 0, 2, 5, 7: they begin and end alike, and are not the same
+    a, b = base.as_strided((2, 2), (6, 1)), base.as_strided((2, 2), (5, 2))
+    assert scan(read_module(of(a=a, b=b))).subject.found.ties == ()
 
 
 def test_two_storages_over_one_memory_are_one_tensor() -> None:
