@@ -187,8 +187,8 @@ def test_a_receipt_that_names_files_outside_its_folder_touches_nothing(tmp_path:
 
 
 KILL = """
-import os, signal, sys
-import tieaudit.{module} as module
+import importlib, os, signal, sys
+module = importlib.import_module('tieaudit.{module}')
 real, left = module.{function}, [{nth}]
 def kill(*args, **kwargs):
     left[0] -= 1

@@ -36,7 +36,8 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def proving_with(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """Let the verifying process run this first; `verify` is the module, `os` and `signal` are there."""
-    code = f"import os, signal, tempfile\nfrom tieaudit import proving, verify\n{what}\nproving.serve()"
+    code = "import os, signal, tempfile\nfrom tieaudit import proving\nfrom importlib import import_module\n"
+    code += f"verify = import_module('tieaudit.verify')\n{what}\nproving.serve()"
     monkeypatch.setattr("tieaudit.proving.COMMAND", (sys.executable, "-c", code))
 
 
@@ -114,7 +115,8 @@ def test_a_process_that_cannot_even_start_is_one_line(tmp_path: Path, monkeypatc
 INTERRUPTED = """
 import sys
 from tieaudit import proving
-code = "import time, tempfile; from tieaudit import proving, verify\\\\n"
+code = "import time, tempfile; from importlib import import_module; from tieaudit import proving\\\\n"
+code += "verify = import_module('tieaudit.verify')\\\\n"
 code += "def wait(*a, **k):\\\\n    with tempfile.TemporaryDirectory():\\\\n"
 code += "        print(chr(33), flush=True); time.sleep(600)\\\\n"
 code += "verify.structural.check = wait; proving.serve()"

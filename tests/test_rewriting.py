@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -122,7 +123,7 @@ def test_a_source_that_changes_while_it_is_written_is_refused(
         os.utime(target, ns=(1, 1))
         return found
 
-    monkeypatch.setattr("tieaudit.apply.rewrite", touched)
+    monkeypatch.setattr(importlib.import_module("tieaudit.apply"), "rewrite", touched)
     result = run("apply", source, "--to", tmp_path / "out" / "m.onnx")
     assert result.exit_code == 2
     assert f"{target}: expected a file that stays as it is while it is read, found it changed" in result.stderr
@@ -169,7 +170,9 @@ def test_a_data_file_whose_second_name_is_taken_too_is_refused_before_anything_i
 ) -> None:
     source = tiny_onnx.lost(tmp_path / "m.onnx", external=True)
     (tmp_path / "tied.onnx.data").write_text("somebody else's")
-    monkeypatch.setattr("tieaudit.apply.rewrite", lambda *args: pytest.fail("it was written"))
+    monkeypatch.setattr(
+        importlib.import_module("tieaudit.apply"), "rewrite", lambda *args: pytest.fail("it was written")
+    )
     result = run("apply", source, "--to", tmp_path / "tied.onnx")
     assert result.exit_code == 2
     assert "tied.onnx.data: exists already, and the result needs a data file of this name" in result.stderr

@@ -46,6 +46,7 @@ _EPILOG_VERIFY = """\b
 Examples:
   tieaudit verify model.onnx model-tied.onnx
   tieaudit verify --receipt model-tied.onnx.receipt.json
+  tieaudit verify my_package.models:make_model --survival
 """
 _EPILOG_EXPLAIN = """\b
 Examples:
@@ -165,18 +166,10 @@ def plan(path: str, key: str, format_name: str, **chosen: Any) -> None:
 )
 @click.option("--require", type=click.Choice(["structural", "regional", "end-to-end"]), default="regional",
               show_default=True, help="Least level of proof for delivery.")  # fmt: skip
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    show_default=True,
-    help="Where to run the proof.",
-)
-@click.option(
-    "--inputs",
-    type=click.Path(path_type=Path),
-    help="Inputs for the proof, an .npz; default: generated from the signature.",
-)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+              help="Where to run the proof.")  # fmt: skip
+@click.option("--inputs", type=click.Path(path_type=Path),
+              help="Inputs for the proof, an .npz; default: generated from the signature.")  # fmt: skip
 @click.option(
     "--max-drift", type=float, callback=not_negative, help="Largest output difference that a lossy plan may cause."
 )
@@ -261,6 +254,9 @@ def apply(
 @click.option(
     "--receipt", type=click.Path(path_type=Path), help="Check that input and output are what this receipt says."
 )
+@click.option(
+    "--survival", is_flag=True, help="Which everyday operations break the ties of BEFORE, a `package.module:factory`."
+)
 @_format_option(["text", "json"])
 def verify(
     before: str | None,
@@ -269,14 +265,23 @@ def verify(
     inputs: Path | None,
     max_drift: float | None,
     receipt: Path | None,
+    survival: bool,
     format_name: str,
 ) -> None:
     """Run both models on the same inputs and compare.
 
-    BEFORE and AFTER are two models of one signature: ONNX, Hugging Face folders, or one of each.
+    BEFORE and AFTER are two models of one signature: ONNX, Hugging Face folders, or one of each. With --survival, the
+    ties of one live module through copies, files, exports and distributed wrapping: kept, lost or error, and remedies.
 
-    Exit code: 0 equal, or drift within the limit · 1 differs · 2 could not run.
+    Exit code: 0 equal, or drift within the limit · 1 differs · 2 could not run. With --survival: 0 tried · 2 could not
+    run.
     """
+    if survival:
+        from tieaudit.survival.apart import table
+
+        with _spinner("trying everyday operations"):
+            print_result(table(before, after, format_name))
+        return
     if receipt is not None:
         from tieaudit.deliver import check_receipt
 

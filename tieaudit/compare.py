@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from tieaudit.dtypes import dtype
-from tieaudit.model import Weight
+from tieaudit.model import Weight, storage_of
 from tieaudit.storage import BLOCK_BYTES, Storage, blocks, fill, next_stored, same_bytes
 from tieaudit.view import AS_STORED, Shape, View
 
@@ -29,13 +29,6 @@ _TILE = 512
 N_ROUNDS = 4
 """Rounds of probing; only what collides in one goes on to the next."""
 _N_EDGE, _N_INSIDE = 8, 48
-
-
-def storage_of(weight: Weight) -> Storage:
-    """The storage of a weight that is known not to be absent."""
-    if weight.storage is None:
-        raise ValueError(f"{weight.id} is absent: nothing to read")
-    return weight.storage
 
 
 def probe(weight: Weight, round_number: int) -> bytes:

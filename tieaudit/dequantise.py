@@ -11,10 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tieaudit.compare import storage_of
 from tieaudit.dtypes import dtype
 from tieaudit.errors import UnreadableModel
-from tieaudit.model import Member, Model, Quantised, Tie, Weight
+from tieaudit.model import Member, Model, Quantised, Tie, Weight, storage_of
 from tieaudit.storage import BLOCK_BYTES, Storage, blocks
 from tieaudit.verdict import Apart
 from tieaudit.view import AS_STORED, TRANSPOSED, Repack, View

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tieaudit.model import Declaration, Model, Tie, Weight, classes
-from tieaudit.storage import Region
+from tieaudit.storage import Region, no_values
 from tieaudit.verdict import Found, Subject
 from tieaudit.view import AS_STORED, Repack, View
 
@@ -33,6 +33,8 @@ class Equality:
         if a in self._found.unreadable or b in self._found.unreadable:
             return None
         one, other = self._model.by_id[a], self._model.by_id[b]
+        if any(weight.storage is not None and no_values(weight.storage) for weight in (one, other)):
+            return None
         return one.n_elements == 0 and one.shape == other.shape and one.dtype == other.dtype
 
     def groups(self, ids: Iterable[str]) -> list[list[str]]:
@@ -50,9 +52,11 @@ class Equality:
 def can_declare(model: Model) -> bool:
     """Whether models of this format can say which weights are one, so that silence means *two*.
 
-    A Hugging Face folder can. ONNX cannot, nor can a bare weight file, whose alias map documents and restores nothing.
+    A Hugging Face folder can, and a live module is its own declaration. ONNX cannot, nor can a bare weight file, whose
+    alias map documents and restores nothing.
     """
-    return model.format == "huggingface" or any(declaration.restores for declaration in model.declarations)
+    says_so = model.format in ("huggingface", "torch_module")
+    return says_so or any(declaration.restores for declaration in model.declarations)
 
 
 def of_buffers(model: Model, tie: Tie) -> bool:

@@ -10,15 +10,15 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from tieaudit.compare import N_ROUNDS, comparable, constant_value, digest, head, probe, same_through, storage_of
+from tieaudit.compare import N_ROUNDS, comparable, constant_value, digest, head, probe, same_through
 from tieaudit.dtypes import dtype
 from tieaudit.errors import UnreadableModel
-from tieaudit.model import Member, Model, Tie, Use, Weight, classes
+from tieaudit.model import Member, Model, Tie, Use, Weight, classes, storage_of
 from tieaudit.regions import Names, aliases, overlaps
 from tieaudit.registry import discover
 from tieaudit.relations import Relation
-from tieaudit.storage import reading
-from tieaudit.strided import Strided
+from tieaudit.storage import no_values, reading
+from tieaudit.strided import own_strides
 from tieaudit.verdict import Apart, Found
 from tieaudit.view import AS_STORED, TRANSPOSED, Shape, View
 
@@ -44,7 +44,7 @@ def _find(model: Model, progress: Progress | None) -> Found:
     stored = [weight for weight in model.weights if weight.storage is not None and weight.n_elements > 0]
     shared = aliases(stored)
     names = {group[0][0].id: group for alias in shared for group in _one_by_relation(alias)}
-    representatives = [group[0][0] for group in names.values()]
+    representatives = [group[0][0] for group in names.values() if not no_values(storage_of(group[0][0]))]
 
     looks: dict[str, _Look] = {}
     constants = _constants(representatives, looks, unreadable)
@@ -87,7 +87,7 @@ def _one_by_relation(names: Names) -> list[Names]:
     groups = []
     for group in found.values():
         group = [(weight, AS_STORED if view not in (AS_STORED, TRANSPOSED) else view) for weight, view in group]
-        at = next((n for n, (weight, _) in enumerate(group) if not isinstance(weight.storage, Strided)), 0)
+        at = next((n for n, (weight, _) in enumerate(group) if own_strides(storage_of(weight)) is None), 0)
         turn = group[at][1]  # its own inverse
         others = [(weight, turn.compose(view)) for weight, view in (*group[:at], *group[at + 1 :])]
         groups.append([(group[at][0], AS_STORED), *others])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,10 @@ def locate(patterns: Iterable[str]) -> tuple[list[Source], list[tuple[str, str]]
     errors: list[tuple[str, str]] = []
     for pattern in patterns:
         try:
+            name = _named(pattern)
+            if name is not None:
+                claimed.setdefault(name.name, (name, []))[1].append(Path(pattern))
+                continue
             for path in _expand(pattern):
                 _claim(path, claimed)
         except TieAuditError as error:
@@ -103,6 +108,13 @@ def _together(folder: Path, sources: list[Source]) -> Model:
         if len(files) > 1:
             return here[0].format.load(home, tuple(files))
     raise UsageError(f"{folder}: expected a folder of several ONNX files, which could share a data file, found none")
+
+
+def _named(text: str) -> Format | None:
+    """The format of which this is a model's name rather than a path; what exists is a path."""
+    if os.path.lexists(text):
+        return None
+    return next((one for one in formats() if one.named is not None and one.named(text)), None)
 
 
 def _expand(pattern: str) -> list[Path]:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tieaudit.compare import storage_of, transposed_block
+from tieaudit.compare import transposed_block
 from tieaudit.dtypes import dtype
 from tieaudit.errors import RewriteRefused
 from tieaudit.merges import Block, Merge
-from tieaudit.model import Member, Weight
+from tieaudit.model import Member, Weight, storage_of
 from tieaudit.registry import discover
 from tieaudit.storage import BLOCK_BYTES, Region, Storage
 from tieaudit.view import View

@@ -257,6 +257,13 @@ class Model:
         return graph
 
 
+def storage_of(weight: Weight) -> Storage:
+    """The storage of a weight that is known not to be absent."""
+    if weight.storage is None:
+        raise ValueError(f"{weight.id} is absent: nothing to read")
+    return weight.storage
+
+
 def classes(groups: Iterable[Iterable[str]]) -> list[tuple[str, ...]]:
     """The transitive closure of overlapping groups, each class in first-seen order.
 

@@ -45,7 +45,7 @@ def planned(
         lines += [f"but {finding.severity} {finding.code} {finding.name} stays: {printable(finding.message, 300)}"
                   for finding in left[:N_MOST_LEFT]]  # fmt: skip
     elif plan.edits and not asked_to_write:
-        lines.append(f"write it with: {_apply_command(model, plan)}")
+        lines.append(f"{'do' if model.format == 'torch_module' else 'write'} it with: {_apply_command(model, plan)}")
     elif asked_to_write:
         lines.append("nothing was written")
     return "\n".join(lines)
@@ -205,6 +205,9 @@ def _level_line(level: Level) -> str:
 
 
 def _apply_command(model: Model, plan: Plan) -> str:
+    if model.format == "torch_module":  # no file to write: it is changed where it lives
+        names = ", ".join(repr(name) for name in plan.schemes)
+        return f"tieaudit.tie(module, scheme=({names},)) in Python"
     words = ["tieaudit", "apply", model.path, *(word for name in plan.schemes for word in ("--scheme", name))]
     if not plan.lossless:
         words.append("--allow-lossy")

@@ -17,13 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from tieaudit.change import Level, Plan, Rewritten, SetConfig, Share, Written
-from tieaudit.compare import storage_of
 from tieaudit.dtypes import dtype
 from tieaudit.errors import CorruptFile
 from tieaudit.floor import difference, limit_of, rounding_bound, says_something
 from tieaudit.formats.onnx.region import Cutter, Region
 from tieaudit.inputs import N_MOST_ELEMENTS
-from tieaudit.model import Model, Use, Weight
+from tieaudit.model import Model, Use, Weight, storage_of
 from tieaudit.runners import Array
 from tieaudit.running import USUAL, Setting, opened, path_of
 from tieaudit.sandbox import ChildFailed, Sandbox

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from tieaudit.compare import storage_of
 from tieaudit.dtypes import dtype
-from tieaudit.model import Weight, classes
+from tieaudit.model import Weight, classes, storage_of
 from tieaudit.storage import Region
-from tieaudit.strided import Strided, footprint, runs, strides_of, view_between
+from tieaudit.strided import footprint, own_strides, runs, strides_of, view_between
 from tieaudit.verdict import Overlap
 from tieaudit.view import AS_STORED, View
 
@@ -84,10 +83,11 @@ def overlaps(shared: Sequence[Names]) -> tuple[Overlap, ...]:
 def _visited(weight: Weight) -> list[tuple[int, int]] | None:
     storage = storage_of(weight)
     _, begin, end = storage.region
-    if not isinstance(storage, Strided):
+    strides = own_strides(storage)
+    if strides is None:
         return [(begin, end)]
     item = dtype(weight.dtype).item_bytes or 1
-    return runs(begin, storage.shape, storage.strides, item, _N_MOST_RUNS)
+    return runs(begin, weight.shape, strides, item, _N_MOST_RUNS)
 
 
 def _overlap(shared: Sequence[Names], indices: Sequence[int], regions: Sequence[Region], told: bool) -> Overlap:

@@ -36,9 +36,10 @@ def roles(model: Model) -> Mapping[str, Role]:
     found: dict[str, Role] = {}
     if model.has_graph:
         found.update(_from_graph(model))
+    told = model.metadata.get("roles") or f"the class {model.metadata.get('architecture', 'of the model')} says so"
     for id, kind in model.hints.items():
         if id in model.by_id:
-            found.setdefault(id, Role(kind, f"the class {model.metadata.get('architecture', 'of the model')} says so"))
+            found.setdefault(id, Role(kind, told))
     if not model.has_graph:
         for weight in model.weights:
             if weight.id not in found and (role := _from_name(weight)) is not None:

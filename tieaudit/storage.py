@@ -1,7 +1,7 @@
 """Locators of bytes. A storage says where bytes are and reads ranges of them; it never loads a tensor.
 
 Every storage is picklable and has a `region`: (container, begin, end). Two weights whose regions overlap in one
-container share memory; deriving aliases from regions is the business of one algorithm in `find.py`.
+container share memory; deriving aliases from regions is the business of one algorithm in `regions.py`.
 
 Reads go through `Reading`, which keeps files open while many small reads follow one another and counts the bytes.
 """
@@ -36,6 +36,11 @@ class Storage(Protocol):
     def read_ranges(self, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
         """The bytes of each (offset, length), relative to this storage. CorruptFile if the file is shorter."""
         ...
+
+
+def no_values(storage: Storage) -> str:
+    """Why there is a place but no bytes in it (a tensor of the meta device, a shard of another machine), or empty."""
+    return str(getattr(storage, "no_values", ""))
 
 
 @dataclass(frozen=True)

@@ -142,9 +142,16 @@ def is_row_major(shape: Shape, strides: Sequence[int]) -> bool:
     return all(size == 1 or one == other for size, one, other in zip(shape, strides, row_major(shape), strict=True))
 
 
+def own_strides(storage: Storage) -> tuple[int, ...] | None:
+    """The `strides` of a storage that steps through its region (`Strided`, live tensors); None: it lies row by row."""
+    found: tuple[int, ...] | None = getattr(storage, "strides", None)
+    return found
+
+
 def strides_of(storage: Storage, shape: Shape) -> tuple[int, ...]:
     """How a tensor steps through its region."""
-    return storage.strides if isinstance(storage, Strided) else row_major(shape)
+    found = own_strides(storage)
+    return row_major(shape) if found is None else found
 
 
 def span(shape: Shape, strides: Sequence[int]) -> int:

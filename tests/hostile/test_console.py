@@ -98,8 +98,8 @@ def test_an_unexpected_error_is_one_line_with_the_command_and_never_a_traceback(
 
 
 STOPPED = """
-import sys, time
-import tieaudit.apply as module
+import importlib, sys, time
+module = importlib.import_module('tieaudit.apply')
 def wait(*args, **kwargs):
     print("writing", flush=True)
     time.sleep(60)

@@ -41,7 +41,7 @@ def _start(device: str) -> Mapping[str, Verb]:
         seconds = time.perf_counter() - began
         handle = max(models, default=0) + 1
         models[handle] = model
-        facts = {"handle": handle, "signature": _signature(model).to_json(), "loading": loading, "seconds": seconds}
+        facts = {"handle": handle, "signature": signature_of(model).to_json(), "loading": loading, "seconds": seconds}
         return {**facts, "n_bytes_grown": _held_bytes(model), "class": type(model).__name__}, {}
 
     def run(params: Params, arrays: Mapping[str, Array]) -> Answer:
@@ -169,7 +169,7 @@ def _as_stored() -> dict[str, str]:
     return {"dtype": "auto"} if version >= (4, 56) else {"torch_dtype": "auto"}
 
 
-def _signature(model: Any) -> Signature:
+def signature_of(model: Any) -> Signature:
     """Inputs by the class's forward and main input, sizes by its configuration."""
     import inspect
 
