@@ -16,6 +16,8 @@ from tieaudit.proving import Request, peak_bytes, prove_apart
 from tieaudit.rewrite import Stamps, rewrite, stamps, workspace
 from tieaudit.verify import LEVELS
 
+_OF_FILES = frozenset({".onnx", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".npz"})
+
 
 @dataclass(frozen=True)
 class Applied:
@@ -48,6 +50,7 @@ def apply(
         raise RewriteRefused(
             f"{destination}: is inside the model's own folder, which is only read", hint="give another --to"
         )
+    _check_kind(source, destination)
     if source.is_file() and destination.suffix == source.suffix:
         plan = replace(plan, data_names=_data_names(model, destination))
     seen = stamps(model) if seen is None else seen
@@ -61,6 +64,16 @@ def apply(
         if inputs is not None and (reason := unused(proof)) is not None:
             raise RewriteRefused(f"the given inputs could not be used, nothing was delivered: {reason}")
         return Applied(plan, proof, deliver(model, plan, written, proof, folder, destination))
+
+
+def _check_kind(source: Path, destination: Path) -> None:
+    """The result is of the source's kind: a folder that is called like a file of another one would mislead."""
+    found, expected = destination.suffix.lower(), source.suffix if source.is_file() else ""
+    if found in _OF_FILES and destination.suffix != expected:
+        what = f"a name that ends in {expected}, or that of a folder" if expected else "the name of a folder"
+        raise RewriteRefused(
+            f"{destination}: expected {what}, as the input is, found one that ends in {found}", hint="give another --to"
+        )
 
 
 def _data_names(model: Model, destination: Path) -> dict[str, str]:

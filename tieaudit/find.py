@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from tieaudit.compare import N_ROUNDS, comparable, constant_value, digest, head, probe, same_through
 from tieaudit.dtypes import dtype
 from tieaudit.errors import UnreadableModel
-from tieaudit.model import Member, Model, Tie, Use, Weight, classes, storage_of
+from tieaudit.model import Declaration, Member, Model, Tie, Use, Weight, classes, storage_of
 from tieaudit.regions import Names, aliases, overlaps
 from tieaudit.registry import discover
 from tieaudit.relations import Relation
@@ -293,5 +293,12 @@ def _declared(model: Model) -> Iterable[Tie]:
             yield Tie(
                 tuple(Member(id) for id in kept),
                 "absent",
-                f"not stored; {', '.join(declaration.honoured_by) or 'the loader'} restores it from {stored[0]}",
+                _restored(declaration, stored[0]),
             )
+
+
+def _restored(declaration: Declaration, stored: str) -> str:
+    """Who fills what is not stored: everybody from the first member of the tie, not everybody from another one."""
+    if stored == declaration.members[0]:
+        return f"not stored; {', '.join(declaration.honoured_by) or 'the loader'} restores it from {stored}"
+    return f"not stored; tied to {stored}, from which not every loader restores it"

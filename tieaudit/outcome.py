@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from tieaudit import __version__
 from tieaudit.change import Edit, Level, Plan, Proof, Respell, SetConfig, Share, Unshare
+from tieaudit.equality import can_declare
 from tieaudit.model import Member, Model
 from tieaudit.plain import plain
 from tieaudit.printable import counted, listed, printable, size
@@ -57,7 +58,11 @@ def applied(model: Model, done: Applied, format_name: str) -> str:
     output, receipt = str(done.delivered.path), str(done.delivered.receipt)
     if format_name == "json":
         return _json("apply", plan=plan, proof=proof, output=output, receipt=receipt)
-    lines = [f"{printable(model.path)}  {model.format}", *_plan_lines(model, plan), *_proof_lines(proof)]
+    lines = [
+        f"{printable(model.path)}  {model.format}",
+        *_plan_lines(model, plan),
+        *_proof_lines(proof, _packs(model, plan)),
+    ]
     lines += [f"delivered {printable(output)}", f"receipt   {printable(receipt)}"]
     return "\n".join(lines)
 
@@ -108,6 +113,9 @@ def _edit_line(model: Model, edit: Edit) -> str:
     match edit:
         case Share(members=members, values=values):
             kept, rest = members[0], members[1:]
+            if can_declare(model) and values is None:  # which name survives is the class's business, not the list's
+                names = listed(tuple(_seen(member) for member in members))
+                return f"share    {names}: stored once{_shape(model, kept.id)}"
             value = "one merged tensor" if values is not None else printable(kept.id)
             return f"share    {value} ← {listed(tuple(_seen(member) for member in rest))}{_shape(model, kept.id)}"
         case Unshare(source=source, name=name):
@@ -116,6 +124,11 @@ def _edit_line(model: Model, edit: Edit) -> str:
             return f"respell  {printable(weight)}{_shape(model, weight)}: {printable(because)}"
         case SetConfig(file=file, key=key, value=value):
             return f"set      {printable(file)}: {printable('.'.join(key))} = {json.dumps(value)}"
+
+
+def _packs(model: Model, plan: Plan) -> bool:
+    """Whether ONNX Runtime may hold a matrix twice that this plan makes one."""
+    return model.format == "onnx" and any(isinstance(edit, Share) for edit in plan.edits)
 
 
 def _seen(member: Member) -> str:
@@ -133,7 +146,7 @@ def _cut(lines: list[str]) -> list[str]:
     return [*lines[:N_MOST_LINES], f"  … and {len(lines) - N_MOST_LINES} more (--format json lists all)"]
 
 
-def _proof_lines(proof: Proof) -> list[str]:
+def _proof_lines(proof: Proof, packs: bool = False) -> list[str]:
     lines = ["proof:", *(f"  {_level_line(level)}" for level in proof.levels)]
     if proof.drift is not None:
         lines.append(f"  drift against the original: {proof.drift:.3g} of the outputs' own size at most")
@@ -143,7 +156,7 @@ def _proof_lines(proof: Proof) -> list[str]:
         lines.append(f"  not exercised, never moved the outputs: {listed(silent)}")
     if untried:
         lines.append(f"  not exercised, one of many that were not tried: {counted(len(untried), 'use')}")
-    return lines + _fact_lines(proof.facts)
+    return lines + _fact_lines(proof.facts, packs)
 
 
 _PAIRED = {
@@ -167,14 +180,17 @@ PREPACKED = (
 )
 
 
-def _fact_lines(facts: Mapping[str, object]) -> list[str]:
-    """What both cost, before → after; facts of single parts and longer ones are left to JSON."""
+def _fact_lines(facts: Mapping[str, object], packs: bool) -> list[str]:
+    """What both cost, before → after; facts of single parts and longer ones are left to JSON.
+
+    `packs`: a runtime that may hold a shared matrix twice ran it.
+    """
     lines = []
     for name, label in _PAIRED.items():
         before, after = facts.get(f"{name}_before"), facts.get(f"{name}_after")
         if isinstance(before, (int, float)) and isinstance(after, (int, float)):
             lines.append(f"  {label}: {_amount(name, before)} → {_amount(name, after)}")
-            if name == "n_bytes_resident" and after > MUCH_MORE * before:
+            if name == "n_bytes_resident" and packs and after > MUCH_MORE * before:
                 lines += PREPACKED
     if (apart := facts.get("folded_apart_by_the_runtime")) is not None:
         lines.append(f"  folded apart by the runtime: {printable(str(apart))}")

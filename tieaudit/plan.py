@@ -72,6 +72,11 @@ def plan(subject: Subject, choices: Choices) -> Plan:
     for scheme in schemes(choices.schemes):
         candidates, refusals = propose(subject, scheme)
         draft.refusals.extend(refusals)
+        if not candidates and not refusals and len(choices.schemes) > 1:
+            draft.notes.append(
+                f"{scheme.name}: nothing to do in the model as it is; schemes look at what was read, not at each other's "
+                "results: apply it again to the result"
+            )
         for candidate in candidates:
             _consider(draft, candidate)
     return Plan(

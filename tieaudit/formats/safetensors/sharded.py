@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from tieaudit.formats.safetensors.header import Entry, Header, parse_json, read_
 
 INDEX_SUFFIX = ".safetensors.index.json"
 MAX_INDEX_BYTES = 200_000_000
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5,6})-of-(?P<total>\d{5,6})\.safetensors")
+_N_MOST_SHARDS = 10_000
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,37 @@ def read_checkpoint(main: Path) -> Checkpoint:
             where = f"it in {entries[tensor][0]}" if tensor in entries else "no such tensor there"
             raise CorruptFile(f"{main}: expected tensor {tensor!r} in {name}, found {where}")
     return Checkpoint(main, headers, {tensor: entries[tensor] for tensor in weight_map})
+
+
+def siblings_of(path: Path) -> tuple[Path, ...]:
+    """All shards that a file named `…-00001-of-00002.safetensors` is counted with, itself included; or it alone.
+
+    Source of the names: huggingface_hub, serialization/_base.py, `split_state_dict_into_shards_factory`.
+    """
+    named = _SHARD.fullmatch(path.name)
+    if named is None or int(named["total"]) > _N_MOST_SHARDS:
+        return (path,)
+    numbers = (f"{number:0{len(named['number'])}}" for number in range(1, int(named["total"]) + 1))
+    return tuple(path.with_name(f"{named['stem']}-{number}-of-{named['total']}.safetensors") for number in numbers)
+
+
+def read_shards(files: Sequence[Path]) -> Checkpoint:
+    """Shards without an index as one checkpoint. CorruptFile where one is missing, or a tensor is in two of them."""
+    headers: dict[str, Header] = {}
+    entries: dict[str, tuple[str, Entry]] = {}
+    for file in files:
+        if not file.is_file():
+            raise CorruptFile(
+                f"{files[0]}: expected {len(files)} shards by its name, found no file {file.name}",
+                hint="fetch it: a tie with a tensor in it would go unseen",
+            )
+        headers[file.name] = read_header(file)
+        for entry in headers[file.name].entries:
+            if entry.name in entries:
+                both = f"{entries[entry.name][0]} and {file.name}"
+                raise CorruptFile(f"{files[0]}: expected tensor {entry.name!r} in one shard, found it in {both}")
+            entries[entry.name] = (file.name, entry)
+    return Checkpoint(files[0], headers, entries)
 
 
 def read_index(path: Path) -> dict[str, str]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tieaudit.formats.safetensors.sharded import Checkpoint, read_checkpoint
+from tieaudit.formats.safetensors.sharded import INDEX_SUFFIX, Checkpoint, read_checkpoint, read_shards
 from tieaudit.model import Declaration, Model, Part, Weight, make_id
 
 
 def load(path: Path, files: tuple[Path, ...]) -> Model:
     """The model at `path`, a file or an index. Raises CorruptFile and UnreadableModel. Cost: reads headers only."""
-    checkpoint = read_checkpoint(path)
+    alone = len(files) < 2 or path.name.endswith(INDEX_SUFFIX)
+    checkpoint = read_checkpoint(path) if alone else read_shards(files)
     weights = stored_weights(checkpoint)
     absent, declarations = documented(checkpoint, {weight.id: weight for weight in weights})
     only_documented = absent_names(absent)
