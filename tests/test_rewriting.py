@@ -18,6 +18,7 @@ import tiny_onnx
 from click.testing import CliRunner, Result
 from onnx import helper, numpy_helper
 
+from tieaudit import outcome
 from tieaudit.cli import main
 from tieaudit.formats.safetensors.write import NewEntry, write_safetensors
 from tieaudit.load import load_one
@@ -239,3 +240,23 @@ def test_untouched_tensors_have_the_same_bytes_at_the_end_of_it(tmp_path: Path) 
     assert one == other
     assert [t.name for t in graphs[1].initializer] == ["a", "large"]
     out.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["out.safetensors", "out.pt", "out.ONNX.bin"])
+def test_a_destination_that_is_called_like_a_file_of_another_kind_is_refused(name: str, tmp_path: Path) -> None:
+    source = tiny_onnx.lost(tmp_path / "m.onnx")
+    result = run("apply", source, "--to", tmp_path / name)
+    assert result.exit_code == 2
+    assert "expected a name that ends in .onnx, or that of a folder" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_a_scheme_that_finds_nothing_beside_another_one_says_so(tmp_path: Path) -> None:
+    result = run("plan", tiny_onnx.lost(tmp_path / "m.onnx"), "--scheme", "dedup", "--scheme", "untie")
+    assert "untie: nothing to do in the model as it is" in " ".join(result.output.split())
+
+
+def test_prepacking_is_named_only_where_a_matrix_became_one() -> None:
+    facts = {"n_bytes_resident_before": 100, "n_bytes_resident_after": 200}
+    assert "prepacking" in "".join(outcome._fact_lines(facts, packs=True))
+    assert "prepacking" not in "".join(outcome._fact_lines(facts, packs=False))

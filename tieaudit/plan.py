@@ -74,8 +74,8 @@ def plan(subject: Subject, choices: Choices) -> Plan:
         draft.refusals.extend(refusals)
         if not candidates and not refusals and len(choices.schemes) > 1:
             draft.notes.append(
-                f"{scheme.name}: nothing to do in the model as it is; schemes look at what was read, not at each other's "
-                "results: apply it again to the result"
+                f"{scheme.name}: nothing to do in the model as it is; schemes look at what was read, not at what "
+                "another one makes of it: apply it to the result"
             )
         for candidate in candidates:
             _consider(draft, candidate)

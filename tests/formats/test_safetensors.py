@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from tieaudit.dtypes import TABLE
 from tieaudit.errors import CorruptFile, UnreadableModel
+from tieaudit.find import find
 from tieaudit.formats.safetensors import safetensors
 from tieaudit.formats.safetensors.header import MAX_HEADER_BYTES, TAGS, read_header
 from tieaudit.formats.safetensors.sharded import read_checkpoint
 from tieaudit.formats.safetensors.weights import by_convention
 from tieaudit.formats.safetensors.write import NewEntry, write_safetensors
+from tieaudit.load import load_one, locate
 from tieaudit.storage import MemoryStorage
 
 GOOD = {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}
@@ -311,3 +314,29 @@ def test_parameters_are_told_from_buffers_by_name_and_type(
     name: str, dtype: str, shape: tuple[int, ...], parameter: bool | None
 ) -> None:
     assert by_convention(name, dtype, shape)[0] is parameter
+
+
+def test_shards_without_an_index_are_one_model(tmp_path: Path) -> None:
+    table = np.random.default_rng(0).standard_normal((40, 8)).astype(np.float32)
+    save_file({"embed": table}, tmp_path / "m-00001-of-00002.safetensors")
+    save_file({"head": table.copy()}, tmp_path / "m-00002-of-00002.safetensors")
+    save_file({"other": table + 1}, tmp_path / "m.safetensors")
+    for named in (tmp_path, tmp_path / "m-00002-of-00002.safetensors"):
+        sources, errors = locate([str(named)])
+        assert errors == []
+        (model,) = [one.load() for one in sources if "-of-" in one.path.name]
+        assert [weight.name for weight in model.weights] == ["embed", "head"]
+        assert [set(tie.ids) for tie in find(model).ties] == [{"embed", "head"}]
+    assert len(locate([str(tmp_path)])[0]) == 2
+
+
+def test_a_missing_shard_or_a_name_in_two_of_them_is_one_clear_line(tmp_path: Path) -> None:
+    table = np.ones((4, 4), np.float32)
+    save_file({"embed": table}, tmp_path / "m-00001-of-00002.safetensors")
+    with pytest.raises(CorruptFile, match=r"expected 2 shards by its name, found no file m-00002-of-00002"):
+        load_one(tmp_path / "m-00001-of-00002.safetensors")
+    save_file({"embed": table}, tmp_path / "m-00002-of-00002.safetensors")
+    with pytest.raises(CorruptFile, match="expected tensor 'embed' in one shard, found it in m-00001"):
+        load_one(tmp_path / "m-00001-of-00002.safetensors")
+    save_file({"embed": table}, tmp_path / "n-00001-of-99999.safetensors")
+    assert len(load_one(tmp_path / "n-00001-of-99999.safetensors").weights) == 1  # a number nobody means
