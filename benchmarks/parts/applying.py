@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -65,12 +66,12 @@ class Disk:
 def taken(folder: Path) -> int:
     """Allocated bytes of all files below a folder; files that vanish meanwhile count nothing."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            found = path.lstat()
-        except OSError:
-            continue
-        total += found.st_blocks * 512
+    for home, _, names in os.walk(folder):  # passes over folders that vanish
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(home, name)).st_blocks * 512
+            except OSError:
+                continue
     return total
 
 
