@@ -34,7 +34,7 @@ def find(model: Model, *, progress: Progress | None = None) -> Found:
     Cost: a few small reads per weight, plus both members of every colliding pair once. `progress` is told the
     bytes compared in full. Weights whose bytes cannot be read end up in `Found.unreadable`.
     """
-    with reading() as files:
+    with reading(scattered=True) as files:
         found = _find(model, progress)
         return replace(found, n_bytes_read=files.n_bytes)
 

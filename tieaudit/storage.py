@@ -93,7 +93,8 @@ class FileStorage:
 class Reading:
     """Files that stay open between reads, and how many bytes were read from them."""
 
-    def __init__(self) -> None:
+    def __init__(self, scattered: bool = False) -> None:
+        self.scattered = scattered
         self.n_bytes = 0
         """Bytes read from files so far."""
         self._handles: dict[str, int] = {}
@@ -105,6 +106,8 @@ class Reading:
             while len(self._handles) >= _N_MOST_OPEN:
                 os.close(self._handles.pop(next(iter(self._handles))))
             found = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            if self.scattered and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(found, 0, 0, os.POSIX_FADV_RANDOM)
         self._handles[path] = found
         return found
 
@@ -120,13 +123,16 @@ _current: ContextVar[Reading | None] = ContextVar("reading", default=None)
 
 
 @contextmanager
-def reading() -> Iterator[Reading]:
-    """Keep files open for the reads inside, and count their bytes; nested ones share the outermost."""
+def reading(scattered: bool = False) -> Iterator[Reading]:
+    """Keep files open for the reads inside, and count their bytes; nested ones share the outermost.
+
+    `scattered`: a few bytes here and there, so that the system need not read 128 KiB ahead of each of them.
+    """
     outer = _current.get()
     if outer is not None:
         yield outer
         return
-    files = Reading()
+    files = Reading(scattered)
     token = _current.set(files)
     try:
         yield files

@@ -24,11 +24,11 @@ def _measure(n_repeats: int) -> Data:
     for name in dict.fromkeys((*NUMBERS, *(one for group in SIZES for one in group))):
         folder = built(name)
         about: dict[str, Any] = {"name": name, **_counted(folder)}
-        seen = observe(["scan", folder, "--format", "json"], **environment)
+        seen = observe(["scan", folder, "--format", "json"], PYTHONPATH=environment["PYTHONPATH"])
         if seen.run.error:
             rows.append({**about, "error": seen.run.error})
         else:
-            command = [*TIEAUDIT, "scan", folder, "--format", "json"]
+            command: list[str | Path] = [*TIEAUDIT, "scan", folder, "--format", "json"]
             done = repeated(command, n_repeats, environment=environment, warm=True)
             rows.append({**about, "own_peak_bytes": seen.own_peak_bytes, **done.as_json()})
         say(f"{name:32} {about['n_tensors']:7,} tensors {seen.run.error or f'{done.median:8.2f} s'}")
