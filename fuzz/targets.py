@@ -204,7 +204,10 @@ def check_safetensors(data: bytes) -> None:
 
 def _linked(box: boxes.Box, home: Path) -> frozenset[str]:
     """Where links lead that a reader may follow: a cache of downloads is full of linked models, but not of data."""
-    names = [name for kind, name, _ in box if kind == boxes.LINK and name.endswith((".json", ".safetensors", ".onnx"))]
+    from tieaudit.formats.torch_checkpoint.discover import SUFFIXES
+
+    endings = (".json", ".safetensors", ".onnx", *SUFFIXES)
+    names = [name for kind, name, _ in box if kind == boxes.LINK and name.endswith(endings)]
     found = set()
     for name in names:
         with suppress(OSError, RuntimeError, ValueError):
