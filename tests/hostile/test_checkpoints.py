@@ -367,3 +367,14 @@ def test_torch_load_is_never_needed_for_any_of_this() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize("name", ["x.bin", "x.pt", "x.pkl", "pytorch_model.bin"])
+@pytest.mark.parametrize("data", [b"\x80", b"\x80\x02", b"P", b"PK\x03\x04", b"PK\x03\x04" + bytes(22)])
+def test_a_file_of_a_few_bytes_is_one_clear_line(name: str, data: bytes, tmp_path: Path) -> None:
+    """Found by fuzzing: one byte that begins like a pickle."""
+    (tmp_path / name).write_bytes(data)
+    result = CliRunner().invoke(main, ["scan", str(tmp_path / name)])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) <= 2
+    assert "fault of" not in result.stderr and "Error" not in result.stderr

@@ -65,7 +65,7 @@ def what_is(path: Path) -> tuple[Kind, str]:
             "a tar archive: PyTorch before 0.1.10 wrote such checkpoints, and its safe loader refuses them too; load "
             "it once in a place where it can do no harm, and save it again"
         )
-    if head[:1] == b"\x80" and head[1] <= 5:
+    if head[:1] == b"\x80" and b"\x00" <= head[1:2] <= b"\x05":
         return "", "a Python pickle that `torch.save` did not write"
     return "", f"a file that begins with {head[:8]!r}"
 
