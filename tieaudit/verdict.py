@@ -58,6 +58,20 @@ class Found:
 
 
 @dataclass(frozen=True)
+class Likeness:
+    """How alike two weights are that a scheme would make one."""
+
+    verdict: str
+    """equal, close, related, related by a linear map, unrelated, or cannot tell."""
+    because: str
+    """One sentence, with the numbers that decided."""
+    diagnostics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Diagnostic → (value, what unrelated tables have)."""
+    exact: bool = False
+    """Everything was read; otherwise a sample of rows, or a sketch of the columns."""
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A scheme's proposal for one class of weights."""
 

@@ -1,0 +1,195 @@
+"""How alike two tables are: every diagnostic against its null by simulation, and what the numbers are taken to mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from tieaudit.damage import likeness
+from tieaudit.diagnostics import Diagnostic, Pair
+from tieaudit.model import Member, Weight
+from tieaudit.pairing import pair
+from tieaudit.registry import discover
+from tieaudit.view import AS_STORED, TRANSPOSED, View
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """Bytes that count how many of them were read."""
+
+    data: bytes
+    read: list[int]
+
+    @property
+    def n_bytes(self) -> int:
+        return len(self.data)
+
+    @property
+    def region(self) -> tuple[str, int, int]:
+        return (f"memory:{id(self)}", 0, len(self.data))
+
+    def read_ranges(self, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
+        ranges = list(ranges)
+        self.read.append(sum(length for _, length in ranges))
+        return [self.data[begin : begin + length] for begin, length in ranges]
+
+
+def members(a: Array, b: Array, view: View = AS_STORED) -> list[tuple[Weight, Member]]:
+    weights = [
+        Weight(id=name, name=name, shape=one.shape, dtype=str(one.dtype), storage=InMemory(one.tobytes(), []))
+        for name, one in (("a", a), ("b", b))
+    ]
+    return [(weights[0], Member("a")), (weights[1], Member("b", view))]
+
+
+def normal(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def decaying(n_rows: int, n_columns: int, seed: int) -> Array:
+    """A spectrum that falls off, about a common direction, as trained tables have."""
+    rng = np.random.default_rng(seed)
+    falling = rng.standard_normal((n_rows, n_columns)) * np.linspace(1.0, 0.1, n_columns)
+    turned = falling @ np.linalg.qr(rng.standard_normal((n_columns, n_columns)))[0] + 3.0 * rng.standard_normal(
+        n_columns
+    )
+    return np.asarray(turned, np.float32)
+
+
+@pytest.mark.parametrize("make", [normal, decaying], ids=["isotropic", "decaying spectrum, far from the origin"])
+@pytest.mark.parametrize(("n_rows", "n_columns"), [(3000, 32), (800, 64), (700, 12)])
+def test_independent_tables_have_the_null_of_every_diagnostic(
+    make: Callable[..., Array], n_rows: int, n_columns: int
+) -> None:
+    draws = [
+        pair(members(make(n_rows, n_columns, seed=seed), make(n_rows, n_columns, seed=seed + 100)))
+        for seed in range(12)
+    ]
+    for name, diagnostic in discover("diagnostics", Diagnostic).items():
+        found = [diagnostic.measure(one) for one in draws]
+        values = [one.value for one in found if one is not None]
+        nulls = [one.null for one in found if one is not None]
+        if name == "subspace" and n_columns < 8 or name in ("subspace", "relative-distance") and make is decaying:
+            continue  # leading directions of a decaying spectrum are random, a common direction is a relation
+        assert len(values) == len(draws), name
+        # twelve draws: their mean is within a few hundredths of the null, or within a tenth of a small one
+        assert math.isclose(np.mean(values), np.mean(nulls), rel_tol=0.12, abs_tol=0.02), (name, values, nulls[:1])
+
+
+def test_the_nulls_are_the_published_ones_where_there_are_many_more_rows_than_columns() -> None:
+    seen = pair(members(normal(20000, 64, seed=1), normal(20000, 64, seed=2)), deep=True)
+    found = {name: one.measure(seen) for name, one in discover("diagnostics", Diagnostic).items()}
+    nulls = {name: one.null for name, one in found.items() if one is not None}
+    assert nulls["linear-map"] == pytest.approx(64 / 20000, rel=1e-3)
+    assert nulls["cka"] == pytest.approx(64 / 20000, rel=0.02)
+    assert nulls["procrustes"] == pytest.approx(8 / (3 * math.pi) * math.sqrt(64 / 20000), rel=0.03)
+    assert nulls["relative-distance"] == pytest.approx(math.sqrt(2), rel=1e-2)
+    assert (nulls["row-cosine"], nulls["subspace"]) == (0.0, 1 / 8)
+
+
+SHAPES = [(4000, 64), (600, 600), (64, 4000), (300, 2048), (50, 7), (512,), (32, 3, 3, 3), (128, 1)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_independent_tables_are_unrelated_whatever_their_shape_and_a_moved_copy_is_close(
+    shape: tuple[int, ...],
+) -> None:
+    for seed in range(5):
+        a, b = normal(*shape, seed=seed), normal(*shape, seed=seed + 50)
+        assert likeness(members(a, b)).verdict == "unrelated"
+        assert likeness(members(a, (a + 0.2 * b).astype(np.float32))).verdict == "close"
+
+
+def test_a_common_direction_or_common_row_norms_do_not_make_tables_alike() -> None:
+    a, b = normal(5000, 64, seed=1), normal(5000, 64, seed=2)
+    direction = 4.0 * np.random.default_rng(3).standard_normal(64)
+    norms = np.exp(np.random.default_rng(4).standard_normal((5000, 1)))
+    columns = np.exp(np.random.default_rng(5).standard_normal(64))
+    for one, other in (
+        (a + direction, b + direction),
+        (a * norms, b * norms),
+        (a * norms * columns, b * norms * columns),
+    ):
+        found = likeness(members(one.astype(np.float32), other.astype(np.float32)))
+        assert found.verdict == "unrelated", found.because
+
+
+def test_a_rotated_copy_is_related_by_a_linear_map_and_not_alike() -> None:
+    a = normal(4000, 64, seed=1)
+    rotation = np.linalg.qr(np.random.default_rng(2).standard_normal((64, 64)))[0]
+    found = likeness(members(a, (a @ rotation).astype(np.float32)))
+    assert found.verdict == "related by a linear map"
+    assert found.diagnostics["linear-map"][0] == pytest.approx(1.0, abs=1e-6)
+    assert found.diagnostics["procrustes"][0] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_transposed_member_is_compared_in_the_layout_of_the_first() -> None:
+    a, b = normal(3000, 48, seed=1), normal(3000, 48, seed=2)
+    moved = np.ascontiguousarray((a + 0.1 * b).T)
+    straight = likeness(members(a, np.ascontiguousarray(moved.T)))
+    turned = likeness(members(a, moved, TRANSPOSED))
+    assert turned.verdict == "close"
+    for name, values in straight.diagnostics.items():
+        assert turned.diagnostics[name] == pytest.approx(values), name
+
+
+def test_equal_tables_are_equal_and_a_sample_never_says_so() -> None:
+    small, large = normal(100, 20), normal(60000, 64)
+    assert likeness(members(small, small)).verdict == "equal"
+    sampled = likeness(members(large, large))
+    assert (sampled.verdict, sampled.exact) == ("close", False)
+    assert likeness(members(large, large), deep=True).verdict == "equal"
+
+
+def test_a_sample_reads_a_bounded_part_and_agrees_with_the_whole() -> None:
+    a, b = normal(80000, 64, seed=1), normal(80000, 64, seed=2)
+    pairs = members(a, (a + 0.5 * b).astype(np.float32))
+    sampled = likeness(pairs)
+    storage = pairs[0][0].storage
+    assert isinstance(storage, InMemory)
+    assert sum(storage.read) <= 2 * 4 * (1 << 21)  # read twice, for the mean row and for the cosines about it
+    whole = likeness(pairs, deep=True)
+    for name, (value, _) in whole.diagnostics.items():
+        assert sampled.diagnostics[name][0] == pytest.approx(value, abs=0.05), name
+    assert "of 80,000 rows" in sampled.because
+    assert "rows" not in whole.because
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (np.zeros((50, 8), np.float32), normal(50, 8)),
+        (np.full((50, 8), np.nan, np.float32), normal(50, 8)),
+        (np.full((50, 8), np.inf, np.float32), normal(50, 8)),
+        (normal(3, 2), normal(3, 2, seed=1)),
+        (np.zeros((50, 8), np.int32), np.ones((50, 8), np.int32)),
+    ],
+    ids=["zeros", "NaN", "infinite", "six numbers", "integers"],
+)
+def test_what_has_no_answer_is_cannot_tell(a: Array, b: Array) -> None:
+    assert likeness(members(a, b)).verdict == "cannot tell"
+
+
+def test_linear_map_agrees_with_least_squares_on_the_whole_table() -> None:
+    a, b = normal(500, 16, seed=1).astype(np.float64), normal(500, 16, seed=2).astype(np.float64)
+    b = b + a @ np.random.default_rng(3).standard_normal((16, 16))
+    one, other = a - a.mean(axis=0), b - b.mean(axis=0)
+    best = np.linalg.lstsq(one, other, rcond=None)[0]
+    expected = 1.0 - np.square(other - one @ best).sum() / np.square(other).sum()
+    found = discover("diagnostics", Diagnostic)["linear-map"].measure(pair(members(a, b)))
+    assert found is not None
+    assert found.value == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_pair_holds_sums_and_nothing_of_the_size_of_the_tables() -> None:
+    seen: Pair = pair(members(normal(60000, 64, seed=1), normal(60000, 64, seed=2)))
+    assert seen.gram_a.shape == (64, 64)
+    assert (seen.n_rows_seen, seen.exact) == (32768, False)  # 2²¹ numbers of 64 columns

@@ -1,0 +1,91 @@
+"""Stage: two weights that a scheme would make one → how alike they are. Every number stands beside its null.
+
+Shapes say nothing: two tables of one model have equal shapes and are, as a rule, unrelated. Tying unrelated tables
+after training destroys the model (1 to 4 nats per token, measured on small language models), whatever the policy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from tieaudit.diagnostics import Diagnostic, Measured, Pair
+from tieaudit.errors import TieAuditError
+from tieaudit.model import Member, Weight
+from tieaudit.pairing import pair
+from tieaudit.registry import discover
+from tieaudit.verdict import Likeness
+
+CLOSE = 0.8
+"""Median row cosine from which one table is the other one, moved a little (a fine-tuned child of a tied parent)."""
+RELATED = 0.3
+MAPPED = 0.5
+"""Share of one table beyond chance that a linear map of the other explains: an adapter could restore that much."""
+_SPREADS = 5.0
+"""So many standard deviations above the null before a number counts."""
+
+
+def likeness(weights: Sequence[tuple[Weight, Member]], *, deep: bool = False) -> Likeness:
+    """How alike two members of a class are, seen in one layout. Cost: see `pairing.pair`."""
+    try:
+        seen = pair(weights, deep=deep)
+    except TieAuditError as error:
+        return Likeness("cannot tell", error.message)
+    if not math.isfinite(seen.squared_a + seen.squared_b + seen.dot):
+        return Likeness("cannot tell", "the tables hold numbers that are not finite, or too large to be squared")
+    if not (seen.squared_a > 0.0 and seen.squared_b > 0.0):
+        return Likeness("cannot tell", "one of them holds nothing but zeros")
+    found = {}
+    for name, diagnostic in discover("diagnostics", Diagnostic).items():
+        measured = diagnostic.measure(seen)
+        if measured is not None:
+            found[name] = measured
+    verdict = _verdict(seen, found)
+    values = {name: (one.value, one.null) for name, one in found.items()}
+    return Likeness(verdict, _sentence(verdict, seen, found), values, seen.exact)
+
+
+def _verdict(seen: Pair, found: dict[str, Measured]) -> str:
+    distance, cosine, mapped = (found.get(name) for name in ("relative-distance", "row-cosine", "linear-map"))
+    if seen.n_rows_seen == seen.n_rows and distance is not None and distance.value == 0.0:
+        return "equal"
+    if cosine is None or _SPREADS * cosine.spread > CLOSE:
+        return "cannot tell"
+    if cosine.value > _SPREADS * cosine.spread:
+        if cosine.value >= CLOSE:
+            return "close"
+        if cosine.value >= RELATED:
+            return "related"
+    if mapped is not None and mapped.value - mapped.null > _SPREADS * mapped.spread and _beyond(mapped) >= MAPPED:
+        return "related by a linear map"
+    return "unrelated"
+
+
+def _beyond(measured: Measured) -> float:
+    """What is there beyond chance, 0 … 1."""
+    return (measured.value - measured.null) / (1.0 - measured.null) if measured.null < 1.0 else 0.0
+
+
+_MEANING = {
+    "equal": "the numbers are equal",
+    "close": "close: one is the other, moved a little, as after fine-tuning",
+    "related": "related, but far apart: expect visible damage",
+    "related by a linear map": "not alike, but a linear map of one explains the other: tie them through an adapter",
+    "unrelated": "unrelated, as independent tables are: one value for both would destroy the model",
+    "cannot tell": "too few numbers to tell chance from likeness",
+}
+
+
+def _sentence(verdict: str, seen: Pair, found: dict[str, Measured]) -> str:
+    said = []
+    for name, label in (
+        ("relative-distance", "distance"),
+        ("row-cosine", "row cosine"),
+        ("linear-map", "linear map R²"),
+    ):
+        if name in found:
+            said.append(f"{label} {found[name].value:.3g} (unrelated: {found[name].null:.3g})")
+    sample = "" if seen.exact else f"; from {seen.n_rows_seen:,} of {seen.n_rows:,} rows"
+    if seen.n_columns_seen < seen.n_columns:
+        sample += f", {seen.n_columns_seen} directions of {seen.n_columns:,} columns"
+    return f"{_MEANING[verdict]} ({', '.join(said)}{sample})"

@@ -1,0 +1,32 @@
+"""How much of one table the best linear map of the other explains."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tieaudit.diagnostics import Diagnostic, Measured, Pair
+
+_LEAST_ROWS = 1.5
+"""Rows for each column below which nearly everything is explained by chance."""
+
+
+def _measure(pair: Pair) -> Measured | None:
+    k, n = pair.n_columns_seen, pair.degrees
+    total = float(np.trace(pair.gram_b))
+    if n < _LEAST_ROWS * k or not total > 0.0:
+        return None
+    best = np.linalg.lstsq(pair.gram_a, pair.cross, rcond=None)[0]  # M = (AᵀA)⁻¹AᵀB, also where A lacks rank
+    explained = float(np.sum(best * pair.cross)) / total  # ‖AM‖² = tr(Mᵀ AᵀB)
+    null = k / n
+    spread = (2.0 * null * (1.0 - null) / (n * k)) ** 0.5
+    return Measured(min(max(explained, 0.0), 1.0), null, spread)
+
+
+linear_map = Diagnostic(
+    name="linear-map",
+    title="linear map R²",
+    source="R² = 1 − ‖B − AM‖² / ‖B‖² with the best M = (AᵀA)⁻¹AᵀB, columns about their means: what an adapter of "
+    "columns × columns could restore. The best M does not depend on the activations (gradient −2Aᵀ(B − AM)C = 0 for "
+    "every invertible C). Null: a random subspace of `columns` dimensions holds columns / (rows − 1) of any table",
+    measure=_measure,
+)

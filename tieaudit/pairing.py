@@ -1,0 +1,142 @@
+"""Two weights of one layout → a `Pair`: the sums that all diagnostics need, in bounded memory.
+
+By default a sample of rows is read, and wide rows are seen through a sketch of their columns; `deep` reads everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tieaudit.diagnostics import Array, Pair
+from tieaudit.merge import Aligned, aligned
+from tieaudit.model import Member, Weight
+
+N_SAMPLED = 1 << 21
+"""Numbers of each table that are read by default: 8 MiB in float32."""
+ROWS_PER_COLUMN = 4
+"""Rows for each direction of a sketch: with fewer, chance explains too much."""
+MOST_COLUMNS = 512
+"""Directions of a sketch."""
+_RUN = 32
+"""Neighbouring rows read at once: one read for each, and neighbours in a vocabulary are no more alike than others."""
+_DEEP_BLOCK = 1 << 21
+Blocks = Callable[[], Iterator[tuple[Array, Array]]]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Both tables with the longer axis as rows."""
+
+    one: Aligned
+    other: Aligned
+
+    @property
+    def n_rows(self) -> int:
+        return self.one.shape[0]
+
+    @property
+    def n_columns(self) -> int:
+        return self.one.shape[1]
+
+    def blocks(self, runs: Sequence[tuple[int, int]]) -> Iterator[tuple[Array, Array]]:
+        for begin, end in runs:
+            yield self.one.rows(begin, end), self.other.rows(begin, end)
+
+
+def pair(weights: Sequence[tuple[Weight, Member]], *, deep: bool = False) -> Pair:
+    """Two members of a class, compared in the layout of the first.
+
+    RewriteRefused if one is no dense floating-point tensor. Numbers that are not finite make every sum useless: the
+    squares are then NaN, which callers show as such. Cost: reads up to `N_SAMPLED` numbers of each, or with `deep`
+    each table twice; memory a few blocks and, deep, three matrices of columns × columns.
+    """
+    layout = _laid_out(weights)
+    runs = _runs(layout, deep)
+    n_seen = sum(end - begin for begin, end in runs)
+    few = max(min(MOST_COLUMNS, n_seen // ROWS_PER_COLUMN), 1)  # directions that this many rows can tell something of
+    sampled = n_seen < layout.n_rows or layout.n_columns > MOST_COLUMNS or n_seen < 2 * layout.n_columns
+    n_directions = min(layout.n_columns, few) if sampled and not deep else layout.n_columns
+    sketch = _sketch(layout.n_columns, n_directions)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return _sums(layout, runs, n_seen, sketch)
+
+
+def _laid_out(weights: Sequence[tuple[Weight, Member]]) -> _Layout:
+    first = weights[0][0]
+    one, other = (aligned(weight, member.view, first.shape) for weight, member in weights)
+    if len(first.shape) != 2 or min(first.shape) == 1:
+        n_elements = first.n_elements
+        rows = first.shape[0] if len(first.shape) > 2 and first.shape[0] else 1
+        shape = (rows, n_elements // rows)
+        return _Layout(*(replace(each, shape=shape, transposed=False) for each in (one, other)))
+    if first.shape[0] >= first.shape[1]:
+        return _Layout(one, other)
+    swapped = first.shape[::-1]
+    return _Layout(*(replace(each, shape=swapped, transposed=not each.transposed) for each in (one, other)))
+
+
+def _runs(layout: _Layout, deep: bool) -> list[tuple[int, int]]:
+    """Rows to read, as (begin, end): all of them in blocks, or runs spread evenly at random places."""
+    n, d = layout.n_rows, max(layout.n_columns, 1)
+    if deep or n * d <= N_SAMPLED:
+        step = max(_DEEP_BLOCK // d, 1)
+        return [(begin, min(begin + step, n)) for begin in range(0, n, step)]
+    run = min(_RUN, max(N_SAMPLED // d, 1), n)
+    n_runs = max(min(N_SAMPLED // d // run, n // run), 1)
+    strata = np.linspace(0, n, n_runs + 1).astype(np.int64)
+    rng = np.random.default_rng(n)
+    found = []
+    for begin, end in zip(strata[:-1].tolist(), strata[1:].tolist(), strict=True):
+        at = begin + int(rng.integers(0, max(end - begin - run, 0) + 1))
+        found.append((at, min(at + run, end)))
+    return found
+
+
+def _sketch(n_columns: int, n_directions: int) -> Array | None:
+    """Orthonormal directions, [columns, directions], the same for both tables; None where all columns are seen."""
+    if n_directions >= n_columns:
+        return None
+    drawn = np.random.default_rng(n_columns).standard_normal((n_columns, n_directions))
+    directions: Array = np.linalg.qr(drawn)[0]
+    return directions
+
+
+def _sums(layout: _Layout, runs: list[tuple[int, int]], n_seen: int, sketch: Array | None) -> Pair:
+    d = layout.n_columns
+    k = d if sketch is None else sketch.shape[1]
+    mean_a, mean_b = np.zeros(d), np.zeros(d)
+    gram_a, gram_b, cross = np.zeros((k, k)), np.zeros((k, k)), np.zeros((k, k))
+    squared_a = squared_b = dot = 0.0
+    for a, b in layout.blocks(runs):
+        mean_a, mean_b = mean_a + a.sum(axis=0), mean_b + b.sum(axis=0)
+        squared_a, squared_b = squared_a + float(np.vdot(a, a)), squared_b + float(np.vdot(b, b))
+        dot += float(np.vdot(a, b))
+        seen_a, seen_b = (a, b) if sketch is None else (a @ sketch, b @ sketch)
+        gram_a, gram_b, cross = gram_a + seen_a.T @ seen_a, gram_b + seen_b.T @ seen_b, cross + seen_a.T @ seen_b
+    mean_a, mean_b = mean_a / max(n_seen, 1), mean_b / max(n_seen, 1)
+    centre_a, centre_b = (mean_a, mean_b) if sketch is None else (mean_a @ sketch, mean_b @ sketch)
+    cosines = [_cosines(a, b, mean_a, mean_b, layout.n_rows) for a, b in layout.blocks(runs)]
+    return Pair(
+        n_rows=layout.n_rows,
+        n_columns=d,
+        n_rows_seen=n_seen,
+        n_columns_seen=k,
+        squared_a=squared_a,
+        squared_b=squared_b,
+        dot=dot,
+        cosines=np.concatenate(cosines) if cosines else np.zeros(0),
+        gram_a=gram_a - n_seen * np.outer(centre_a, centre_a),
+        gram_b=gram_b - n_seen * np.outer(centre_b, centre_b),
+        cross=cross - n_seen * np.outer(centre_a, centre_b),
+    )
+
+
+def _cosines(a: Array, b: Array, mean_a: Array, mean_b: Array, n_rows: int) -> Array:
+    """Of each row; a single row is taken about its own mean, since it is the mean row."""
+    a, b = (a - a.mean(), b - b.mean()) if n_rows == 1 else (a - mean_a, b - mean_b)
+    scale = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    found: Array = (a * b).sum(axis=1)[scale > 0.0] / scale[scale > 0.0]
+    return found
