@@ -14,6 +14,7 @@ from tieaudit.merges import Merge
 from tieaudit.model import Member, Model, Use, classes
 from tieaudit.propose import propose, schemes
 from tieaudit.registry import choose, discover
+from tieaudit.schemes import Scheme
 from tieaudit.verdict import Candidate, Refusal, Subject
 from tieaudit.view import AS_STORED
 
@@ -69,12 +70,12 @@ def plan(subject: Subject, choices: Choices) -> Plan:
     if choices.merge is not None:
         choose(discover("merges", Merge), choices.merge, "merge policy")
     draft = _Draft(subject, format_, choices, target)
-    for scheme in schemes(choices.schemes):
-        candidates, refusals = propose(subject, scheme)
+    for asked in schemes(choices.schemes):
+        candidates, refusals = propose(subject, asked)
         draft.refusals.extend(refusals)
         if not candidates and not refusals and len(choices.schemes) > 1:
             draft.notes.append(
-                f"{scheme.name}: nothing to do in the model as it is; schemes look at what was read, not at what "
+                f"{asked.scheme.name}: nothing to do in the model as it is; schemes look at what was read, not at what "
                 "another one makes of it: apply it to the result"
             )
         for candidate in candidates:
@@ -143,14 +144,15 @@ def _lossy(draft: _Draft, candidate: Candidate) -> Share:
     model = draft.model
     weights = [(model.by_id[member.id], member) for member in candidate.members]
     first = weights[0][0]
+    usual = choose(discover("schemes", Scheme), candidate.scheme, "scheme").merge
     if not draft.choices.allow_lossy:
         one = aligned(first, AS_STORED, first.shape)
         other = aligned(weights[1][0], weights[1][1].view, first.shape)
         raise RewriteRefused(
             f"{weights[1][0].id} and {first.id} are different tensors: {difference(one, other)}; tying them would "
-            "change the model's outputs (--allow-lossy --merge keep:head|keep:embedding|mean does it knowingly)"
+            f"change the model's outputs (--allow-lossy does it knowingly, --merge says how, by default {usual})"
         )
-    policy = choose(discover("merges", Merge), draft.choices.merge or "keep:head", "merge policy")
+    policy = choose(discover("merges", Merge), draft.choices.merge or usual, "merge policy")
     kinds = {id: role.kind for id, role in draft.subject.roles.items()}
     kept, values = common_value(weights, kinds, policy)
     members = candidate.members

@@ -3,23 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
+from tieaudit.errors import UsageError
 from tieaudit.registry import choose, discover
 from tieaudit.schemes import Scheme
 from tieaudit.verdict import Candidate, Refusal, Subject
 
 
-def schemes(names: Iterable[str]) -> list[Scheme]:
-    """The schemes of these names, in order; UsageError with the nearest spelling for an unknown one."""
+@dataclass(frozen=True)
+class Asked:
+    """A scheme as the user asked for it: `cycle:3` is the scheme cycle with the argument 3."""
+
+    scheme: Scheme
+    argument: str = ""
+
+
+def schemes(names: Iterable[str]) -> list[Asked]:
+    """The schemes of these names, in order.
+
+    UsageError with the nearest spelling for an unknown one, and for an argument where the scheme takes none.
+    """
     known = discover("schemes", Scheme)
-    return [choose(known, name, "scheme") for name in names]
+    found = []
+    for text in names:
+        name, colon, argument = text.partition(":")
+        scheme = choose(known, name, "scheme")
+        if colon and not scheme.argument:
+            raise UsageError(f"--scheme {text}: expected {name} alone, which takes nothing behind a colon")
+        found.append(Asked(scheme, argument))
+    return found
 
 
-def propose(subject: Subject, scheme: Scheme) -> tuple[list[Candidate], list[Refusal]]:
-    """What one scheme would do to this model, and what it cannot do and why."""
+def propose(subject: Subject, asked: Asked) -> tuple[list[Candidate], list[Refusal]]:
+    """What one scheme would do to this model, and what it cannot do and why. UsageError for an unfit argument."""
     candidates: list[Candidate] = []
     refusals: list[Refusal] = []
-    for proposal in scheme.propose(subject):
+    for proposal in asked.scheme.propose(subject, asked.argument):
         if isinstance(proposal, Candidate):
             candidates.append(proposal)
         else:
@@ -32,5 +52,5 @@ def listed_candidates(subject: Subject) -> tuple[Candidate, ...]:
     found: list[Candidate] = []
     for scheme in discover("schemes", Scheme).values():
         if scheme.listed_by_scan:
-            found.extend(propose(subject, scheme)[0])
+            found.extend(propose(subject, Asked(scheme))[0])
     return tuple(found)

@@ -17,8 +17,15 @@ class Scheme:
     """One line."""
     source: str
     """Paper and section, or the practice it stands for."""
-    propose: Callable[[Subject], Iterator[Candidate | Refusal]]
-    """Candidates, and refusals where the model cannot take the scheme, with the reason."""
+    propose: Callable[[Subject, str], Iterator[Candidate | Refusal]]
+    """(subject, argument) → candidates, and refusals where the model cannot take the scheme, with the reason.
+
+    The argument is what stands behind the colon in `cycle:3`, empty if nothing does. UsageError if it is none.
+    """
+    argument: str = ""
+    """What stands behind the colon, for people: `M`; empty for a scheme that takes nothing."""
+    merge: str = "keep:head"
+    """The policy that unequal weights get where the user names none."""
     page: str = ""
     """The text of `tieaudit explain NAME`."""
     listed_by_scan: bool = False

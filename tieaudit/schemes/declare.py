@@ -9,7 +9,7 @@ from tieaudit.schemes import Scheme
 from tieaudit.verdict import Candidate, Refusal, Subject
 
 
-def _propose(subject: Subject) -> Iterator[Candidate | Refusal]:
+def _propose(subject: Subject, argument: str) -> Iterator[Candidate | Refusal]:
     model = subject.model
     if not model.declarations:
         yield Refusal("declare", (), f"nothing in a model of format {model.format} can declare a tie")

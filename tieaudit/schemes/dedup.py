@@ -14,7 +14,7 @@ MIN_CONSTANT_BYTES = 1024
 """Equal constants, masks and shapes below this size are left alone: merging a thousand of them helps nobody."""
 
 
-def _propose(subject: Subject) -> Iterator[Candidate | Refusal]:
+def _propose(subject: Subject, argument: str) -> Iterator[Candidate | Refusal]:
     model = subject.model
     for tie in subject.found.ties:
         worth_it = tie.n_bytes_saved >= MIN_CONSTANT_BYTES or not of_buffers(model, tie)

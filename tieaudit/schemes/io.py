@@ -10,7 +10,7 @@ from tieaudit.verdict import Candidate, Refusal, Subject
 from tieaudit.view import AS_STORED, TRANSPOSED, View
 
 
-def _propose(subject: Subject) -> Iterator[Candidate | Refusal]:
+def _propose(subject: Subject, argument: str) -> Iterator[Candidate | Refusal]:
     heads = _of_kind(subject, "output_head")
     embeddings = _of_kind(subject, "token_embedding")
     one_value = _one_value(subject)

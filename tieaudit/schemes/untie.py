@@ -8,7 +8,7 @@ from tieaudit.schemes import Scheme
 from tieaudit.verdict import Candidate, Refusal, Subject
 
 
-def _propose(subject: Subject) -> Iterator[Candidate | Refusal]:
+def _propose(subject: Subject, argument: str) -> Iterator[Candidate | Refusal]:
     for tie in subject.found.ties:
         if tie.origin in ("aliased", "absent"):
             stored = subject.model.by_id[tie.members[0].id]

@@ -1,0 +1,209 @@
+"""Schemes that share layers: the maps of their papers, the number of parameters that is left, and what they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import pytest
+
+from tieaudit.errors import UsageError
+from tieaudit.model import Model, Part, Role, Weight, classes
+from tieaudit.propose import propose, schemes
+from tieaudit.verdict import Candidate, Found, Refusal, Subject
+
+D, F = 8, 32
+LAYER = {
+    "attn.q.weight": ("attention_query", (D, D)),
+    "attn.k.weight": ("attention_key", (D, D)),
+    "attn.v.weight": ("attention_value", (D, D)),
+    "attn.o.weight": ("attention_output", (D, D)),
+    "mlp.up.weight": ("ffn_up", (F, D)),
+    "mlp.up.bias": ("ffn_up_bias", (F,)),
+    "mlp.down.weight": ("ffn_down", (D, F)),
+    "norm1.weight": ("norm_scale", (D,)),
+    "norm2.weight": ("norm_scale", (D,)),
+}
+PER_LAYER = 4 * D * D + 2 * D * F + F + 2 * D
+
+
+@dataclass(frozen=True)
+class Somewhere:
+    """Bytes that are never read: schemes look at shapes and roles alone."""
+
+    name: str
+    n_bytes: int
+
+    @property
+    def region(self) -> tuple[str, int, int]:
+        return (self.name, 0, self.n_bytes)
+
+    def read_ranges(self, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
+        raise AssertionError("a scheme reads no bytes")
+
+
+def subject(
+    n_layers: int = 6,
+    *,
+    scrambled: bool = False,
+    sides: Sequence[str | None] = (None,),
+    odd: dict[tuple[int, str], tuple[int, ...] | None] | None = None,
+) -> Subject:
+    """A model of the layers above. `odd`: (layer, name) → another shape, or None for a weight that is not there."""
+    weights: list[Weight] = []
+    roles: dict[str, Role] = {}
+    for side in sides:
+        for layer in range(n_layers):
+            for name, (kind, shape) in LAYER.items():
+                found = (odd or {}).get((layer, name), shape)
+                if found is None:
+                    continue
+                full = f"{side + '.' if side else ''}layers.{layer}.{name}"
+                id = f"w{len(weights) * 7919 % 104729}" if scrambled else full
+                n_elements = found[0] * (found[1] if len(found) > 1 else 1)
+                storage = Somewhere(full, 4 * n_elements)
+                weights.append(Weight(id=id, name=id, shape=found, dtype="float32", storage=storage))
+                roles[id] = Role(kind, "by hand", layer, side)  # type: ignore[arg-type]
+    model = Model(path="m", format="onnx", parts=(Part("", ("m",)),), weights=tuple(weights))
+    return Subject(model, Found(()), roles)
+
+
+def proposed(text: str, one: Subject) -> tuple[list[Candidate], list[Refusal]]:
+    return propose(one, schemes([text])[0])
+
+
+def layer_map(text: str, n_layers: int, name: str = "attn.q.weight") -> str:
+    """The map g as letters: equal letters share."""
+    one = subject(n_layers)
+    candidates, _ = proposed(text, one)
+    together = classes([member.id for member in candidate.members] for candidate in candidates)
+    group = {id: number for number, ids in enumerate(together) for id in ids}
+    letters: dict[object, str] = {}
+    ids = [f"layers.{layer}.{name}" for layer in range(n_layers)]
+    return "".join(letters.setdefault(group.get(id, id), chr(65 + len(letters))) for id in ids)
+
+
+def n_parameters_left(text: str, one: Subject) -> int:
+    """Unique parameters once every candidate is carried out."""
+    candidates, refusals = proposed(text, one)
+    assert not refusals
+    n = {weight.id: weight.n_elements for weight in one.model.weights}
+    gone = [ids[1:] for ids in classes([member.id for member in found.members] for found in candidates)]
+    return sum(n.values()) - sum(n[id] for ids in gone for id in ids)
+
+
+MAPS = [
+    ("albert", 6, "AAAAAA"),
+    ("albert:3", 6, "AABBCC"),
+    ("albert:4", 6, "AABCCD"),  # ⌊ℓ·4/6⌋ = 0 0 1 2 2 3, as num_hidden_groups=4
+    ("sequence:3", 6, "AABBCC"),
+    ("sequence:6", 18, "AAABBBCCCDDDEEEFFF"),
+    ("cycle:3", 6, "ABCABC"),
+    ("cycle:6", 18, "ABCDEFABCDEFABCDEF"),
+    ("cycle:4", 6, "ABCDAB"),
+    ("cycle-rev:3", 6, "ABCCBA"),
+    ("cycle-rev:6", 18, "ABCDEFABCDEFFEDCBA"),  # the paper's figure 1; m = N/M − i would give something else here
+    ("sandwich", 6, "ABBBBC"),
+    ("sandwich:2", 7, "ABCCCDE"),
+    ("immediate", 6, "AABBCC"),
+    ("immediate:3", 6, "AAABBB"),
+    ("middle-cycle:2", 8, "ABCBCBCD"),
+]
+
+
+@pytest.mark.parametrize(("text", "n_layers", "expected"), MAPS, ids=[one[0] for one in MAPS])
+def test_the_layer_map_is_the_one_of_the_paper(text: str, n_layers: int, expected: str) -> None:
+    assert layer_map(text, n_layers) == expected
+
+
+COUNTS = [
+    ("albert", 6, PER_LAYER),
+    ("albert:attention", 6, 4 * D * D + 6 * (PER_LAYER - 4 * D * D)),
+    ("albert:ffn", 6, (2 * D * F + F) + 6 * (PER_LAYER - 2 * D * F - F)),
+    ("sequence:3", 6, 3 * PER_LAYER),
+    ("cycle:6", 18, 6 * PER_LAYER),
+    ("cycle-rev:6", 18, 6 * PER_LAYER),
+    ("sandwich", 6, 3 * PER_LAYER + 3 * 2 * D),  # three sets, and three more layers with two norms of their own
+    ("ffn", 6, (2 * D * F + F) + 6 * (PER_LAYER - 2 * D * F - F)),
+    ("norms", 6, 2 * D + 6 * (PER_LAYER - 2 * D)),
+    ("shared-qk", 6, 6 * (PER_LAYER - D * D)),
+    ("shared-kv", 6, 6 * (PER_LAYER - D * D)),
+]
+
+
+@pytest.mark.parametrize(("text", "n_layers", "expected"), COUNTS, ids=[one[0] for one in COUNTS])
+def test_the_number_of_parameters_left_is_the_closed_form(text: str, n_layers: int, expected: int) -> None:
+    assert n_parameters_left(text, subject(n_layers)) == expected
+
+
+def test_encoder_and_decoder_share_among_themselves_and_not_with_each_other() -> None:
+    both = subject(4, sides=("encoder", "decoder"))
+    assert n_parameters_left("albert", both) == 2 * PER_LAYER
+    assert n_parameters_left("tied-transformer", both) == 4 * (PER_LAYER + 2 * D)  # norms stay on both sides
+
+
+def test_scrambled_names_share_the_same_weights() -> None:
+    straight, scrambled = subject(6), subject(6, scrambled=True)
+    for text in ("albert", "cycle:3", "sandwich", "ffn", "shared-qk"):
+        n = [len(proposed(text, one)[0]) for one in (straight, scrambled)]
+        assert n[0] == n[1], text
+        assert n_parameters_left(text, scrambled) == n_parameters_left(text, straight), text
+    places = {weight.id: weight.storage.region[0] for weight in scrambled.model.weights if weight.storage is not None}
+    for candidate in proposed("albert", scrambled)[0]:
+        kept = {str(places[member.id]).split(".", 2)[2] for member in candidate.members}
+        assert len(kept) == 1, kept  # one slot: the two norms of a layer are not confused
+
+
+REFUSED = [
+    ("sequence:4", 6, "4 does not divide 6"),
+    ("cycle:7", 6, "fewer than M = 7"),
+    ("cycle-rev:4", 6, "at least 2·M = 8 layers"),
+    ("sandwich:3", 6, "nothing is left to share"),
+    ("immediate:4", 6, "4 does not divide 6"),
+    ("middle-cycle:4", 6, "no more than M = 4"),
+    ("albert:7", 6, "fewer than the 7 groups"),
+    ("tied-transformer", 6, "no encoder and decoder"),
+    ("three-way", 6, "no second token embedding"),
+    ("encoder-decoder", 6, "no second token embedding"),
+    ("io-bias", 6, "no bias"),
+]
+
+
+@pytest.mark.parametrize(("text", "n_layers", "because"), REFUSED, ids=[one[0] for one in REFUSED])
+def test_what_this_model_cannot_take_is_refused_with_the_reason(text: str, n_layers: int, because: str) -> None:
+    candidates, refusals = proposed(text, subject(n_layers))
+    assert not candidates
+    assert because in refusals[0].because
+
+
+def test_layers_that_differ_are_refused_slot_by_slot_and_the_others_are_shared() -> None:
+    uneven = subject(4, odd={(2, "mlp.up.weight"): (2 * F, D), (3, "norm2.weight"): None})
+    candidates, refusals = proposed("albert", uneven)
+    assert len(candidates) == len(LAYER) - 2
+    said = {refusal.because for refusal in refusals}
+    assert any("layers.#.mlp.up.weight" in one and "[32, 8]" in one and "[64, 8]" in one for one in said)
+    assert any("layers.#.norm2.weight" in one and "layers 3 have none" in one for one in said)
+
+
+@pytest.mark.parametrize(
+    "text", ["cycle", "cycle:", "cycle:0", "cycle:-1", "cycle:x", "cycle:1.5", "albert:heads", "cycle:²"]
+)
+def test_an_argument_that_is_none_is_one_clear_line(text: str) -> None:
+    with pytest.raises(UsageError, match="expected"):
+        proposed(text, subject(6))
+
+
+def test_a_scheme_that_takes_no_argument_says_so() -> None:
+    with pytest.raises(UsageError, match="dedup alone, which takes nothing behind a colon"):
+        schemes(["dedup:3"])
+
+
+def test_layers_that_are_one_already_are_not_proposed_again() -> None:
+    one = subject(3)
+    same = Somewhere("shared", 4 * D * D)
+    weights = tuple(
+        Weight(id=w.id, name=w.name, shape=w.shape, dtype=w.dtype, storage=same if "attn.q" in w.id else w.storage)
+        for w in one.model.weights
+    )
+    tied = Subject(Model(path="m", format="onnx", parts=one.model.parts, weights=weights), one.found, one.roles)
+    assert not any("attn.q" in member.id for found in proposed("albert", tied)[0] for member in found.members)

@@ -1,0 +1,57 @@
+"""Weights of two roles, matched layer by layer: what schemes inside a layer share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tieaudit.model import Member, Weight
+from tieaudit.verdict import Candidate, Refusal, Subject
+
+_Place = tuple[str, str | None, int | None, int]
+
+
+def share_within_layers(subject: Subject, scheme: str, kind: str, other_kind: str) -> Iterator[Candidate | Refusal]:
+    """One candidate for each pair of weights of these kinds in one place; their biases are pairs of their own."""
+    found = False
+    for suffix in ("", "_bias"):
+        ours, theirs = (_placed(subject, one + suffix) for one in (kind, other_kind))
+        for place, weight in ours.items():
+            other = theirs.get(place)
+            if other is None:
+                continue
+            found = True
+            if weight.shape != other.shape or weight.dtype != other.dtype:
+                shapes = f"{list(weight.shape)} {weight.dtype} and {list(other.shape)} {other.dtype}"
+                yield Refusal(
+                    scheme, (weight.id, other.id), f"{weight.id} and {other.id} have different shapes: {shapes}"
+                )
+                continue
+            yield from _pair(subject, scheme, weight, other)
+    if not found:
+        yield Refusal(scheme, (), f"no {_words(kind)} with its {_words(other_kind)} was recognised in this model")
+
+
+def _pair(subject: Subject, scheme: str, weight: Weight, other: Weight) -> Iterator[Candidate]:
+    if weight.storage is None or other.storage is None or weight.storage.region == other.storage.region:
+        return
+    equal = any({weight.id, other.id} <= set(tie.ids) for tie in subject.found.ties if tie.origin == "measured")
+    kinds = [_words(subject.roles[one.id].kind) for one in (weight, other)]
+    because = f"{kinds[0]} and {kinds[1]} of one attention"
+    yield Candidate(scheme, (Member(weight.id), Member(other.id)), other.n_bytes, equal, because)
+
+
+def _placed(subject: Subject, kind: str) -> dict[_Place, Weight]:
+    """By part, side, layer and how many of the kind came before in that layer (cross-attention comes second)."""
+    counted: dict[tuple[str, str | None, int | None], int] = {}
+    found: dict[_Place, Weight] = {}
+    for weight in subject.model.weights:
+        role = subject.roles[weight.id]
+        if role.kind == kind and weight.is_float and not weight.absent:
+            layer = (weight.part, role.side, role.layer)
+            counted[layer] = counted.get(layer, -1) + 1
+            found[(*layer, counted[layer])] = weight
+    return found
+
+
+def _words(kind: str) -> str:
+    return kind.removeprefix("attention_").replace("_", " ")

@@ -1,0 +1,191 @@
+"""Layers of one kind as a table: what depth schemes share. A stack is a row of layers, a slot one weight of each.
+
+`literature`: with g(ℓ) the set of weights that layer ℓ uses, a depth scheme is nothing but the map g (Takase & Kiyono
+2023, Lessons on parameter sharing across layers in Transformers, section 3).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from tieaudit.errors import UsageError
+from tieaudit.model import Member, Weight, classes
+from tieaudit.verdict import Candidate, Refusal, Subject
+
+ATTENTION = "attention_"
+FEED_FORWARD = "ffn_"
+NORMS = ("norm_scale", "norm_bias")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One place in a layer."""
+
+    name: str
+    """The weight's name without the layer's number; where names tell nothing, its kind and how many came before."""
+    kind: str
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers of one part and side that hold the same slots."""
+
+    part: str
+    side: str | None
+    layers: tuple[int, ...]
+    """Layer indices, in order."""
+    slots: tuple[tuple[Slot, tuple[Weight, ...]], ...]
+    """Slot → its weight in each layer."""
+    uneven: tuple[tuple[Slot, str], ...]
+    """Slots that some layers lack, or have in another shape or type, and which."""
+
+    @property
+    def title(self) -> str:
+        """For messages: what this stack is."""
+        side = f"the {self.side}'s" if self.side else "the"
+        return f"{side} {len(self.layers)} layers" + (f" of {self.part}" if self.part else "")
+
+
+def stacks(subject: Subject) -> tuple[Stack, ...]:
+    """The stacks of two layers or more, by part and side. Cost: that of the weights' names; nothing is read."""
+    grouped: dict[tuple[str, str | None], dict[int, list[Weight]]] = {}
+    for weight in subject.model.weights:
+        role = subject.roles[weight.id]
+        if role.layer is not None and weight.is_float and weight.parameter is not False and not weight.absent:
+            grouped.setdefault((weight.part, role.side), {}).setdefault(role.layer, []).append(weight)
+    first_use = {use.weight: index for index, use in reversed(list(enumerate(subject.model.uses)))}
+    found = []
+    for (part, side), by_layer in grouped.items():
+        if len(by_layer) > 1:
+            found.append(_stack(subject, part, side, by_layer, first_use))
+    return tuple(found)
+
+
+def _stack(
+    subject: Subject, part: str, side: str | None, by_layer: dict[int, list[Weight]], first_use: dict[str, int]
+) -> Stack:
+    layers = tuple(sorted(by_layer))
+    held = _slotted(subject, by_layer, first_use)
+    slots, uneven = [], []
+    for slot in dict.fromkeys(slot for layer in layers for slot in held[layer]):
+        weights = [held[layer].get(slot) for layer in layers]
+        there = [weight for weight in weights if weight is not None]
+        if len(there) < len(layers):
+            lacking = [layer for layer, weight in zip(layers, weights, strict=True) if weight is None]
+            uneven.append((slot, f"layers {_spelled(lacking)} have none"))
+        elif len({(weight.shape, weight.dtype) for weight in there}) > 1:
+            shapes = sorted({f"{list(weight.shape)} {weight.dtype}" for weight in there})
+            uneven.append((slot, f"the layers have different shapes or types: {', '.join(shapes[:4])}"))
+        else:
+            slots.append((slot, tuple(there)))
+    return Stack(part, side, layers, tuple(slots), tuple(uneven))
+
+
+def _slotted(
+    subject: Subject, by_layer: dict[int, list[Weight]], first_use: dict[str, int]
+) -> dict[int, dict[Slot, Weight]]:
+    """Layer → its slots: by name where the names of all layers agree but for the number, else by kind and first use."""
+    named = {layer: _by_name(subject, weights, layer) for layer, weights in by_layer.items()}
+    n_slots = len({slot for slots in named.values() for slot in slots})
+    whole_layers = all(len(named[layer]) == len(weights) for layer, weights in by_layer.items())
+    if whole_layers and n_slots < 2 * max(len(weights) for weights in by_layer.values()):
+        return named
+    return {layer: _by_order(subject, weights, first_use) for layer, weights in by_layer.items()}
+
+
+def _by_name(subject: Subject, weights: list[Weight], layer: int) -> dict[Slot, Weight]:
+    number = re.compile(rf"(?<!\d){layer}(?!\d)")
+    return {Slot(number.sub("#", one.name, count=1), subject.roles[one.id].kind): one for one in weights}
+
+
+def _by_order(subject: Subject, weights: list[Weight], first_use: dict[str, int]) -> dict[Slot, Weight]:
+    counted: dict[tuple[str, int | None], int] = {}
+    found = {}
+    for weight in sorted(weights, key=lambda one: first_use.get(one.id, len(first_use))):
+        role = subject.roles[weight.id]
+        n = counted[role.kind, role.expert] = counted.get((role.kind, role.expert), -1) + 1
+        expert = "" if role.expert is None else f" of expert {role.expert}"
+        found[Slot(f"{role.kind}{expert} {n}", role.kind)] = weight
+    return found
+
+
+Chosen = Callable[[Slot], bool]
+
+
+def whole(slot: Slot) -> bool:
+    """Everything a layer holds."""
+    return True
+
+
+def blocks(slot: Slot) -> bool:
+    """Everything but the norms, of which each layer keeps its own (SPIN, Subformer: sharing norms diverges)."""
+    return slot.kind not in NORMS
+
+
+def of_kinds(*beginnings: str) -> Chosen:
+    """Slots whose kind begins with one of these."""
+    return lambda slot: slot.kind.startswith(beginnings)
+
+
+def share_layers(
+    subject: Subject, scheme: str, chosen: Chosen, plan_of: Callable[[int], Sequence[int] | str]
+) -> Iterator[Candidate | Refusal]:
+    """One candidate for each slot and each set of layers that share it.
+
+    `plan_of(n_layers)` gives g: for each layer, in order, the number of the set it uses; or why this many layers cannot
+    be shared so. Weights that already are one are not proposed again.
+    """
+    everything = stacks(subject)
+    if not everything:
+        yield Refusal(scheme, (), "no repeated layers were recognised in this model")
+    one_value = {id: group[0] for group in classes(t.ids for t in subject.found.ties) for id in group}
+    for stack in everything:
+        plan = plan_of(len(stack.layers))
+        if isinstance(plan, str):
+            yield Refusal(scheme, (), f"{stack.title}: {plan}")
+            continue
+        picked = [(slot, weights) for slot, weights in stack.slots if chosen(slot)]
+        if not picked:
+            yield Refusal(scheme, (), f"{stack.title} hold nothing of the kinds that this scheme shares")
+        for slot, reason in stack.uneven:
+            if chosen(slot):
+                yield Refusal(scheme, (), f"{slot.name} of {stack.title}: {reason}")
+        for slot, weights in picked:
+            yield from _shared(scheme, stack, slot, weights, plan, one_value)
+
+
+def _shared(
+    scheme: str, stack: Stack, slot: Slot, weights: tuple[Weight, ...], plan: Sequence[int], one_value: dict[str, str]
+) -> Iterator[Candidate]:
+    for group in dict.fromkeys(plan):
+        at = [index for index, number in enumerate(plan) if number == group]
+        members = [weights[index] for index in at]
+        values = {one_value.get(weight.id, weight.id) for weight in members}
+        ids = tuple(Member(id) for id in dict.fromkeys(weight.id for weight in members))
+        regions = {weight.storage.region: weight.n_bytes for weight in members if weight.storage is not None}
+        if len(ids) < 2 or len(regions) < 2:
+            continue
+        because = f"{slot.name}: layers {_spelled([stack.layers[index] for index in at])} of {stack.title} use one"
+        saved = sum(regions.values()) - max(regions.values())
+        yield Candidate(scheme, ids, saved, len(values) == 1, because)
+
+
+def number_of(scheme: str, argument: str, what: str) -> int:
+    """The whole number behind the colon. UsageError."""
+    if not argument.isascii() or not argument.isdigit() or int(argument[:9]) < 1:
+        given = f"found {argument!r}" if argument else "found none"
+        raise UsageError(f"--scheme {scheme}: expected {what} behind a colon, {given}", hint=f"{scheme}:2, for example")
+    return int(argument[:9])
+
+
+def _spelled(layers: Sequence[int]) -> str:
+    """0–3, 7: runs of neighbours are named by their ends."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
