@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -207,3 +208,104 @@ def test_layers_that_are_one_already_are_not_proposed_again() -> None:
     )
     tied = Subject(Model(path="m", format="onnx", parts=one.model.parts, weights=weights), one.found, one.roles)
     assert not any("attn.q" in member.id for found in proposed("albert", tied)[0] for member in found.members)
+
+
+def chain(*shapes: tuple[str, str, tuple[int, ...]]) -> Subject:
+    """(name, kind, shape) of weights in a row."""
+    weights = tuple(
+        Weight(id=name, name=name, shape=shape, dtype="float32", storage=Somewhere(name, 4 * shape[0] * shape[-1]))
+        for name, _, shape in shapes
+    )
+    model = Model(path="m", format="onnx", parts=(Part("", ("m",)),), weights=weights)
+    return Subject(model, Found(()), {name: Role(kind, "by hand") for name, kind, _ in shapes})
+
+
+def test_an_autoencoder_is_tied_to_its_mirror_image_transposed() -> None:
+    shapes = [("e1", "projection", (64, 20)), ("e2", "projection", (8, 64))]
+    mirrored = chain(*shapes, ("d2", "projection", (64, 8)), ("d1", "projection", (20, 64)))
+    candidates, refusals = proposed("tied-autoencoder", mirrored)
+    assert not refusals
+    assert [[(m.id, m.view.transposes) for m in found.members] for found in candidates] == [
+        [("e1", False), ("d1", True)],
+        [("e2", False), ("d2", True)],
+    ]
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [("a", "projection", (64, 20)), ("b", "projection", (8, 64))],
+        [("a", "projection", (8, 8)), ("b", "projection", (8, 8))],
+        [("a", "projection", (64, 20)), ("b", "projection", (20, 64)), ("c", "projection", (20, 64))],
+        [("a", "attention_query", (64, 20)), ("b", "attention_key", (20, 64))],
+        [],
+    ],
+    ids=["two layers that lead on", "squares", "an odd one", "attention", "nothing"],
+)
+def test_what_does_not_lead_in_and_out_again_is_no_autoencoder(shapes: list[tuple[str, str, tuple[int, ...]]]) -> None:
+    candidates, refusals = proposed("tied-autoencoder", chain(*shapes))
+    assert not candidates
+    assert refusals
+
+
+def towers(names: Sequence[str], extra: tuple[int, int] = (4, 4)) -> Subject:
+    held = [("conv1.weight", (16, 8)), ("conv2.weight", (16, 16)), ("conv2.bias", (16,))]
+    inside = [(f"{name}.{rest}", "other", shape) for name in names for rest, shape in held]
+    return chain(*inside, ("head.fc.weight", "projection", extra))
+
+
+def test_two_towers_of_one_shape_are_siamese_and_layers_in_a_row_are_not() -> None:
+    candidates, _ = proposed("siamese", towers(("left", "right")))
+    assert [found.members[1].id for found in candidates] == [
+        "right.conv1.weight",
+        "right.conv2.weight",
+        "right.conv2.bias",
+    ]
+    for other in (towers(("0", "1")), towers(("left",)), towers(("left", "right"), extra=(100, 100))):
+        assert not proposed("siamese", other)[0]
+
+
+def test_custom_groups_share_what_their_pattern_and_role_choose(tmp_path: Path) -> None:
+    file = tmp_path / "ties.toml"
+    file.write_text(
+        '[[group]]\nmatch = ["layers.*.mlp.up.weight"]\nlayers = [1, 2]\n'
+        '[[group]]\nrole = "norm_scale"\neach = "layer"\n'
+    )
+    candidates, refusals = proposed(f"custom:{file}", subject(4))
+    assert not refusals
+    assert [[member.id for member in found.members] for found in candidates] == [
+        ["layers.1.mlp.up.weight", "layers.2.mlp.up.weight"],
+        *([f"layers.{layer}.norm1.weight", f"layers.{layer}.norm2.weight"] for layer in range(4)),
+    ]
+
+
+def test_custom_groups_that_match_nothing_or_what_does_not_fit_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "ties.toml"
+    file.write_text('[[group]]\nmatch = ["nothing.*"]\n[[group]]\nmatch = ["layers.0.mlp.up.*", "layers.0.attn.q.*"]\n')
+    candidates, refusals = proposed(f"custom:{file}", subject(2))
+    assert not candidates
+    assert "matches nothing" in refusals[0].because
+    assert "[32, 8] float32 does not fit [8, 8] float32" in refusals[1].because
+
+
+@pytest.mark.parametrize(
+    ("text", "because"),
+    [
+        ("", "found no group"),
+        ("group = 3", "found something else"),
+        ("[[group]]", "found neither"),
+        ("[[group]]\nmatch = 'x'", "expected a list of patterns"),
+        ("[[group]]\nmatch = ['x']\nlayers = ['a']", "expected a list of numbers"),
+        ("[[group]]\nrole = 'bias'\neach = 'head'", "expected one of layer"),
+        ("[[group]]\nrol = 'bias'", "found 'rol'"),
+        ("[group", "expected TOML"),
+        ("extra = 1\n[[group]]\nrole = 'bias'", "the key 'extra'"),
+    ],
+)
+def test_a_custom_file_that_is_wrong_is_one_clear_line(tmp_path: Path, text: str, because: str) -> None:
+    file = tmp_path / "ties.toml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=because):
+        proposed(f"custom:{file}", subject(2))
+    with pytest.raises(UsageError, match="cannot be read"):
+        proposed(f"custom:{tmp_path / 'missing.toml'}", subject(2))
