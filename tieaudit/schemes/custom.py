@@ -14,7 +14,9 @@ from tieaudit.schemes import Scheme
 from tieaudit.tables import seen_as
 from tieaudit.verdict import Candidate, Refusal, Subject
 
-_KEYS = {"match": list, "role": str, "layers": list, "each": str}
+_KEYS = ("match", "role", "layers", "each")
+_LISTS: dict[str, type] = {"match": str, "layers": int}
+"""Keys that take a list, and of what."""
 _EACH = ("layer", "side", "part", "expert")
 
 
@@ -81,11 +83,14 @@ def _read(argument: str) -> list[dict[str, Any]]:
 
 def _check(where: str, group: Mapping[str, Any]) -> None:
     for key, value in group.items():
-        kind = _KEYS.get(key)
-        if kind is None:
+        if key not in _KEYS:
             raise UsageError(f"{where}: expected the keys {', '.join(_KEYS)}, found {key!r}")
-        inside = {"match": str, "layers": int}.get(key)
-        if not isinstance(value, kind) or inside and not all(isinstance(one, inside) for one in value):
+        inside = _LISTS.get(key)
+        if inside is None:
+            fits = isinstance(value, str)
+        else:
+            fits = isinstance(value, list) and all(isinstance(one, inside) for one in value)
+        if not fits:
             what = {"match": "a list of patterns", "layers": "a list of numbers"}.get(key, "a text")
             raise UsageError(f"{where}: expected {what} for {key}, found {value!r}")
     if group.get("each", "layer") not in _EACH:
