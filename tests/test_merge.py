@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tieaudit.errors import RewriteRefused
 from tieaudit.merge import MergedStorage, aligned, common_value, difference
-from tieaudit.merges.keep_head import keep_head
+from tieaudit.merges import Sites
 from tieaudit.merges.mean import mean
 from tieaudit.model import Member, Weight
 from tieaudit.storage import MemoryStorage
@@ -30,7 +30,7 @@ def random(shape: tuple[int, ...], seed: int, dtype: str = "float32") -> np.ndar
 def test_the_mean_of_a_table_and_a_transposed_head_is_numpys_rounded_once(dtype: str) -> None:
     one, other = random((700, 33), 1, dtype), random((33, 700), 2, dtype)
     pairs = [(weight("e", one), Member("e")), (weight("h", other), Member("h", TRANSPOSED))]
-    kept, values = common_value(pairs, {}, mean)
+    kept, values = common_value(pairs, {}, "mean")
     assert kept is None and values is not None
     # rounded once from float64: rounding each halved operand first would differ in the last place
     expected = ((one.astype(np.float64) + other.T.astype(np.float64)) / 2).astype(one.dtype)
@@ -40,7 +40,8 @@ def test_the_mean_of_a_table_and_a_transposed_head_is_numpys_rounded_once(dtype:
 @given(st.integers(0, 5 * 7 * 4), st.integers(0, 5 * 7 * 4))
 def test_any_range_of_a_merged_tensor_is_that_range_of_the_whole(begin: int, length: int) -> None:
     members = tuple(aligned(weight("w", random((5, 7), seed)), AS_STORED, (5, 7)) for seed in (1, 2))
-    merged = MergedStorage(members, "mean")
+    rows = mean.merge(Sites(("a", "b"), members, ("", ""), (None, None)), "").rows
+    merged = MergedStorage(rows, members[0], "mean")
     whole = merged.read_ranges([(0, merged.n_bytes)])[0]
     length = min(length, merged.n_bytes - begin)
     assert merged.read_ranges([(begin, length)])[0] == whole[begin : begin + length]
@@ -70,9 +71,9 @@ def test_one_changed_value_and_one_changed_sign_of_zero_are_both_counted() -> No
 
 def test_keeping_the_head_needs_a_head() -> None:
     pairs = [(weight("a", random((4, 3), 1)), Member("a")), (weight("b", random((4, 3), 2)), Member("b"))]
-    assert common_value(pairs, {"b": "output_head"}, keep_head) == ("b", None)
+    assert common_value(pairs, {"b": "output_head"}, "keep:head") == ("b", None)
     with pytest.raises(RewriteRefused, match="none of a, b is a output_head"):
-        common_value(pairs, {}, keep_head)
+        common_value(pairs, {}, "keep:head")
 
 
 def test_integers_are_not_averaged() -> None:

@@ -74,7 +74,7 @@ def _plan_options(command: Callable[..., None]) -> Callable[..., None]:
                      help="dedup (default), io, untie or declare; repeat for several, left to right."),
         click.option("--target", metavar="T", help="Be safe for ort-cpu, ort-cuda, transformers-5 or transformers-4."),
         click.option("--allow-lossy", is_flag=True, help="Tie weights that differ. Changes what the model computes."),
-        click.option("--merge", metavar="M", help="Values of a lossy tie: keep:head (default), keep:embedding, mean."),
+        click.option("--merge", metavar="M", help="Values of a lossy tie: keep:head, mean … (see explain)."),
         click.option("--transposed-as", type=click.Choice(["auto", "gemm", "gather", "fused"]), default="auto",
                      show_default=True, help="How an ONNX graph reads a tied matrix transposed."),
         click.option("--share-files/--no-share-files", default=None,

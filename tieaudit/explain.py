@@ -34,6 +34,8 @@ def explain(name: str) -> str:
     """
     known = pages()
     wanted = name.strip()
+    if wanted not in known and wanted.partition(":")[0] in known:
+        wanted = wanted.partition(":")[0]  # cycle:3 is explained by cycle
     if wanted.upper() in known:
         wanted = wanted.upper()
     return "\n".join(page() for page in choose(known, wanted, "rule, scheme, merge or relation"))
@@ -105,8 +107,10 @@ def scheme_page(scheme: Scheme) -> str:
 
 def merge_page(merge: Merge) -> str:
     """What a merge policy does to unequal weights."""
-    kept = f"\n\nKeeps the bytes of the {merge.keeps} exactly." if merge.keeps else ""
-    return f"{merge.name}: {merge.summary}{kept}\n\nUsed with --merge {merge.name}.\n\nSource: {merge.source}\n"
+    body = inspect.cleandoc(merge.page) if merge.page else f"{merge.name}: {merge.summary}"
+    needs = "\n\nNeeds --calibrate." if merge.needs else ""
+    how = merge.name + (f":{merge.argument}" if merge.argument else "")
+    return f"{body}\n\nUsed with --merge {how}.{needs}\n\nSource: {merge.source}\n"
 
 
 def relation_page(relation: Relation) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from tieaudit.compare import transposed_block
 from tieaudit.dtypes import dtype
-from tieaudit.errors import RewriteRefused
-from tieaudit.merges import Block, Merge
+from tieaudit.errors import RewriteRefused, UsageError
+from tieaudit.merges import Block, Merge, Rows, Sites
 from tieaudit.model import Member, Weight, storage_of
-from tieaudit.registry import discover
+from tieaudit.registry import choose, discover
 from tieaudit.storage import BLOCK_BYTES, Region, Storage
 from tieaudit.view import View
 
@@ -44,6 +44,10 @@ class Aligned:
     @property
     def n_rows(self) -> int:
         return self.shape[0] if len(self.shape) == 2 else int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def n_columns(self) -> int:
+        return self.shape[1] if len(self.shape) == 2 else 1
 
     @property
     def rows_per_block(self) -> int:
@@ -89,58 +93,70 @@ def difference(one: Aligned, other: Aligned) -> str:
 
 @dataclass(frozen=True)
 class MergedStorage:
-    """The bytes of a merged tensor, computed when they are read: never held whole."""
+    """The bytes of a merged tensor in the layout of the class, computed when they are read: never held whole."""
 
-    members: tuple[Aligned, ...]
-    policy: str
+    rows: Rows
+    first: Aligned
+    """Shape, element type and size of a block are those of the first member."""
+    name: str
 
     @property
     def n_bytes(self) -> int:
-        shape = self.members[0].shape
-        return int(np.prod(shape, dtype=np.int64)) * (dtype(self.members[0].dtype).n_bits // 8)
+        return int(np.prod(self.first.shape, dtype=np.int64)) * (dtype(self.first.dtype).n_bits // 8)
 
     @property
     def region(self) -> Region:
-        return (f"merged:{self.policy}:{self.members[0].storage.region}", 0, self.n_bytes)
+        return (f"merged:{self.name}:{self.first.storage.region}", 0, self.n_bytes)
 
     def read_ranges(self, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
         return [self._read(begin, length) for begin, length in ranges]
 
     def _read(self, begin: int, length: int) -> bytes:
-        first = self.members[0]
-        row_bytes = self.n_bytes // max(first.n_rows, 1)
+        row_bytes = self.n_bytes // max(self.first.n_rows, 1)
         if length == 0 or row_bytes == 0:
             return b""
         first_row, last_row = begin // row_bytes, -(-(begin + length) // row_bytes)
         pieces = []
-        for row in range(first_row, last_row, first.rows_per_block):
-            pieces.append(self._rows(row, min(row + first.rows_per_block, last_row)))
+        for row in range(first_row, last_row, self.first.rows_per_block):
+            values = self.rows(row, min(row + self.first.rows_per_block, last_row))
+            kept: NDArray[np.generic] = values.astype(dtype(self.first.dtype).numpy())
+            pieces.append(kept.tobytes())
         skip = begin - first_row * row_bytes
         return b"".join(pieces)[skip : skip + length]
 
-    def _rows(self, begin: int, end: int) -> bytes:
-        combine = discover("merges", Merge)[self.policy].combine
-        assert combine is not None, "keep policies copy bytes and never come here"
-        merged = combine([member.rows(begin, end) for member in self.members])
-        kept: NDArray[np.generic] = merged.astype(dtype(self.members[0].dtype).numpy())
-        return kept.tobytes()
+
+def sites_of(weights: list[tuple[Weight, Member]], roles: Mapping[str, str]) -> Sites:
+    """The members of a class in the layout of the first. RewriteRefused for what is no floating-point tensor."""
+    shape = weights[0][0].shape
+    tables = tuple(aligned(weight, member.view, shape) for weight, member in weights)
+    ids = tuple(weight.id for weight, _ in weights)
+    return Sites(ids, tables, tuple(roles.get(id, "other") for id in ids), (None,) * len(ids))
+
+
+def policy_of(text: str) -> tuple[Merge, str]:
+    """`low-rank:32` → the policy and its argument. UsageError for an unknown one, or an argument it does not take."""
+    name, colon, argument = text.partition(":")
+    policy = choose(discover("merges", Merge), name, "merge policy")
+    if colon and not policy.argument:
+        raise UsageError(f"--merge {text}: expected {name} alone, which takes nothing behind a colon")
+    return policy, argument
 
 
 def common_value(
-    weights: list[tuple[Weight, Member]], roles: dict[str, str], policy: Merge
+    weights: list[tuple[Weight, Member]], roles: Mapping[str, str], text: str
 ) -> tuple[str | None, Storage | None]:
     """What a policy makes of a class: (id whose bytes survive, None) or (None, the merged bytes).
 
-    Merged bytes come in the layout of the first member. RewriteRefused if no member has the role that the policy
-    keeps, or if the members have different element types.
+    Merged bytes come in the layout of the first member. RewriteRefused if the policy cannot merge these members, or if
+    they have different element types.
     """
-    first = weights[0][0]
-    if policy.keeps is not None:
-        kept = [weight.id for weight, _ in weights if roles.get(weight.id) == policy.keeps]
-        if not kept:
-            raise RewriteRefused(
-                f"--merge {policy.name}: none of {', '.join(w.id for w, _ in weights)} is a {policy.keeps}"
-            )
-        return kept[0], None
-    members = tuple(aligned(weight, member.view, first.shape) for weight, member in weights)
-    return None, MergedStorage(members, policy.name)
+    policy, argument = policy_of(text)
+    sites = sites_of(weights, roles)
+    merged = policy.merge(sites, argument)
+    if merged.corrections:
+        raise RewriteRefused(f"--merge {text}: its correction cannot be written into a model of this format yet")
+    if merged.keeps is not None:
+        return sites.ids[merged.keeps], None
+    first = sites.tables[0]
+    assert isinstance(first, Aligned)
+    return None, MergedStorage(merged.rows, first, text)

@@ -9,8 +9,7 @@ from typing import Literal
 from tieaudit.change import Edit, Plan, Respell, Share, Unshare
 from tieaudit.errors import RewriteRefused, UsageError
 from tieaudit.formats import NEEDS_SETTING, Format
-from tieaudit.merge import aligned, common_value, difference
-from tieaudit.merges import Merge
+from tieaudit.merge import aligned, common_value, difference, policy_of
 from tieaudit.model import Member, Model, Use, classes
 from tieaudit.propose import propose, schemes
 from tieaudit.registry import choose, discover
@@ -68,7 +67,7 @@ def plan(subject: Subject, choices: Choices) -> Plan:
     if format_.edit is None:
         raise RewriteRefused(f"{subject.model.path}: the format {format_.name} can be read but not written yet")
     if choices.merge is not None:
-        choose(discover("merges", Merge), choices.merge, "merge policy")
+        policy_of(choices.merge)
     draft = _Draft(subject, format_, choices, target)
     for asked in schemes(choices.schemes):
         candidates, refusals = propose(subject, asked)
@@ -152,13 +151,13 @@ def _lossy(draft: _Draft, candidate: Candidate) -> Share:
             f"{weights[1][0].id} and {first.id} are different tensors: {difference(one, other)}; tying them would "
             f"change the model's outputs (--allow-lossy does it knowingly, --merge says how, by default {usual})"
         )
-    policy = choose(discover("merges", Merge), draft.choices.merge or usual, "merge policy")
+    policy = draft.choices.merge or usual
     kinds = {id: role.kind for id, role in draft.subject.roles.items()}
     kept, values = common_value(weights, kinds, policy)
     members = candidate.members
     if kept is not None:
         members = _anchored(members, kept)
-    draft.notes.append(f"lossy: {' and '.join(w.id for w, _ in weights)} get one value by --merge {policy.name}")
+    draft.notes.append(f"lossy: {' and '.join(w.id for w, _ in weights)} get one value by --merge {policy}")
     return Share(members, values, candidate.because)
 
 

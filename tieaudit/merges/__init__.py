@@ -1,24 +1,150 @@
-"""Merge policies: which common value unequal weights get. One file each."""
+"""Merge policies: which common value unequal weights get, and what corrects it at each site. One file each.
+
+A policy sees the tables of one class in a common layout, [rows, columns], and says how to compute any rows of the
+common value; the engine reads, rounds once to the stored type and writes, block by block.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 Block = NDArray[np.float64]
+Rows = Callable[[int, int], Block]
+"""(begin, end) → these rows in float64. A dataclass or a `partial`, never a closure: the proof runs in another
+process."""
+
+
+class Table(Protocol):
+    """One member of a class in the common layout."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def n_rows(self) -> int: ...
+    @property
+    def n_columns(self) -> int: ...
+    @property
+    def rows_per_block(self) -> int: ...
+    def rows(self, begin: int, end: int) -> Block: ...
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What calibration measured at one site, as averages over tokens."""
+
+    n_tokens: int
+    row_weights: Block | None = None
+    """[rows] How often a row matters: token frequencies p of an embedding, E[p(1 − p)] of a head's probabilities."""
+    inputs: Block | None = None
+    """[columns, columns] E[x xᵀ] of what the table's rows are multiplied with (a head's hidden states)."""
+    gradients: Block | None = None
+    """[columns, columns] E[g gᵀ] of the loss at what a lookup gives."""
+
+
+@dataclass(frozen=True)
+class Sites:
+    """The class that gets one value."""
+
+    ids: tuple[str, ...]
+    tables: tuple[Table, ...]
+    kinds: tuple[str, ...]
+    """Role kind of each."""
+    statistics: tuple[Statistics | None, ...]
+
+    @property
+    def n_rows(self) -> int:
+        return self.tables[0].n_rows
+
+    @property
+    def n_columns(self) -> int:
+        return self.tables[0].n_columns
+
+    def index_of(self, kind: str) -> int | None:
+        """The first member with this role; None if there is none."""
+        return self.kinds.index(kind) if kind in self.kinds else None
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """(begin, end) of blocks that together are all rows."""
+        step = self.tables[0].rows_per_block
+        return [(begin, min(begin + step, self.n_rows)) for begin in range(0, self.n_rows, step)]
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What one site applies to the common value C before it uses it."""
+
+    kind: Literal["scale", "linear", "low-rank"]
+    """C·diag(right), C·right, or C + left·right."""
+    right: Block
+    """[columns], [columns, columns] or [rank, columns]."""
+    left: Rows | None = None
+    """Rows of [rows, rank]."""
+    n_rows: int = 0
+
+    @property
+    def n_parameters(self) -> int:
+        """What it costs; a scale costs nothing where it can be folded into the norm before it."""
+        return self.right.size + (self.n_rows * self.right.shape[0] if self.left is not None else 0)
+
+    def apply(self, common: Block, begin: int, end: int) -> Block:
+        """What the site sees of rows begin … end."""
+        if self.kind == "scale":
+            return common * self.right
+        if self.kind == "linear":
+            return common @ self.right
+        assert self.left is not None
+        return common + self.left(begin, end) @ self.right
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The common value, and what each site corrects."""
+
+    rows: Rows
+    keeps: int | None = None
+    """The member whose bytes survive exactly, so that nothing has to be computed."""
+    corrections: Mapping[int, Correction] = field(default_factory=dict)
+    """Member → what it applies to the common value."""
+    because: str = ""
+    """What was decided and why, where the policy decided something."""
+
+    def seen_by(self, member: int) -> Rows:
+        """The rows as one site sees them, corrected."""
+        correction = self.corrections.get(member)
+        return self.rows if correction is None else _Corrected(self.rows, correction)
+
+    @property
+    def n_parameters_added(self) -> int:
+        return sum(one.n_parameters for one in self.corrections.values())
+
+
+@dataclass(frozen=True)
+class _Corrected:
+    common: Rows
+    correction: Correction
+
+    def __call__(self, begin: int, end: int) -> Block:
+        return self.correction.apply(self.common(begin, end), begin, end)
 
 
 @dataclass(frozen=True)
 class Merge:
-    """A policy: either one member's bytes survive, or aligned blocks of all members are combined."""
+    """A policy."""
 
     name: str
     summary: str
     source: str
-    keeps: str | None = None
-    """Role kind of the member whose bytes survive exactly."""
-    combine: Callable[[Sequence[Block]], Block] | None = None
-    """Aligned blocks of all members in float64 → the common block, rounded to the stored type by the engine."""
+    merge: Callable[[Sites, str], Merged]
+    """(sites, argument) → the common value. RewriteRefused if these sites cannot be merged so, UsageError for an
+    argument that is none. The argument is what stands behind the colon in `low-rank:32`, empty if nothing does."""
+    argument: str = ""
+    """What stands behind the colon, for people; empty for a policy that takes nothing."""
+    needs: tuple[Literal["row_weights", "inputs", "gradients"], ...] = ()
+    """Statistics without which it refuses."""
+    page: str = ""
+    """More for `tieaudit explain NAME`."""

@@ -1,0 +1,49 @@
+"""The value that best reproduces what every site gave, for the inputs it had."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from tieaudit.errors import RewriteRefused
+from tieaudit.merges import Block, Merge, Merged, Sites, Table
+
+_OFF_DIAGONAL = 0.9
+"""λ of C̃ = λ·C + (1 − λ)·diag(C): few tokens leave the off-diagonal uncertain."""
+
+
+def _rows(tables: tuple[Table, ...], maps: tuple[Block, ...], begin: int, end: int) -> Block:
+    found: Block = sum(
+        (table.rows(begin, end) @ map_ for table, map_ in zip(tables, maps, strict=True)),
+        start=np.zeros((end - begin, tables[0].n_columns)),
+    )
+    return found
+
+
+def _merge(sites: Sites, argument: str) -> Merged:
+    moments = [one.inputs if one is not None else None for one in sites.statistics]
+    missing = [id for id, moment in zip(sites.ids, moments, strict=True) if moment is None]
+    if missing:
+        raise RewriteRefused(
+            f"--merge regmean: expected the inputs of every site, found none of {', '.join(missing)}",
+            hint="give --calibrate; for a lookup and a head: --merge gauss-newton",
+        )
+    damped = [_OFF_DIAGONAL * one + (1.0 - _OFF_DIAGONAL) * np.diag(np.diag(one)) for one in moments if one is not None]
+    total = np.sum(damped, axis=0)
+    inverse = np.linalg.pinv(total, hermitian=True)
+    return Merged(partial(_rows, sites.tables, tuple(one @ inverse for one in damped)))
+
+
+regmean = Merge(
+    name="regmean",
+    summary="the value that best reproduces what every site gave for its own inputs",
+    source="Jin, Ren, Preotiuc-Pietro & Cheng 2023, Dataless Knowledge Fusion by Merging Weights of Language Models "
+    "(ICLR), "
+    "equation 2, off-diagonal entries of the Gram matrices scaled by 0.9",
+    merge=_merge,
+    needs=("inputs",),
+    page="""regmean: W = (Σ Wᵢ C̃ᵢ)(Σ C̃ᵢ)⁻¹ with C̃ᵢ = 0.9·Cᵢ + 0.1·diag(Cᵢ), Cᵢ = E[x xᵀ] of the inputs of site i
+
+Minimises Σ tr((W − Wᵢ) C̃ᵢ (W − Wᵢ)ᵀ). Rows are outputs, columns inputs.""",
+)
