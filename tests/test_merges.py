@@ -234,3 +234,56 @@ def test_equal_members_stay_what_they_are_under_every_policy() -> None:
         assert isinstance(policy, Merge)
         for member in (0, 1):
             assert np.allclose(seen(found, member), E, atol=1e-4), name
+
+
+def calibrated(seed: int) -> tuple[Statistics, Statistics]:
+    rng = np.random.default_rng(seed)
+    lookup = Statistics(1000, row_weights=rng.dirichlet(np.full(V, 0.3)), gradients=spd(seed))
+    head = Statistics(1000, row_weights=rng.dirichlet(np.ones(V)), inputs=spd(seed + 1))
+    return lookup, head
+
+
+def test_the_prediction_is_the_quadratic_form_row_by_row() -> None:
+    lookup, head = calibrated(20)
+    one = sites(E, U, statistics=(lookup, head))
+    found = merged("mean", one)
+    change = (U - E) / 2  # of the embedding; the head's is the opposite
+    assert lookup.row_weights is not None and head.row_weights is not None
+    expected = 0.5 * sum(lookup.row_weights[v] * change[v] @ lookup.gradients @ change[v] for v in range(V))
+    expected += 0.5 * sum(head.row_weights[v] * change[v] @ head.inputs @ change[v] for v in range(V))
+    assert one.predicted_nats(found) == pytest.approx(float(expected))
+    assert sites(E, U).predicted_nats(found) is None
+
+
+def test_gauss_newton_is_predicted_to_cost_least_of_all_that_add_nothing() -> None:
+    one = sites(E, U, statistics=calibrated(30))
+    rivals = ("keep:head", "keep:embedding", "mean", "frequency")
+    costs = {text: one.predicted_nats(merged(text, one)) for text in rivals}
+    best = one.predicted_nats(merged("gauss-newton", one))
+    assert best is not None
+    assert all(cost is not None and best < cost for cost in costs.values())
+    found = merged("auto", one)
+    assert found.because.startswith("gauss-newton is best (nats per token predicted: gauss-newton ")
+
+
+def test_what_was_fitted_is_judged_by_other_tokens() -> None:
+    fitted, other = calibrated(40), calibrated(50)
+    one = sites(E, U, statistics=fitted)
+    judged = Sites(one.ids, one.tables, one.kinds, fitted, other)
+    found = merged("gauss-newton", one)
+    assert judged.predicted_nats(found) == sites(E, U, statistics=other).predicted_nats(found)
+
+
+def test_auto_keeps_the_head_where_nothing_was_measured_and_says_so() -> None:
+    found = merged("auto", sites(E, U))
+    assert found.keeps == 1
+    assert found.because.startswith("without calibration the head is kept")
+    layers = merged("auto", sites(E, U, io=False))
+    assert "is best (of the worst site is changed" in layers.because
+
+
+def test_relative_change_is_the_share_of_each_site_s_energy() -> None:
+    one = sites(E, U)
+    assert one.relative_change(merged("keep:head", one))[1] == 0.0
+    expected = np.square(U - E).sum() / np.square(E).sum()
+    assert one.relative_change(merged("keep:head", one))[0] == pytest.approx(float(expected))
