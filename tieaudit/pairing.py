@@ -81,13 +81,22 @@ def _laid_out(weights: Sequence[tuple[Weight, Member]]) -> _Layout:
 def _runs(layout: _Layout, deep: bool) -> list[tuple[int, int]]:
     """Rows to read, as (begin, end): all of them in blocks, or runs spread evenly at random places."""
     n, d = layout.n_rows, max(layout.n_columns, 1)
-    if deep or n * d <= N_SAMPLED:
-        step = max(_DEEP_BLOCK // d, 1)
-        return [(begin, min(begin + step, n)) for begin in range(0, n, step)]
-    run = min(_RUN, max(N_SAMPLED // d, 1), n)
-    n_runs = max(min(N_SAMPLED // d // run, n // run), 1)
-    strata = np.linspace(0, n, n_runs + 1).astype(np.int64)
-    rng = np.random.default_rng(n)
+    runs = None if deep else sampled_runs(n, d, N_SAMPLED)
+    if runs is not None:
+        return runs
+    step = max(_DEEP_BLOCK // d, 1)
+    return [(begin, min(begin + step, n)) for begin in range(0, n, step)]
+
+
+def sampled_runs(n_rows: int, n_columns: int, n_numbers: int) -> list[tuple[int, int]] | None:
+    """Runs of rows, as (begin, end), one at a random place in each of equal strata; None if all rows fit the sample."""
+    d = max(n_columns, 1)
+    if n_rows * d <= n_numbers:
+        return None
+    run = min(_RUN, max(n_numbers // d, 1), n_rows)
+    n_runs = max(min(n_numbers // d // run, n_rows // run), 1)
+    strata = np.linspace(0, n_rows, n_runs + 1).astype(np.int64)
+    rng = np.random.default_rng(n_rows)
     found = []
     for begin, end in zip(strata[:-1].tolist(), strata[1:].tolist(), strict=True):
         at = begin + int(rng.integers(0, max(end - begin - run, 0) + 1))

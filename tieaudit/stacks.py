@@ -172,6 +172,12 @@ def _shared(
         yield Candidate(scheme, ids, saved, len(values) == 1, because)
 
 
+def halves_and_thirds(subject: Subject) -> list[str]:
+    """Numbers of distinct layers worth comparing: a half and a third of the layers, where they divide them."""
+    lengths = {len(stack.layers) for stack in stacks(subject)}
+    return sorted({str(n // part) for n in lengths for part in (2, 3) if n % part == 0 and n > part}, key=int)
+
+
 def number_of(scheme: str, argument: str, what: str) -> int:
     """The whole number behind the colon. UsageError."""
     if not argument.isascii() or not argument.isdigit() or int(argument[:9]) < 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from tieaudit.verdict import Candidate, Refusal, Subject
@@ -24,6 +24,8 @@ class Scheme:
     """
     argument: str = ""
     """What stands behind the colon, for people: `M`; empty for a scheme that takes nothing."""
+    worth_comparing: Callable[[Subject], Iterable[str]] = lambda subject: ("",)
+    """Arguments that a comparison of schemes tries on this model."""
     merge: str = "keep:head"
     """The policy that unequal weights get where the user names none."""
     page: str = ""

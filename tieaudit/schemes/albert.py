@@ -40,6 +40,7 @@ def _read(argument: str) -> tuple[str, int]:
 albert = Scheme(
     name="albert",
     argument="attention|ffn|GROUPS",
+    worth_comparing=lambda subject: ("", "attention", "ffn"),
     merge="mean",
     summary="all layers of a stack use one set of weights, or one set for each group of layers",
     source="Lan et al. 2020, ALBERT (ICLR), section 3.1 and table 4 (all, attention only, FFN only); "

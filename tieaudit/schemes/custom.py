@@ -102,6 +102,7 @@ def _check(where: str, group: Mapping[str, Any]) -> None:
 custom = Scheme(
     name="custom",
     argument="FILE.toml",
+    worth_comparing=lambda subject: (),
     merge="mean",
     summary="groups of your own, by pattern and role, from a TOML file",
     source="the groups that a configuration cannot express (PyTorch: module.a.weight = module.b.weight by hand)",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from tieaudit.schemes import Scheme
-from tieaudit.stacks import number_of, share_layers, whole
+from tieaudit.stacks import halves_and_thirds, number_of, share_layers, whole
 from tieaudit.verdict import Candidate, Refusal, Subject
 
 
@@ -23,6 +23,7 @@ def _propose(subject: Subject, argument: str) -> Iterator[Candidate | Refusal]:
 cycle_rev = Scheme(
     name="cycle-rev",
     argument="M",
+    worth_comparing=halves_and_thirds,
     merge="mean",
     summary="M sets of weights for N layers, repeated in order, the last M layers reversed: ABC ABC CBA",
     source="Takase & Kiyono 2023, Lessons on parameter sharing across layers in Transformers (SustaiNLP), algorithm 3",

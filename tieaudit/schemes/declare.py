@@ -37,6 +37,7 @@ declare = Scheme(
     source="the same folder is two models under transformers 4.57 and 5.x while flag and weights disagree "
     "(vllm-project/vllm#51063, huggingface/transformers#42612)",
     propose=_propose,
+    worth_comparing=lambda subject: (),  # saves nothing
     page="""declare: change the configuration, not the weights.
 
 A flag that says *tied* over two different trained tensors makes transformers 4.57 discard the head and 5.x keep it.

@@ -23,6 +23,7 @@ def _propose(subject: Subject, argument: str) -> Iterator[Candidate | Refusal]:
 middle_cycle = Scheme(
     name="middle-cycle",
     argument="M",
+    worth_comparing=lambda subject: ("1", "2"),
     merge="mean",
     summary="first and last layer keep their own weights, those between repeat M sets: A BCBC D",
     source="Bae et al. 2025, Mixture-of-Recursions (NeurIPS), section 2.2, Middle-Cycle",

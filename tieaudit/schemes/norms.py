@@ -16,6 +16,7 @@ def _propose(subject: Subject, argument: str) -> Iterator[Candidate | Refusal]:
 norms = Scheme(
     name="norms",
     merge="mean",
+    worth_comparing=lambda subject: (),  # only on request
     summary="one set of norms for all layers of a stack; saves next to nothing",
     source="Takase & Kiyono 2023 share norms with the layers (CopyParams of their code); Lin et al. 2022, SPIN (ECCV): "
     "sharing batch norms diverges",

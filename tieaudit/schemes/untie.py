@@ -21,6 +21,7 @@ untie = Scheme(
     summary="every role of a tied tensor gets a stored copy of its own",
     source="what quantisers need before calibrating one role (onnx/ir-py#406, huggingface/transformers#37905)",
     propose=_propose,
+    worth_comparing=lambda subject: (),  # saves nothing
     page="""untie: give every role its own copy.
 
 For consumers that cannot hold a tie, or before one role is changed alone (quantised, fine-tuned, pruned). Values do not

@@ -1,0 +1,204 @@
+"""Stage: Subject → a table of schemes and policies: what each would save, and what it is predicted to cost.
+
+Weights are looked at through a sample of their rows unless `deep`; nothing is written, and nothing is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tieaudit.errors import RewriteRefused, UsageError
+from tieaudit.merge import policy_of, sites_of
+from tieaudit.merges import Block, Merge, Sites, Statistics
+from tieaudit.model import classes
+from tieaudit.pairing import N_SAMPLED, sampled_runs
+from tieaudit.propose import Asked, propose
+from tieaudit.registry import discover
+from tieaudit.schemes import Scheme
+from tieaudit.verdict import Candidate, Subject
+
+RESIDUAL_RANKS = (8, 16, 32, 64, 128, 256)
+"""Ranks of the residuals that are compared, as far as they save anything."""
+_ROWS_PER_DIRECTION = 8
+_POLICIES = ("keep:head", "keep:first", "mean", "norm-matched", "scaled", "linear")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One scheme under one policy."""
+
+    scheme: str
+    policy: str
+    """Empty for what is lossless: nothing has to be decided."""
+    n_parameters_saved: int
+    n_bytes_saved: int
+    changed: float
+    """‖change‖²/‖W‖² over all sites of the scheme: 0 is lossless, 1 as much as the weights themselves."""
+    nats: float | None
+    """Predicted rise of the negative log-likelihood per token; None without calibration."""
+    n_classes: int
+    exact: bool
+    """Whether everything was read, not a sample."""
+
+    @property
+    def damage(self) -> float:
+        """By which choices are ordered: nats where they are known, else the share that changes."""
+        return self.changed if self.nats is None else self.nats
+
+
+def compare(
+    subject: Subject, *, statistics: Mapping[str, Statistics] | None = None, deep: bool = False
+) -> tuple[Choice, ...]:
+    """Every scheme that saves something on this model, under every policy that fits, the largest saving first.
+
+    `statistics` by weight id, from calibration. Cost: reads a sample of each weight that a scheme would share, at most
+    `pairing.N_SAMPLED` numbers for each class; with `deep` all of it, for every policy.
+    """
+    found: list[Choice] = []
+    for scheme in discover("schemes", Scheme).values():
+        for argument in scheme.worth_comparing(subject):
+            candidates = [one for one in propose(subject, Asked(scheme, argument))[0] if one.action == "share"]
+            name = f"{scheme.name}:{argument}" if argument else scheme.name
+            found += _choices(subject, name, candidates, statistics or {}, deep)
+    return tuple(sorted(found, key=lambda one: (-one.n_bytes_saved, one.damage, one.scheme, one.policy)))
+
+
+def frontier(choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
+    """The choices that no other one beats in both size and damage, the smallest damage first.
+
+    Nats and shares cannot be compared: where some choices have nats, and are not lossless, only those are looked at.
+    """
+    if any(one.nats is not None for one in choices):
+        choices = tuple(one for one in choices if one.nats is not None or one.changed == 0.0)
+    best: list[Choice] = []
+    for one in sorted(choices, key=lambda one: (one.damage, -one.n_bytes_saved)):
+        if not best or one.n_bytes_saved > best[-1].n_bytes_saved:
+            best.append(one)
+    return tuple(best)
+
+
+def _choices(
+    subject: Subject, scheme: str, candidates: list[Candidate], statistics: Mapping[str, Statistics], deep: bool
+) -> Iterator[Choice]:
+    saved = sum(one.n_bytes_saved for one in candidates)
+    if saved <= 0:
+        return
+    lossy = [one for one in candidates if not one.lossless]
+    if not lossy:
+        yield Choice(scheme, "", _n_parameters(subject, candidates), saved, 0.0, None, len(candidates), True)
+        return
+    seen = [(one, found) for one in lossy if (found := _sites(subject, one, statistics, deep)) is not None]
+    if len(seen) < len(lossy):
+        return  # codes, or types that cannot be merged: plan says why, by name
+    fitted = [name for name in discover("merges", Merge) if statistics and _fitted(name)]
+    n_rows = min(sites.n_rows for _, sites in seen)
+    # a sample of as many rows as the residual has directions would be restored completely, which tells nothing
+    dials = [f"low-rank:{rank}" for rank in RESIDUAL_RANKS if n_rows >= _ROWS_PER_DIRECTION * rank]
+    for policy in (*_POLICIES, *fitted, *dials):
+        choice = _choice(subject, scheme, policy, candidates, seen)
+        if choice is not None and choice.n_bytes_saved > 0:
+            yield choice
+
+
+def _choice(
+    subject: Subject, scheme: str, policy: str, candidates: list[Candidate], seen: list[tuple[Candidate, Sites]]
+) -> Choice | None:
+    chosen, argument = policy_of(policy)
+    changed = size = nats = 0.0
+    known, n_added, n_bytes_added, exact = True, 0, 0, True
+    for candidate, sites in seen:
+        weight = subject.model.by_id[candidate.members[0].id]
+        try:
+            merged = chosen.merge(sites, argument)
+        except (RewriteRefused, UsageError):
+            return None
+        energies = [_energy(sites, index) for index in range(len(sites.ids))]
+        changed += sum(share * one for share, one in zip(sites.relative_change(merged), energies, strict=True))
+        size += sum(energies)
+        cost = sites.predicted_nats(merged)
+        known, nats = known and cost is not None, nats + (cost or 0.0)
+        for correction in merged.corrections.values():
+            n = replace(correction, n_rows=weight.n_elements // max(sites.n_columns, 1)).n_parameters
+            n_added, n_bytes_added = n_added + n, n_bytes_added + n * weight.n_bytes // max(weight.n_elements, 1)
+        exact = exact and sites.n_rows * sites.n_columns == weight.n_elements
+    return Choice(
+        scheme=scheme,
+        policy=policy,
+        n_parameters_saved=_n_parameters(subject, candidates) - n_added,
+        n_bytes_saved=sum(one.n_bytes_saved for one in candidates) - n_bytes_added,
+        changed=changed / size if size else 0.0,
+        nats=nats if known else None,
+        n_classes=len(candidates),
+        exact=exact,
+    )
+
+
+def _fitted(name: str) -> bool:
+    return bool(discover("merges", Merge)[name].needs)
+
+
+def _n_parameters(subject: Subject, candidates: list[Candidate]) -> int:
+    """Parameters that go: of each class, all but one."""
+    n = 0
+    for ids in classes([member.id for member in one.members] for one in candidates):
+        sizes = {}
+        for id in ids:
+            weight = subject.model.by_id[id]
+            if weight.storage is not None:
+                sizes[weight.storage.region] = weight.n_elements
+        n += sum(sizes.values()) - max(sizes.values(), default=0)
+    return n
+
+
+def _energy(sites: Sites, index: int) -> float:
+    return sum(float(np.square(sites.tables[index].rows(*at)).sum()) for at in sites.blocks())
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Some rows of a table, held in memory, as a table of its own."""
+
+    values: Block
+    rows_per_block: int = 1 << 30
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.values)
+
+    @property
+    def n_columns(self) -> int:
+        return int(self.values.shape[1])
+
+    def rows(self, begin: int, end: int) -> Block:
+        """Rows of the sample."""
+        return self.values[begin:end]
+
+
+def _sites(subject: Subject, candidate: Candidate, statistics: Mapping[str, Statistics], deep: bool) -> Sites | None:
+    """The members of a class, calibrated, and sampled unless `deep`; None for what is no floating-point tensor."""
+    kinds = {id: role.kind for id, role in subject.roles.items()}
+    try:
+        whole = sites_of([(subject.model.by_id[member.id], member) for member in candidate.members], kinds)
+    except RewriteRefused:
+        return None
+    known = tuple(statistics.get(id) for id in whole.ids)
+    runs = None if deep else sampled_runs(whole.n_rows, whole.n_columns, N_SAMPLED // len(whole.ids))
+    if runs is None:
+        return replace(whole, statistics=known)
+    picked = np.concatenate([np.arange(begin, end) for begin, end in runs])
+    tables = tuple(_Sample(np.concatenate([table.rows(*run) for run in runs])) for table in whole.tables)
+    return replace(whole, tables=tables, statistics=tuple(_of_rows(one, picked, whole.n_rows) for one in known))
+
+
+def _of_rows(statistics: Statistics | None, picked: Block, n_rows: int) -> Statistics | None:
+    """Weights of the rows that were picked, made up for those that were not."""
+    if statistics is None or statistics.row_weights is None:
+        return statistics
+    return replace(statistics, row_weights=statistics.row_weights[picked] * (n_rows / len(picked)))
