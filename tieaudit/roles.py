@@ -8,7 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from tieaudit.flow import Flow
 from tieaudit.model import Model, Role, Use, Weight
+from tieaudit.places import placed
+from tieaudit.recognisers import Reading, Recogniser, in_order
+from tieaudit.registry import discover
+from tieaudit.spine import Spine
 
 OTHER = Role("other", "no evidence for a more specific role")
 _LOOKUPS = ("Gather", "com.microsoft.GatherBlockQuantized", "com.microsoft.EmbedLayerNormalization")
@@ -32,9 +37,16 @@ _HEAD_NAME = re.compile(
 
 
 def roles(model: Model) -> Mapping[str, Role]:
-    """A role for every weight of the model, by id."""
+    """A role for every weight of the model, by id.
+
+    Evidence in this order: what flows through the graph, what the class answers, the name with the shape (where there
+    is no graph, or the graph says no more than that something is multiplied or added). Where two disagree about the
+    role of a weight, the first one counts and `because` says so.
+    """
     found: dict[str, Role] = {}
-    if model.has_graph:
+    if model.operations:
+        found.update(_by_flow(model))
+    elif model.has_graph:
         found.update(_from_graph(model))
     told = model.metadata.get("roles") or f"the class {model.metadata.get('architecture', 'of the model')} says so"
     for id, kind in model.hints.items():
@@ -49,6 +61,20 @@ def roles(model: Model) -> Mapping[str, Role]:
             found[weight.id] = Role("buffer", weight.because or "not learned")
         found.setdefault(weight.id, OTHER)
     return found
+
+
+def _by_flow(model: Model) -> Mapping[str, Role]:
+    reading = read_graph(model)
+    return placed(reading)
+
+
+def read_graph(model: Model) -> Reading:
+    """What the recognisers tell about a graph. Cost: linear in the operations, times the size of a block."""
+    flow = Flow(model)
+    reading = Reading(flow, Spine(flow))
+    for one in in_order(discover("recognisers", Recogniser)):
+        one.recognise(reading)
+    return reading
 
 
 def _from_graph(model: Model) -> dict[str, Role]:
