@@ -112,8 +112,36 @@ OutputBottleneck dense = projection
 *Generator* lm_head = output_head
 *Postnet lm_head = output_head
 *ConcatEmbeddingToMel embedding = type_embedding
-XmodAdapter dense1 = ffn_up
-XmodAdapter dense2 = ffn_down
+*Attention conv_kernel_layer conv_out_layer = projection
+*Attention* k_head = attention_key
+*Attention* q_head = attention_query
+*Attention* v_head = attention_value
+*Attention* post_proj output = attention_output
+*PositionwiseFFN linear_1 = ffn_up
+*PositionwiseFFN linear_2 = ffn_down
+RwkvSelfAttention receptance = projection
+RwkvFeedForward key = ffn_up
+RwkvFeedForward value = ffn_down
+RwkvFeedForward receptance = ffn_gate
+*Mlp gate_proj = ffn_gate
+*Mlp up_proj = ffn_up
+*Mlp down_proj = ffn_down
+*RecurrentBlock linear_x linear_y linear_out = projection
+*Decoder project_in project_out = projection
+*Decoder output_projection = output_head
+DistilBert* vocab_transform = projection
+JetMoeMoE input_linear = ffn_gate_up
+JetMoeMoE output_linear = ffn_down
+JetMoeMoA input_linear = attention_query
+JetMoeMoA output_linear = attention_output
+JetMoeTopKGating layer = router
+*DeltaAttention b_proj f_a_proj f_b_proj g_a_proj g_b_proj = projection
+*ForgetGate f_a_proj f_b_proj = projection
+*Indexer wk wq_b weights_proj = projection
+Doge* dt_proj = projection
+Speech* enc_to_dec_proj = projection
+XmodAdapter dense1 = adapter_a
+XmodAdapter dense2 = adapter_b
 """
 
 _TABLE = [
@@ -129,6 +157,12 @@ _OWN = {  # parameters that a module holds itself, by name
     "sub_img_feature_extensor": "other", "b1": "bias", "b2": "bias", "in_proj_weight": "attention_qkv",
     "in_proj_bias": "attention_qkv_bias", "e_score_correction_bias": "bias", "original0": "other",
     "original1": "convolution", "cls_token": "other", "layer_scalar": "other", "r_w_bias": "bias", "r_r_bias": "bias",
+    "q_bias": "attention_query_bias", "v_bias": "attention_value_bias", "r_kernel": "projection",
+    "r_s_bias": "bias", "seg_embed": "type_embedding", "time_decay": "other", "time_first": "other",
+    "time_mix_key": "other", "time_mix_value": "other", "time_mix_receptance": "other", "recurrent_param": "other",
+    "input_gate_weight": "projection", "recurrent_gate_weight": "projection", "input_gate_bias": "bias",
+    "recurrent_gate_bias": "bias", "input_residual": "other", "post_attention_residual": "other", "A": "other",
+    "eoi_embedding": "other", "mm_input_projection_weight": "projection",
     "lambda1": "other", "bias_u": "bias", "bias_v": "bias", "pos_bias_u": "bias", "pos_bias_v": "bias",
 }  # fmt: skip
 

@@ -245,6 +245,8 @@ class Model:
     """What the graph says about matrices that are stored as codes; a matrix with several readers is there once."""
     hints: Mapping[str, str] = field(default_factory=dict)
     """Role kinds that the loader knows from the class, by weight id."""
+    dimensions: Mapping[str, int] = field(default_factory=dict)
+    """Sizes that a configuration states, by dotted key, such as `text_config.vocab_size`."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """Facts for the report: producer, opset, model type, whether the class was asked …"""
     notes: tuple[str, ...] = ()
