@@ -6,7 +6,7 @@ proofs) is in `verdict.py` and `change.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -23,6 +23,10 @@ Origin = Literal["aliased", "absent", "declared", "measured", "proposed"]
 
 Box = tuple[tuple[int, int], ...]
 """Begin and end on every axis; empty for all of a tensor."""
+
+
+Attribute = int | float | str | tuple[int, ...]
+"""What an attribute of an operation holds."""
 
 
 def make_id(name: str, part: str = "", scope: str = "") -> str:
@@ -110,6 +114,28 @@ class Use:
     """First outputs of the calls of model-local functions through which the weight is passed, outermost first."""
     box: Box = ()
     """The range of every axis of what is seen that the consumer reads, where it is a part by constant bounds."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of a graph: structure only, so that others can follow what flows without knowing the format.
+
+    A value's name is `make_id(name, part, scope)`; the value of a weight is called by the weight's id. What a graph is
+    given and what it returns are operations too, `input` and `output`. Bodies of control flow and of functions follow
+    the operation that runs them, joined to it by operations `pass`.
+    """
+
+    op: str
+    """Operation type in the format's own vocabulary, with its domain unless it is the default one."""
+    node: str
+    """As `Use.node`."""
+    inputs: tuple[str, ...]
+    """Values by slot; empty where a slot is left out."""
+    outputs: tuple[str, ...]
+    attributes: Mapping[str, Attribute] = field(default_factory=dict)
+    """Numbers and words that steer it; of an `input` its `rank` and whether it is an `integer`, where known."""
+    part: str = ""
+    scope: str = ""
 
 
 @dataclass(frozen=True)
@@ -212,10 +238,15 @@ class Model:
     weights: tuple[Weight, ...]
     uses: tuple[Use, ...] = ()
     declarations: tuple[Declaration, ...] = ()
+    operations: Sequence[Operation] = field(default=(), compare=False, repr=False)
+    """All operations in an order in which values are made before they are read; made when first looked at, for who
+    follows the flow through them. Empty where the format has no graph, or only the uses of weights."""
     quantised: tuple[Quantised, ...] = ()
     """What the graph says about matrices that are stored as codes; a matrix with several readers is there once."""
     hints: Mapping[str, str] = field(default_factory=dict)
     """Role kinds that the loader knows from the class, by weight id."""
+    dimensions: Mapping[str, int] = field(default_factory=dict)
+    """Sizes that a configuration states, by dotted key, such as `text_config.vocab_size`."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """Facts for the report: producer, opset, model type, whether the class was asked …"""
     notes: tuple[str, ...] = ()

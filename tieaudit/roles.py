@@ -5,10 +5,16 @@ This version tells token_embedding, output_head, output_head_bias and buffer; ev
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
+from dataclasses import replace
 
+from tieaudit.flow import Flow
 from tieaudit.model import Model, Role, Use, Weight
+from tieaudit.naming import roles_by_name
+from tieaudit.places import placed
+from tieaudit.recognisers import Reading, Recogniser, in_order
+from tieaudit.registry import discover
+from tieaudit.spine import Spine
 
 OTHER = Role("other", "no evidence for a more specific role")
 _LOOKUPS = ("Gather", "com.microsoft.GatherBlockQuantized", "com.microsoft.EmbedLayerNormalization")
@@ -22,33 +28,72 @@ _PROJECTIONS = (
     "com.microsoft.DynamicQuantizeMatMul",
     "com.microsoft.FusedGemm",
 )
-_EMBEDDING_NAME = re.compile(
-    r"(^|\.)(embed_tokens|embed_in|wte|word_embeddings|tok_embeddings|token_embeddings?|token_embd|shared|embeddings?\.word"
-    r"_embeddings|embed_token|tokens_embed)\.weight$"
-)
-_HEAD_NAME = re.compile(
-    r"(^|\.)(lm_head(\.decoder)?|embed_out|output_projection|cls\.predictions\.decoder|generator_lm_head|predictions\.decoder)\.(weight|bias)$"
-)
+_VAGUE = ("projection", "bias", "other")
+_ONLY_NAMED = ("attention_", "ffn_", "router", "adapter_", "recurrent_")
+"""Kinds that a name may tell where the graph is vague; what a tie is about (tables, heads) only the graph tells."""
 
 
 def roles(model: Model) -> Mapping[str, Role]:
-    """A role for every weight of the model, by id."""
+    """A role for every weight of the model, by id.
+
+    Evidence in this order: what flows through the graph, what the class answers, the name with the shape (where there
+    is no graph, or the graph says no more than that something is multiplied or added). Where two disagree about the
+    role of a weight, the first one counts and `because` says so.
+    """
     found: dict[str, Role] = {}
-    if model.has_graph:
+    if model.operations:
+        found.update(_by_flow(model))
+    elif model.has_graph:
         found.update(_from_graph(model))
     told = model.metadata.get("roles") or f"the class {model.metadata.get('architecture', 'of the model')} says so"
     for id, kind in model.hints.items():
         if id in model.by_id:
             found.setdefault(id, Role(kind, told))
-    if not model.has_graph:
-        for weight in model.weights:
-            if weight.id not in found and (role := _from_name(weight)) is not None:
-                found[weight.id] = role
+    named = roles_by_name(model)
     for weight in model.weights:
-        if weight.parameter is False and found.get(weight.id, OTHER).kind == "other":
-            found[weight.id] = Role("buffer", weight.because or "not learned")
-        found.setdefault(weight.id, OTHER)
+        found[weight.id] = _agreed(weight, found.get(weight.id), named.get(weight.id), model)
     return found
+
+
+def _agreed(weight: Weight, told: Role | None, named: Role | None, model: Model) -> Role:
+    """One role from what the graph or the class tells and what the name says."""
+    if weight.parameter is False and (told is None or told.kind == "other"):
+        return Role("buffer", weight.because or "not learned")
+    if named is None:
+        return told or OTHER
+    if told is None or told.kind in _VAGUE:
+        if model.has_graph and not named.kind.startswith(_ONLY_NAMED):
+            return told or OTHER
+        if told is None:
+            return named
+        because = f"{named.because}; the graph says no more than {told.kind}: {told.because}"
+        return replace(named, because=because, layer=_either(told.layer, named.layer), side=told.side or named.side)
+    if told.kind != named.kind and named.kind not in _VAGUE:
+        told = replace(told, because=f"{told.because}; its name says {named.kind}")
+    return replace(
+        told,
+        layer=_either(told.layer, named.layer),
+        side=told.side or named.side,
+        expert=_either(told.expert, named.expert),
+    )
+
+
+def _either(first: int | None, second: int | None) -> int | None:
+    return second if first is None else first
+
+
+def _by_flow(model: Model) -> Mapping[str, Role]:
+    reading = read_graph(model)
+    return placed(reading)
+
+
+def read_graph(model: Model) -> Reading:
+    """What the recognisers tell about a graph. Cost: linear in the operations, times the size of a block."""
+    flow = Flow(model)
+    reading = Reading(flow, Spine(flow))
+    for one in in_order(discover("recognisers", Recogniser)):
+        one.recognise(reading)
+    return reading
 
 
 def _from_graph(model: Model) -> dict[str, Role]:
@@ -101,12 +146,3 @@ def _is_table(weight: Weight, use: Use) -> bool:
 def _tied_head(use: Use, found: Mapping[str, Role]) -> bool:
     """An embedding that is its own output head: one stored tensor in both roles."""
     return use.op in _PROJECTIONS and use.feeds_output and found.get(use.weight, OTHER).kind == "token_embedding"
-
-
-def _from_name(weight: Weight) -> Role | None:
-    if _HEAD_NAME.search(weight.name) and len(weight.shape) <= 2:
-        kind = "output_head" if weight.name.endswith("weight") else "output_head_bias"
-        return Role(kind, f"by its name {weight.name}")
-    if len(weight.shape) == 2 and _EMBEDDING_NAME.search(weight.name):
-        return Role("token_embedding", f"by its name {weight.name}")
-    return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ def load(path: Path, files: tuple[Path, ...]) -> Model:
         weights=tuple(weights.values()),
         declarations=(*declarations, *documented_ties),
         hints=_hints(known.best, weights),
+        dimensions=dict(_dimensions(config)),
         metadata={**_metadata(config, known, checkpoint, chosen.others), **pickled},
         notes=(*known.notes, *notes, *lost),
     )
@@ -191,6 +192,15 @@ def _hints(facts: ClassFacts, weights: Mapping[str, Weight]) -> dict[str, str]:
         if weight.parameter is False:
             hints.setdefault(id, "buffer")
     return {id: kind for id, kind in hints.items() if id in weights}
+
+
+def _dimensions(config: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, int]]:
+    """The integers of a configuration by dotted key, at most four levels deep."""
+    for key, value in config.items():
+        if isinstance(value, int) and not isinstance(value, bool):
+            yield f"{prefix}{key}", value
+        elif isinstance(value, Mapping) and depth < 4:
+            yield from _dimensions(value, f"{prefix}{key}.", depth + 1)
 
 
 def _unfilled(facts: ClassFacts, weights: Mapping[str, Weight]) -> dict[str, Weight]:

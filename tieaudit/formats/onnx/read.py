@@ -14,6 +14,7 @@ from tieaudit.errors import CorruptFile
 from tieaudit.formats.onnx.discover import alternative_of, not_a_model
 from tieaudit.formats.onnx.lookups import Lookups
 from tieaudit.formats.onnx.messages import model_proto
+from tieaudit.formats.onnx.operations import OfParts, Operations
 from tieaudit.formats.onnx.parameters import NOT_USED, Parameters
 from tieaudit.formats.onnx.quantised import find_quantised
 from tieaudit.formats.onnx.scopes import OVERRIDES_SINCE, Scope, first_output, walk_scopes
@@ -41,6 +42,7 @@ class _Read:
     part: Part
     weights: list[Weight] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
+    operations: Operations | None = None
     quantised: tuple[Quantised, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -66,6 +68,7 @@ def load(path: Path, files: tuple[Path, ...]) -> Model:
         parts=tuple(read.part for read in parts),
         weights=tuple(weight for read in parts for weight in read.weights),
         uses=tuple(use for read in parts for use in read.uses),
+        operations=OfParts([read.operations for read in parts if read.operations is not None]),
         quantised=tuple(one for read in parts for one in read.quantised),
         metadata=metadata,
         notes=tuple(note for read in parts for note in read.notes),
@@ -104,6 +107,7 @@ def read_file(file: Path, part: str) -> _Read:
     read = _Read(Part(part, (str(file), *sorted(str(path) for path, _ in source.data_files.values()))))
     read.weights = list(weights.values())
     read.uses = list(find_uses(values, part, lookups))
+    read.operations = Operations(file, part, scopes)
     read.quantised = find_quantised(values)
     read.metadata = _metadata(proto, scopes, source)
     unsure = [weight for weight in read.weights if weight.parameter is None and weight.because != NOT_USED]

@@ -1,0 +1,264 @@
+"""What flows through a graph: which values are fixed, counted, ids or data, and who makes and reads each.
+
+Built once for a model with operations; recognisers ask it. Nothing is read but structure.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+
+from tieaudit.dialects import OTHER, Dialect, Meaning
+from tieaudit.model import Model, Operation, Use, Weight
+from tieaudit.registry import discover
+
+_N_MOST_LEARNED = 6
+"""Weights that one fixed value is computed from; of more, the first ones are known."""
+_N_MOST_STEPS = 1500
+"""Values that one walk visits."""
+_COUNTED_NAMES = re.compile(r"position|past|length|seq_?len|cache", re.IGNORECASE)
+_MIXING = frozenset("product convolve recur attend experts normalise softmax".split())
+
+
+class Nature(IntEnum):
+    """What a value is made of; the later one wins where two meet."""
+
+    FIXED = 0
+    """Weights and constants only."""
+    COUNTED = 1
+    """Sizes, positions, masks."""
+    IDS = 2
+    """Integers that a caller gives."""
+    DATA = 3
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A learned matrix that something is multiplied by, with the vector that is added afterwards."""
+
+    index: int
+    """Of the operation."""
+    weights: tuple[str, ...]
+    x: str
+    """Value that is projected."""
+    out: str
+    """Value after the bias."""
+    biases: tuple[str, ...]
+    n_in: int
+    n_out: int
+    """0 where the shape is not known."""
+
+
+class Flow:
+    """The graph of one model, read through its dialect."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.operations: Sequence[Operation] = tuple(model.operations)
+        known = {
+            name: meaning for one in discover("dialects", Dialect).values() for name, meaning in one.meanings.items()
+        }
+        self.meanings: list[Meaning] = [known.get(operation.op, OTHER) for operation in self.operations]
+        self.maker: dict[str, int] = {}
+        self.readers: dict[str, list[tuple[int, int]]] = {}
+        for index, operation in enumerate(self.operations):
+            for value in operation.outputs:
+                if value:
+                    self.maker.setdefault(value, index)
+            for slot, value in enumerate(operation.inputs):
+                if value:
+                    self.readers.setdefault(value, []).append((index, slot))
+        self.natures: dict[str, Nature] = {}
+        self._learned: dict[str, tuple[str, ...]] = {}
+        for weight in model.weights:
+            self.natures[weight.id] = Nature.FIXED
+            self._learned[weight.id] = (weight.id,) if _may_be_learned(weight) else ()
+        for index in range(len(self.operations)):
+            self._conclude(index)
+
+    def does(self, index: int) -> str:
+        """What the operation does, in the common vocabulary."""
+        return self.meanings[index].does
+
+    def nature(self, value: str) -> Nature:
+        """What a value is made of; what nobody makes counts as fixed."""
+        return self.natures.get(value, Nature.FIXED)
+
+    def is_data(self, value: str) -> bool:
+        """Whether it carries data (and not sizes, masks, ids or weights only)."""
+        return self.natures.get(value, Nature.FIXED) is Nature.DATA
+
+    def learned(self, value: str) -> tuple[str, ...]:
+        """Ids of the learned weights that a fixed value is computed from, largest first; none for other values."""
+        return self._learned.get(value, ())
+
+    def data_inputs(self, index: int) -> list[str]:
+        """The inputs through which data flows on."""
+        slots, inputs = self.meanings[index].data, self.operations[index].inputs
+        chosen = inputs if not slots else [inputs[slot] for slot in slots if slot < len(inputs)]
+        return [value for value in chosen if value]
+
+    def size(self, value: str) -> int:
+        """How many elements the largest weight behind a fixed value has; 0 if there is none."""
+        return max((self.model.by_id[id].n_elements for id in self.learned(value)), default=0)
+
+    def is_vector(self, value: str) -> bool:
+        """A learned value with at most one axis longer than one: a scale or a bias."""
+        return all(
+            sum(size > 1 for size in self.model.by_id[id].shape) <= 1 for id in self.learned(value)
+        ) and bool(self.learned(value))
+
+    def _conclude(self, index: int) -> None:
+        operation, meaning = self.operations[index], self.meanings[index]
+        nature, learned = self._result(operation, meaning)
+        for value in operation.outputs:
+            if value and value not in self.natures:
+                self.natures[value] = nature
+                if learned:
+                    self._learned[value] = learned
+
+    def _result(self, operation: Operation, meaning: Meaning) -> tuple[Nature, tuple[str, ...]]:
+        does = meaning.does
+        if does == "input":
+            if not operation.attributes.get("integer"):
+                return Nature.DATA, ()
+            counted = _COUNTED_NAMES.search(str(operation.attributes.get("name", "")))
+            return (Nature.COUNTED if counted else Nature.IDS), ()
+        if does in ("shape", "positions", "compare"):
+            fixed = all(self.nature(value) is Nature.FIXED for value in operation.inputs)
+            return (Nature.FIXED if fixed and does != "shape" else Nature.COUNTED), ()
+        if does == "embed":
+            return Nature.DATA, ()
+        if does == "lookup":
+            return self._looked_up(operation, meaning)
+        if does == "view":
+            first = operation.inputs[0] if operation.inputs else ""
+            return self.nature(first), self.learned(first)
+        natures = [self.nature(value) for value in operation.inputs if value]
+        nature = max(natures, default=Nature.FIXED)
+        if nature is Nature.IDS and (does in _MIXING or does == "other"):
+            nature = Nature.DATA
+        if nature is not Nature.FIXED:
+            return nature, ()
+        found = dict.fromkeys(id for value in operation.inputs for id in self.learned(value))
+        largest = sorted(found, key=lambda id: -self.model.by_id[id].n_elements)
+        return nature, tuple(largest[:_N_MOST_LEARNED])
+
+    def _looked_up(self, operation: Operation, meaning: Meaning) -> tuple[Nature, tuple[str, ...]]:
+        inputs = operation.inputs
+        table = inputs[meaning.table] if meaning.table < len(inputs) else ""
+        indices = inputs[meaning.indices] if meaning.indices < len(inputs) else ""
+        if self.nature(table) is not Nature.FIXED:
+            return self.nature(table), ()
+        learned, by = self.learned(table), self.nature(indices)
+        if by is Nature.FIXED or by is Nature.DATA and learned:  # chosen experts: still a weight
+            return Nature.FIXED, learned
+        return (Nature.DATA if learned else Nature.COUNTED), ()
+
+    @cached_property
+    def uses(self) -> dict[tuple[str, str, str], list[Use]]:
+        """Uses of weights by (part, scope, node)."""
+        found: dict[tuple[str, str, str], list[Use]] = {}
+        for use in self.model.uses:
+            found.setdefault((use.part, use.scope, use.node), []).append(use)
+        return found
+
+    def shape_at(self, index: int, id: str) -> tuple[int, ...]:
+        """The shape in which an operation sees a weight, its own transposition of it included; else as stored."""
+        operation, weight = self.operations[index], self.model.by_id[id]
+        for use in self.uses.get((operation.part, operation.scope, operation.node), ()):
+            if use.weight == id:
+                return use.view.shape(weight.shape)
+        return weight.shape
+
+    @cached_property
+    def projections(self) -> dict[int, Projection]:
+        """Every product with a learned matrix, by the operation's index."""
+        found = {}
+        for index, meaning in enumerate(self.meanings):
+            if meaning.does == "product" and (one := self._projection(index, meaning)) is not None:
+                found[index] = one
+        return found
+
+    def _projection(self, index: int, meaning: Meaning) -> Projection | None:
+        operation = self.operations[index]
+        data = self.data_inputs(index)
+        matrices = [value for value in data if self.learned(value)]
+        others = [value for value in data if self.nature(value) in (Nature.DATA, Nature.IDS)]
+        if not matrices or len(others) != 1 or not operation.outputs:
+            return None
+        matrix = max(matrices, key=self.size)
+        weights = tuple(id for id in self.learned(matrix) if len(self.model.by_id[id].shape) > 1)
+        if not weights:
+            return None
+        n_in, n_out = self._sizes(index, weights[0], operation.inputs.index(matrix))
+        biases: list[str] = []
+        if meaning.bias is not None and meaning.bias < len(operation.inputs):
+            biases.extend(self.learned(operation.inputs[meaning.bias]))
+        out, added = self.added_after(operation.outputs[0])
+        return Projection(index, weights, others[0], out, (*biases, *added), n_in, n_out)
+
+    def _sizes(self, index: int, id: str, slot: int) -> tuple[int, int]:
+        attributes, shape = self.operations[index].attributes, self.shape_at(index, id)
+        if isinstance(n := attributes.get("N"), int) and isinstance(k := attributes.get("K"), int):
+            return k, n
+        if len(shape) < 2:
+            return (0, 0)
+        if self.operations[index].op == "linear":
+            return shape[-1], shape[-2]
+        return (shape[-2], shape[-1]) if slot != 0 else (shape[-1], shape[-2])
+
+    def added_after(self, value: str) -> tuple[str, tuple[str, ...]]:
+        """Behind the learned vectors that are added to a value: the last sum, and the vectors."""
+        found: list[str] = []
+        while len(readers := self.readers.get(value, ())) == 1:
+            index, slot = readers[0]
+            operation, meaning = self.operations[index], self.meanings[index]
+            if meaning.does == "add" and meaning.bias is None and len(operation.inputs) == 2:
+                other = operation.inputs[1 - slot]
+            elif meaning.bias is not None and meaning.does != "product" and meaning.bias < len(operation.inputs):
+                if slot == meaning.bias:
+                    break
+                found += [id for id in self.learned(operation.inputs[meaning.bias]) if id not in found]
+                break  # fused with what follows: the sum itself is nowhere
+            else:
+                other = ""
+                if meaning.does != "view" or slot != 0 or operation.op == "Split":
+                    break
+            if other and not (self.nature(other) is Nature.FIXED and self.is_vector(other)):
+                break
+            following, vectors = operation.outputs[0], self.learned(other) if other else ()
+            if not vectors:  # a view: only worth passing if a vector is added behind it
+                ahead, more = self.added_after(following)
+                return (ahead, (*found, *more)) if more else (value, tuple(found))
+            found.extend(vectors)
+            value = following
+        return value, tuple(found)
+
+    def back(self, value: str, through: frozenset[str], stops: frozenset[str] | set[str] = frozenset()) -> Iterator[int]:
+        """Operations behind a data value, nearest first; what `through` does not name is given and not passed.
+
+        A value in `stops` is not looked behind. Cost: at most 1,500 values.
+        """
+        pending, seen = deque([value]), {value}
+        while pending:
+            current = pending.popleft()
+            index = self.maker.get(current)
+            if index is None or current in stops:
+                continue
+            yield index
+            if self.does(index) not in through or index in self.projections or len(seen) > _N_MOST_STEPS:
+                continue
+            for one in self.data_inputs(index):
+                if one not in seen and self.nature(one) in (Nature.DATA, Nature.IDS):
+                    seen.add(one)
+                    pending.append(one)
+
+
+def _may_be_learned(weight: Weight) -> bool:
+    packed = weight.dtype in ("int8", "uint8", "int4", "uint4", "int2", "uint2") and len(weight.shape) > 1
+    return weight.parameter is not False and (weight.is_float or packed)

@@ -1,0 +1,170 @@
+"""Where in a graph a weight stands: its layer by the order of blocks, its side by who attends to whom, its expert."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import replace
+
+from tieaudit.model import Role
+from tieaudit.recognisers import Reading
+from tieaudit.spine import Block
+
+_NO_LAYER = ("token_embedding", "position_embedding", "type_embedding", "output_head", "output_head_bias", "buffer")
+
+
+def placed(reading: Reading) -> Mapping[str, Role]:
+    """The roles with layers, sides and experts. Cost: linear in the operations."""
+    readers = _readers(reading)
+    numbers = _numbers(reading)
+    encoder = _encoder(reading)
+    sides = _sides(reading, readers, encoder)
+    experts = _experts(reading, readers)
+    found = {}
+    for id, role in reading.roles.items():
+        layers = {_layer(reading, index, numbers, encoder) for index in readers.get(id, ())}
+        layer = next(iter(layers)) if len(layers) == 1 and role.kind not in _NO_LAYER else None
+        because = role.because
+        several = sorted(one for one in layers if one is not None)
+        if len(several) > 1 and role.kind not in _NO_LAYER:
+            because += f"; shared by {len(several)} layers"
+        found[id] = replace(role, because=because, layer=layer, side=sides.get(id), expert=experts.get(id))  # type: ignore[arg-type]
+    return found
+
+
+def _readers(reading: Reading) -> dict[str, list[int]]:
+    """Weight → the operations at which it, or what is computed from weights alone with it, meets data."""
+    flow, found = reading.flow, dict[str, list[int]]()
+    for index, operation in enumerate(flow.operations):
+        if not any(flow.is_data(value) for value in operation.outputs if value):
+            continue
+        for value in operation.inputs:
+            for id in flow.learned(value):
+                found.setdefault(id, []).append(index)
+    return found
+
+
+def _layer(reading: Reading, index: int, numbers: Mapping[int, int], encoder: frozenset[int]) -> int | None:
+    block = reading.spine.block_of.get(index)
+    if block is None or index in encoder and block.sum not in encoder:  # behind the encoder's last block
+        return None
+    return numbers.get(block.sum)
+
+
+def _numbers(reading: Reading) -> dict[int, int]:
+    """Layer of every block, by its sum."""
+    streams: dict[int, list[Block]] = {}
+    for block in reading.spine.blocks:
+        streams.setdefault(block.stream, []).append(block)
+    letters = _letters(reading)
+    outer: dict[int, int] = {}
+    for blocks in streams.values():
+        marks = [letters.get(block.sum, "") for block in blocks]
+        for block, number in zip(blocks, _grouped(marks), strict=True):
+            outer[block.sum] = number
+    found = {}
+    for block in reading.spine.blocks:
+        at, steps = block, 0
+        while at.inside is not None and len(streams[at.inside.stream]) > 1 and steps < 20:
+            at, steps = at.inside, steps + 1
+        found[block.sum] = outer[at.sum]
+    return found
+
+
+def _letters(reading: Reading) -> dict[int, str]:
+    """What each block does: M mixes positions, X attends to another stream, F is a feed-forward."""
+    flow, spine = reading.flow, reading.spine
+    found: dict[int, set[str]] = {}
+
+    def note(index: int, letter: str) -> None:
+        block = spine.block_of.get(index)
+        while block is not None:
+            found.setdefault(block.sum, set()).add(letter)
+            block = block.inside
+
+    for index, one in flow.projections.items():
+        kind = reading.kinds.get(index, "")
+        if kind in ("attention_query", "attention_qkv"):
+            note(index, "M")
+        elif kind in ("attention_key", "attention_kv"):
+            note(index, "X" if one.x in reading.crossings else "M")
+        elif kind.startswith("ffn_"):
+            note(index, "F")
+    for index, meaning in enumerate(flow.meanings):
+        if meaning.does in ("recur", "attend"):
+            note(index, "M")
+        elif meaning.does == "convolve":
+            note(index, "C")
+    return {sum: "X" if "X" in marks else "".join(sorted(marks)) for sum, marks in found.items()}
+
+
+def _grouped(marks: list[str]) -> list[int]:
+    """Layer of each block: by the shortest pattern that repeats, else a new one wherever positions are mixed."""
+    for period in range(1, len(marks) // 2 + 1):
+        if len(marks) % period == 0 and all(a == b for a, b in zip(marks, marks[period:], strict=False)):
+            if len(set(marks)) > 1 or "M" in marks[0] or period == 1:
+                return [index // period for index in range(len(marks))]
+    begins = [bool(mark) and "X" not in mark and mark != "F" or not mark for mark in marks]
+    alone = all(mark == "F" for mark in marks)
+    numbers, number = [], -1
+    for index, begin in enumerate(begins):
+        if begin or alone or index == 0:
+            number += 1
+        numbers.append(number)
+    return numbers
+
+
+def _encoder(reading: Reading) -> frozenset[int]:
+    """Operations that work out what another stream attends to."""
+    flow = reading.flow
+    encoder: set[int] = set()
+    pending, seen = deque(reading.crossings), set(reading.crossings)
+    while pending:
+        index = flow.maker.get(pending.popleft())
+        if index is None:
+            continue
+        encoder.add(index)
+        for value in flow.operations[index].inputs:
+            if value and value not in seen:
+                seen.add(value)
+                pending.append(value)
+    return frozenset(encoder)
+
+
+def _sides(reading: Reading, readers: Mapping[str, list[int]], encoder: frozenset[int]) -> dict[str, str]:
+    """Encoder: what the values that another stream attends to are made of. Decoder: the rest of that graph."""
+    if not reading.crossings:
+        return {}
+    flow = reading.flow
+    parts = {flow.operations[index].part for index in encoder} | {
+        flow.operations[index].part for value in reading.crossings for index, _ in flow.readers.get(value, ())
+    }
+    found = {}
+    for id, indices in readers.items():
+        if flow.operations[indices[0]].part not in parts:
+            continue
+        inside = {index in encoder for index in indices}
+        if len(inside) == 1:
+            found[id] = "encoder" if inside.pop() else "decoder"
+    return found
+
+
+def _experts(reading: Reading, readers: Mapping[str, list[int]]) -> dict[str, int]:
+    """Which of several equal feed-forwards of a block with a router, where there is one for each of its scores."""
+    flow, spine = reading.flow, reading.spine
+    n_scores: dict[int, int] = {}
+    for index, kind in reading.kinds.items():
+        block = spine.block_of.get(index)
+        if kind == "router" and block is not None:
+            n_scores[block.sum] = flow.projections[index].n_out
+    places: dict[tuple[int, str, tuple[int, ...]], list[str]] = {}
+    for id, role in reading.roles.items():
+        block = spine.block_of.get(readers[id][0]) if id in readers else None
+        if block is not None and block.sum in n_scores and role.kind.startswith("ffn_"):
+            places.setdefault((block.sum, role.kind, reading.flow.model.by_id[id].shape), []).append(id)
+    found = {}
+    for (block_sum, _, _), ids in places.items():
+        if len(ids) == n_scores[block_sum] > 1:
+            ids.sort(key=lambda id: readers[id][0])
+            found.update({id: number for number, id in enumerate(ids)})
+    return found

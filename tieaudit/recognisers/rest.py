@@ -1,0 +1,60 @@
+"""What is left: biases by what they are added to, tables that are added, and projections of no special place."""
+
+from __future__ import annotations
+
+from tieaudit.flow import Nature
+from tieaudit.recognisers import Reading, Recogniser
+
+_WITH_BIAS = ("attention_", "ffn_", "output_head")
+
+
+def _recognise(reading: Reading) -> None:
+    flow = reading.flow
+    for one in flow.projections.values():
+        kind = reading.kinds.get(one.index, "")
+        if kind.startswith(_WITH_BIAS):
+            reading.tell(one.biases, f"{kind}_bias", f"added to what {one.weights[0]} gives ({reading.at(one.index)})")
+        else:
+            reading.tell(one.biases, "bias", f"added to what {one.weights[0]} gives ({reading.at(one.index)})")
+        reading.project(one, "projection", f"multiplies what flows ({reading.at(one.index)})")
+    for index, operation in enumerate(flow.operations):
+        if flow.does(index) not in ("add", "subtract"):
+            continue
+        for value in operation.inputs:
+            if flow.nature(value) is Nature.FIXED and flow.learned(value) and any(map(flow.is_data, operation.inputs)):
+                _added(reading, index, value)
+    for index, operation in enumerate(flow.operations):
+        if any(map(flow.is_data, operation.outputs)):
+            for value in operation.inputs:
+                reading.tell(flow.learned(value), "other", f"read by {reading.at(index)}")
+
+
+def _added(reading: Reading, index: int, value: str) -> None:
+    flow = reading.flow
+    ids, place = flow.learned(value), reading.at(index)
+    others = [one for one in flow.operations[index].inputs if one != value]
+    if not flow.is_vector(value):
+        if len(ids) == 1:
+            reading.tell(ids, "position_embedding", f"added, with a value for every position ({place})")
+        return
+    for _ in range(4):
+        maker = flow.maker.get(others[0]) if others else None
+        if maker is None:
+            break
+        if maker in flow.projections:
+            kind = reading.kinds.get(maker, "")
+            suffix = f"{kind}_bias" if kind.startswith(_WITH_BIAS) else "bias"
+            reading.tell(ids[:1], suffix, f"added to what {flow.projections[maker].weights[0]} gives ({place})")
+            return
+        if flow.does(maker) not in ("view", "add"):
+            break
+        others = [one for one in flow.data_inputs(maker) if flow.is_data(one)][:1]
+    reading.tell(ids[:1], "bias", f"a vector that is added ({place})")
+
+
+rest = Recogniser(
+    name="rest",
+    rank=90,
+    summary="biases, added tables, and projections of no special place",
+    recognise=_recognise,
+)
