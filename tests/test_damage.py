@@ -193,3 +193,9 @@ def test_a_pair_holds_sums_and_nothing_of_the_size_of_the_tables() -> None:
     seen: Pair = pair(members(normal(60000, 64, seed=1), normal(60000, 64, seed=2)))
     assert seen.gram_a.shape == (64, 64)
     assert (seen.n_rows_seen, seen.exact) == (32768, False)  # 2²¹ numbers of 64 columns
+
+
+def test_two_norms_near_one_are_close_since_little_changes_if_one_serves_for_both() -> None:
+    rng = np.random.default_rng(0)
+    one, other = (1.0 + 0.03 * rng.standard_normal(64) for _ in range(2))
+    assert likeness(members(one, other)).verdict == "close"

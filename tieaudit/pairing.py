@@ -144,8 +144,10 @@ def _sums(layout: _Layout, runs: list[tuple[int, int]], n_seen: int, sketch: Arr
 
 
 def _cosines(a: Array, b: Array, mean_a: Array, mean_b: Array, n_rows: int) -> Array:
-    """Of each row; a single row is taken about its own mean, since it is the mean row."""
-    a, b = (a - a.mean(), b - b.mean()) if n_rows == 1 else (a - mean_a, b - mean_b)
+    """Of each row about the mean row; a single row, the mean row itself, about zero: norms are alike in being near
+    one."""
+    if n_rows > 1:
+        a, b = a - mean_a, b - mean_b
     scale = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     found: Array = (a * b).sum(axis=1)[scale > 0.0] / scale[scale > 0.0]
     return found

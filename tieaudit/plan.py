@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from tieaudit.change import Edit, Plan, Respell, Share, Unshare
+from tieaudit.damage import likeness
 from tieaudit.errors import RewriteRefused, UsageError
 from tieaudit.formats import NEEDS_SETTING, Format
 from tieaudit.merge import aligned, common_value, difference, policy_of
@@ -77,6 +78,10 @@ def plan(subject: Subject, choices: Choices) -> Plan:
                 f"{asked.scheme.name}: nothing to do in the model as it is; schemes look at what was read, not at what "
                 "another one makes of it: apply it to the result"
             )
+        unequal = [] if choices.allow_lossy else [one for one in candidates if not one.lossless]
+        if len(unequal) > 1:
+            draft.refusals.append(_unequal(draft, asked.scheme, unequal))
+            candidates = [one for one in candidates if one.lossless]
         for candidate in candidates:
             _consider(draft, candidate)
     return Plan(
@@ -125,6 +130,23 @@ def _share(draft: _Draft, candidate: Candidate) -> list[Edit]:
     edits = _realisable(draft, share)
     draft.lossless = draft.lossless and candidate.lossless
     return edits
+
+
+def _unequal(draft: _Draft, scheme: Scheme, candidates: list[Candidate]) -> Refusal:
+    """One refusal for all classes of a scheme that hold different tensors: how many of them are alike in any way."""
+    model, verdicts = draft.model, dict[str, int]()
+    for candidate in candidates:
+        pair = [(model.by_id[member.id], member) for member in candidate.members[:2]]
+        said = likeness(pair).verdict
+        verdicts[said] = verdicts.get(said, 0) + 1
+    counted = ", ".join(f"{n} {said}" for said, n in sorted(verdicts.items(), key=lambda one: -one[1]))
+    ids = tuple(dict.fromkeys(member.id for candidate in candidates for member in candidate.members))
+    because = (
+        f"{len(candidates)} classes of {len(ids)} weights hold different tensors ({counted}, by two members of each); "
+        f"tying them would change the model's outputs (--allow-lossy does it knowingly, --merge says how, by default "
+        f"{scheme.merge})"
+    )
+    return Refusal(scheme.name, ids, because)
 
 
 def _share_apart(draft: _Draft, candidate: Candidate) -> list[Edit]:

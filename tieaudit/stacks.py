@@ -72,6 +72,8 @@ def _stack(
     for slot in dict.fromkeys(slot for layer in layers for slot in held[layer]):
         weights = [held[layer].get(slot) for layer in layers]
         there = [weight for weight in weights if weight is not None]
+        if len(there) == 1:
+            continue  # what one layer alone has (T5's relative positions are its first layer's) nobody could share
         if len(there) < len(layers):
             lacking = [layer for layer, weight in zip(layers, weights, strict=True) if weight is None]
             uneven.append((slot, f"layers {_spelled(lacking)} have none"))
