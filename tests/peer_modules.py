@@ -1,4 +1,4 @@
-"""What the tests of peers' cases about modules and checkpoints share: small modules, and what tieaudit finds in them."""
+"""What the tests of peers' cases about modules and checkpoints share: small modules, and what is found in them."""
 
 from __future__ import annotations
 
@@ -28,6 +28,12 @@ def of(**parts: Any) -> nn.Module:
 def linears(n: int, size: int = 8) -> nn.Module:
     """linear1 … linear<n>, nothing shared."""
     return of(**{f"linear{index}": nn.Linear(size, size) for index in range(1, n + 1)})
+
+
+def tied(kept: nn.Module, other: nn.Module, name: str = "weight") -> nn.Module:
+    """The other module, with this tensor of the first."""
+    setattr(other, name, getattr(kept, name))
+    return other
 
 
 class LM(nn.Module):

@@ -19,7 +19,17 @@ from torch import nn  # noqa: E402
 
 import tieaudit  # noqa: E402
 from tests.peer_modules import (  # noqa: E402
-    codes, groups, linears, of, outcomes, report, saved, slices, stored_bytes, values, views,
+    codes,
+    groups,
+    linears,
+    of,
+    outcomes,
+    report,
+    saved,
+    slices,
+    stored_bytes,
+    values,
+    views,
 )  # fmt: skip
 from tieaudit.errors import TieAuditError  # noqa: E402
 from tieaudit.formats.torch_module.read import read_module  # noqa: E402
@@ -213,7 +223,7 @@ def test_HUB_8_a_module_saved_and_loaded_shares_what_it_shared(tmp_path: Path) -
     assert groups(apart) == groups(apart, "measured") == []
 
 
-# --- ModelOpt: postprocess_state_dict ----------------------------------------------------------------------------------
+# --- ModelOpt: postprocess_state_dict --------------------------------------------------------------------------------
 
 
 def test_MO_9_MO_10_MO_15_a_longer_view_another_shape_and_disjoint_slices_all_keep_their_bytes(tmp_path: Path) -> None:
