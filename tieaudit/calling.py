@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from tieaudit.change import Level, Proof
@@ -70,7 +70,8 @@ def comparable(module: torch.nn.Module) -> Iterator[None]:
 
     modes = {one: one.training for one in module.modules()}
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    module.eval()
+    with suppress(NotImplementedError):  # the module of an exported program has only the mode it was traced in
+        module.eval()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
         with torch.random.fork_rng(devices=[]):
