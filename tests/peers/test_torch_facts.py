@@ -20,7 +20,6 @@ from torch import nn  # noqa: E402
 
 import tieaudit  # noqa: E402
 from tests.peer_modules import IDS, LM, codes, groups, of, outcomes, report, saved, views  # noqa: E402
-from tieaudit.load import load_one  # noqa: E402
 
 NAMES = ("emb.weight", "head.weight")
 TABLE_BYTES = 40 * 16 * 4
@@ -67,6 +66,22 @@ def test_FACT_1_9b_an_archive_stores_one_blob_and_its_module_has_two_parameters_
     assert tieaudit.verify(back, back, inputs=IDS).failed == ()
 
 
+def test_FACT_1_9b_the_archive_itself_says_that_it_is_one_tensor(tmp_path: Path, archive: bytes) -> None:
+    pytest.importorskip("tieaudit.formats.torch_export")
+    path = tmp_path / "m.pt2"
+    path.write_bytes(archive)
+    assert groups(path) == [NAMES]
+    summary = report(path).summary
+    assert (summary.n_parameters, summary.n_bytes) == (640, TABLE_BYTES)
+    apart = LM(tied=False)
+    with torch.no_grad():
+        apart.head.weight.copy_(apart.emb.weight)
+    torch.export.save(exported(apart), tmp_path / "apart.pt2")
+    assert groups(tmp_path / "apart.pt2") == []
+    assert groups(tmp_path / "apart.pt2", "measured") == [NAMES]
+    assert report(tmp_path / "apart.pt2").summary.n_bytes_duplicate == TABLE_BYTES
+
+
 @copies_programs
 def test_FACT_1_9c_unflattened_the_names_are_one_parameter_again(archive: bytes) -> None:
     module = torch.export.unflatten(torch.export.load(io.BytesIO(archive)))
@@ -104,9 +119,7 @@ def test_FACT_1_9f_a_checkpoint_keeps_aliases_and_transposed_ones_and_clones_los
     table = torch.randn(40, 16)
     state = {"emb.weight": table, "head.weight": table, "decode.weight": table.T}
     path = saved(tmp_path / "m.pt", state)
-    assert views(path) == [
-        [("emb.weight", "as stored"), ("head.weight", "as stored"), ("decode.weight", "transposed")]
-    ]
+    assert views(path) == [[("emb.weight", "as stored"), ("head.weight", "as stored"), ("decode.weight", "transposed")]]
     assert report(path).summary.n_bytes == TABLE_BYTES
     copies = saved(tmp_path / "copies.pt", {name: one.clone() for name, one in state.items()})
     assert groups(copies) == []

@@ -1,7 +1,7 @@
 """Cases of transformers that its own classes act out here: made in memory, saved, loaded, and scanned at every step.
 
-TF: its test suite; FACT-1_2: what 5.23 was seen to do with a folder, and 4.57 otherwise. Only version 5 is run; what the
-older one does is what the data file about it says. See docs/peer-cases.md.
+TF: its test suite; FACT-1_2: what 5.23 was seen to do with a folder, and 4.57 otherwise. Only version 5 is run; what
+the older one does is what the data file about it says. See docs/peer-cases.md.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ safetensors = pytest.importorskip("safetensors.torch")
 
 import peer_models as peers  # noqa: E402
 
+import tieaudit  # noqa: E402
 from tests.peer_modules import codes, groups, report  # noqa: E402
 from tieaudit.formats.huggingface import read  # noqa: E402
 from tieaudit.formats.huggingface.defaults import table  # noqa: E402
@@ -88,6 +89,15 @@ def test_FACT_1_2a_a_declared_tie_over_another_head_is_one_model_in_4_and_anothe
     (claim,) = load_one(path).declarations
     assert set(claim.honoured_by) == {"transformers 4", "transformers 5"}
     assert report(path).summary.n_parameters == 2 * N_TABLE + N_REST
+
+
+def test_FACT_1_2a_the_loaded_module_contradicts_its_class_as_the_folder_did(tmp_path: Path) -> None:
+    pytest.importorskip("tieaudit.formats.torch_module.declared")
+    assert codes(loaded(folder(tmp_path / "m", moved=True))) == ["TIE101"]
+    module = llama()
+    assert codes(module) == []
+    tieaudit.untie(module)
+    assert codes(module) == ["TIE102"]
 
 
 def test_FACT_1_2b_an_undeclared_head_that_is_not_stored_comes_back_random(tmp_path: Path) -> None:
