@@ -47,7 +47,7 @@ def scan(model: str | Path | torch.nn.Module, *, inputs: Any = None) -> Report:
     """
     from tieaudit.scan import scan as look_at
 
-    return look_at(_model(model, inputs))
+    return look_at(_model(model, inputs, whole=True))
 
 
 def plan(
@@ -240,14 +240,14 @@ def render(report: Report, format: Literal["text", "json"] = "text") -> str:
     return text
 
 
-def _model(source: str | Path | torch.nn.Module, inputs: Any = None) -> Model:
+def _model(source: str | Path | torch.nn.Module, inputs: Any = None, *, whole: bool = False) -> Model:
     if isinstance(source, (str, Path)):
         from tieaudit.load import load_one
 
         return load_one(source)
     from tieaudit.formats.torch_module.read import read_module
 
-    return read_module(source, inputs)
+    return read_module(source, inputs, whole=whole)
 
 
 def _live(source: Any) -> Any:

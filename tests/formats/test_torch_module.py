@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
 from tests.torch_modules import Autoencoder, TiedLM, Twice, Universal  # noqa: E402
 from tieaudit.apply import apply  # noqa: E402
+from tieaudit.depth import Repeated, n_calls, shared_across_depth
 from tieaudit.errors import RewriteRefused, UnreadableModel  # noqa: E402
 from tieaudit.formats.torch_module import tensors  # noqa: E402
 from tieaudit.formats.torch_module.answer import built  # noqa: E402
@@ -341,8 +342,8 @@ def test_calls_of_one_module_are_counted_in_the_exported_graph_only() -> None:
     assert alone.subject.found.ties == ()
     assert "how often a module is called is not known" in alone.subject.model.metadata["uses"]
     traced = scan(read_module(module, torch.zeros(2, 6)))
-    counts = {tie.ids[0]: len(tie.members) for tie in traced.subject.found.ties}
-    assert counts == {"layer.weight": 3, "layer.bias": 3}  # not last.*, which is called once
+    assert traced.subject.found.ties == ()  # the same operation three times: no second role, and no second name
+    assert shared_across_depth(traced.subject.model) == (Repeated("layer", 3, ("layer.weight", "layer.bias")),)
     assert traced.subject.model.metadata["uses"] == "from torch.export with the given inputs"
 
 
@@ -401,7 +402,7 @@ def test_values_are_compared_across_the_process_that_holds_them() -> None:
 def test_sample_inputs_of_a_factory_give_the_uses() -> None:
     model = load("tests.torch_modules:universal_with_inputs")
     assert model.metadata["uses"] == "from torch.export with the given inputs"
-    assert {tie.ids for tie in scan(model).subject.found.ties} == {("layer.weight",), ("layer.bias",)}
+    assert shared_across_depth(model) == (Repeated("layer", 3, ("layer.weight", "layer.bias")),)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def main() -> None:
                 from tieaudit.formats.torch_module.read import read_module
 
                 module, inputs = built(question["describe"])
-                model = read_module(module, inputs, path=question["describe"])
+                model = read_module(module, inputs, path=question["describe"], whole=True)
                 answer: dict[str, Any] = _described(model)
             else:
                 data = _read(model, question)
@@ -107,5 +107,5 @@ def _use(use: Use) -> dict[str, Any]:
     perms = [list(step.perm) for step in use.view.steps if isinstance(step, Transpose)]
     return {
         "weight": use.weight, "op": use.op, "node": use.node, "slot": use.slot, "chain": list(use.chain),
-        "perms": perms,
+        "perms": perms, "call": list(use.call),
     }  # fmt: skip

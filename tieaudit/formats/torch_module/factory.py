@@ -174,5 +174,5 @@ def _use(row: Mapping[str, Any]) -> Use:
     view = View(tuple(Transpose(tuple(perm)) for perm in row["perms"])) if row["perms"] else AS_STORED
     return Use(
         row["weight"], row["op"], row["node"], row["slot"], view, chain=tuple(row["chain"]),
-        transposes=bool(row["perms"]),
+        transposes=bool(row["perms"]), call=tuple(row["call"]),
     )  # fmt: skip
