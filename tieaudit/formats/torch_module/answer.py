@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from tieaudit.errors import TieAuditError, UnreadableModel
@@ -97,6 +98,7 @@ def _described(model: Model) -> dict[str, Any]:
             for weight in model.weights
         ],
         "uses": [_use(use) for use in model.uses],
+        "declarations": [asdict(claim) for claim in model.declarations],
         "hints": dict(model.hints),
         "metadata": dict(model.metadata),
         "notes": list(model.notes),

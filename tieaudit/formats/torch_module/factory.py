@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tieaudit.errors import MissingPackage, UnreadableModel
-from tieaudit.model import Model, Part, Use, Weight
+from tieaudit.model import Declaration, Model, Part, Use, Weight
 from tieaudit.storage import Region
 from tieaudit.view import AS_STORED, Transpose, View
 
@@ -154,6 +154,7 @@ def load(name: str) -> Model:
         parts=(Part("", ()),),
         weights=tuple(_weight(name, index, row) for index, row in enumerate(answer["weights"])),
         uses=tuple(_use(row) for row in answer["uses"]),
+        declarations=tuple(_declaration(row) for row in answer["declarations"]),
         hints=answer["hints"],
         metadata=answer["metadata"],
         notes=tuple(answer["notes"]),
@@ -168,6 +169,11 @@ def _weight(name: str, index: int, row: Mapping[str, Any]) -> Weight:
         row["id"], row["name"], tuple(row["shape"]), row["dtype"], storage, parameter=row["parameter"],
         because=row["because"],
     )  # fmt: skip
+
+
+def _declaration(row: Mapping[str, Any]) -> Declaration:
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+    return Declaration(**fields)
 
 
 def _use(row: Mapping[str, Any]) -> Use:

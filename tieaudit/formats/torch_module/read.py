@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tieaudit.errors import UnreadableModel
+from tieaudit.formats.torch_module.declared import Declared, declared
 from tieaudit.formats.torch_module.samples import samples
 from tieaudit.formats.torch_module.tensors import dtype_name, locate
 from tieaudit.formats.torch_module.uses import hints, uses_by_export, uses_by_type
@@ -106,6 +107,7 @@ def read_module(module: torch.nn.Module, inputs: Any = None, *, path: str = "", 
     weights = tuple(_weight(one, storage) for one, storage in zip(members, storages, strict=True))
     uses, source = _uses(module, inputs, frozenset(weight.name for weight in weights), whole)
     kind = type(module)
+    said = declared(module, {weight.id: weight for weight in weights}) if whole else Declared()
     live = live_count(module)
     kinds, because = hints(module, members)
     return Model(
@@ -114,15 +116,17 @@ def read_module(module: torch.nn.Module, inputs: Any = None, *, path: str = "", 
         parts=(Part("", ()),),
         weights=weights,
         uses=uses,
+        declarations=said.declarations,
         hints=kinds,
         metadata={
             "architecture": kind.__qualname__,
             "torch": str(torch.__version__),
             "uses": source,
             "roles": because,
+            **({"transformers": said.version} if said.version else {}),
             **({"n_parameters_live": str(live)} if live is not None else {}),
         },
-        notes=tuple(_notes(module, weights, storages)),
+        notes=(*said.notes, *_notes(module, weights, storages)),
     )
 
 
