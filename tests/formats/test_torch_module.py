@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
 from tests.torch_modules import Autoencoder, TiedLM, Twice, Universal  # noqa: E402
 from tieaudit.apply import apply  # noqa: E402
-from tieaudit.depth import Repeated, shared_across_depth
+from tieaudit.depth import Repeated, shared_across_depth  # noqa: E402
 from tieaudit.errors import RewriteRefused, UnreadableModel  # noqa: E402
 from tieaudit.formats.torch_module import tensors  # noqa: E402
 from tieaudit.formats.torch_module.answer import built  # noqa: E402

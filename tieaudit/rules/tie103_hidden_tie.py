@@ -15,9 +15,9 @@ BY_HAND = (
     "keep both: transformers initialises a dropped, undeclared weight randomly; to tie them, "
     "declare it in the model class (_tied_weights_keys) first"
 )
-
 IN_PYTHON = (
-    "in Python: tieaudit.tie(module) makes them one parameter; a class restores it from a file only if it declares it"
+    "in Python: tieaudit.tie(module) makes them one parameter; "
+    "from_pretrained makes them one again only if the class declares it"
 )
 
 

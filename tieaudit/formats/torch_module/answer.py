@@ -33,6 +33,8 @@ def main() -> None:
                 from tieaudit.formats.torch_module.read import read_module
 
                 module, inputs = built(question["describe"])
+                if question.get("inputs"):
+                    inputs = _stored(question["inputs"], module)
                 model = read_module(module, inputs, path=question["describe"], whole=True)
                 answer: dict[str, Any] = _described(model)
             else:
@@ -71,6 +73,19 @@ def built(name: str) -> tuple[Any, Any]:
             f"{name}: expected an nn.Module, or a pair of one and its sample inputs, found a {type(found).__name__}"
         )
     return found, inputs
+
+
+def _stored(path: str, module: Any) -> Any:
+    """Arrays of an .npz as arguments: by position where numpy named them itself, else by name."""
+    import numpy as np
+    import torch
+
+    first = next(iter(module.parameters()), None)
+    device = first.device if first is not None else torch.device("cpu")
+    with np.load(path, allow_pickle=False) as file:
+        tensors = {name: torch.from_numpy(file[name]).to(device) for name in file.files}
+    numbered = [f"arr_{index}" for index in range(len(tensors))]
+    return tuple(tensors[name] for name in numbered) if set(tensors) == set(numbered) else tensors
 
 
 def _read(model: Model | None, question: Mapping[str, Any]) -> bytes:

@@ -127,11 +127,12 @@ def _close_all() -> None:
         _builders.popitem()[1].close()
 
 
-def load(name: str) -> Model:
+def load(name: str, inputs: Path | None = None) -> Model:
     """The module that `package.module:factory` makes. UnreadableModel in one line if it makes none.
 
     The attribute is a module, or a callable without arguments that returns a module or a pair of a module and sample
-    inputs (a tuple, or a dict of keyword arguments), from which the uses then come.
+    inputs (a tuple, or a dict of keyword arguments), from which the uses then come. `inputs`: an .npz that takes their
+    place, with an array for each argument by its name, or in order where numpy named them itself (`arr_0` …).
     """
     import importlib.util
 
@@ -143,7 +144,7 @@ def load(name: str) -> Model:
         _builders.pop(name).close()
     builder = Builder(name)
     try:
-        answer, _ = builder.ask({"describe": name})
+        answer, _ = builder.ask({"describe": name, "inputs": str(inputs.absolute()) if inputs is not None else ""})
     except BaseException:
         builder.close()
         raise

@@ -78,6 +78,10 @@ def _of_class(module: Any) -> Iterator[Sample]:
 
 def _required(module: torch.nn.Module) -> list[str]:
     """Arguments of forward that have no default; nothing where they cannot be told (`*args` only, no forward)."""
+    import torch
+
+    if getattr(type(module), "forward", None) is torch.nn.Module.forward:  # a container
+        return []
     try:
         taken = inspect.signature(module.forward).parameters.values()
     except (TypeError, ValueError):  # a forward that is no Python function
