@@ -49,7 +49,10 @@ def samples(module: torch.nn.Module) -> Iterator[Sample]:
         yield from _of_class(module)
         return
     names = _required(module)
+    if names is None:
+        return
     if not names:
+        yield Sample((), "no argument")
         return
     seen: list[tuple[str, tuple[int, ...]]] = []
     for taken in _offers(module):
@@ -76,16 +79,16 @@ def _of_class(module: Any) -> Iterator[Sample]:
     yield Sample({**values, **decided}, said)
 
 
-def _required(module: torch.nn.Module) -> list[str]:
-    """Arguments of forward that have no default; nothing where they cannot be told (`*args` only, no forward)."""
+def _required(module: torch.nn.Module) -> list[str] | None:
+    """Arguments of forward that have no default, one if it takes `*args` only; None where there is no such forward."""
     import torch
 
     if getattr(type(module), "forward", None) is torch.nn.Module.forward:  # a container
-        return []
+        return None
     try:
         taken = inspect.signature(module.forward).parameters.values()
     except (TypeError, ValueError):  # a forward that is no Python function
-        return []
+        return None
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     found = [one.name for one in taken if one.default is one.empty and one.kind in positional]
     if not found and any(one.kind == one.VAR_POSITIONAL for one in taken):
@@ -125,17 +128,17 @@ def _rows(size: int) -> list[tuple[int, ...]]:
     return [(2, size), (2, 7, size)]
 
 
-def _recurrent(layer: Any) -> list[tuple[int, ...]]:
-    return [(2, 7, layer.input_size) if layer.batch_first else (7, 2, layer.input_size)]
+def _sequences(layer: Any, size: int) -> list[tuple[int, ...]]:
+    return [(2, 7, size) if layer.batch_first else (7, 2, size)]
 
 
 _TABLE: tuple[tuple[tuple[str, ...], Callable[[Any], list[tuple[int, ...]]]], ...] = (
     (("LazyLinear",), lambda layer: []),
     (("Embedding", "EmbeddingBag"), lambda layer: [(2, 7), (7,)]),
-    (("LSTM", "GRU", "RNN"), _recurrent),
+    (("LSTM", "GRU", "RNN"), lambda layer: _sequences(layer, layer.input_size)),
     (("LSTMCell", "GRUCell", "RNNCell"), lambda layer: [(2, layer.input_size), (2, 7, layer.input_size)]),
-    (("Transformer",), lambda layer: [(7, 2, layer.d_model), (2, 7, layer.d_model)]),
-    (("MultiheadAttention",), lambda layer: [(7, 2, layer.embed_dim), (2, 7, layer.embed_dim)]),
+    (("Transformer",), lambda layer: _sequences(layer, layer.d_model)),
+    (("MultiheadAttention",), lambda layer: _sequences(layer, layer.embed_dim)),
     (("Conv1d", "ConvTranspose1d"), lambda layer: [(2, layer.in_channels, 64), (2, layer.in_channels, 4000)]),
     (("Conv2d", "ConvTranspose2d"), lambda layer: [(2, layer.in_channels, side, side) for side in _SIDES]),
     (("Conv3d", "ConvTranspose3d"), lambda layer: [(2, layer.in_channels, 16, 16, 16)]),
