@@ -308,24 +308,6 @@ def test_something_that_is_no_module_is_refused() -> None:
         read_module({})  # type: ignore[arg-type]
 
 
-def test_a_distributed_tensor_is_known_by_what_lies_inside_and_not_read(tmp_path: Path) -> None:
-    from torch import distributed
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        one = nn.Parameter(distribute_tensor(torch.randn(4, 6), mesh, [Shard(0)]))
-        other = nn.Parameter(distribute_tensor(torch.randn(4, 6), mesh, [Shard(0)]))
-        module = of(a=one, b=one, c=other)
-        report = scan(read_module(module))
-    finally:
-        distributed.destroy_process_group()
-    assert aliased(report) == {frozenset({"a", "b"})}
-    assert any("DTensor" in note for note in report.subject.model.notes)
-
-
 def test_sparse_parameters_are_reported_not_read() -> None:
     value = torch.eye(3).to_sparse()
     module = nn.Module()

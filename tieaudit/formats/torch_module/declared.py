@@ -7,9 +7,9 @@ device (`huggingface/ask.py`), whatever spelling of `_tied_weights_keys` the ins
 
 from __future__ import annotations
 
-import json
+import copy
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from tieaudit.formats.huggingface.facts import ClassFacts
 
+FLAG = "tie_word_embeddings"
 SECONDS = 5.0
 """For the variants of a configuration; the twin of a model of 1,000 layers alone takes longer than a scan should."""
 
@@ -78,7 +79,7 @@ def _said(prefix: str, one: Any, weights: Mapping[str, Weight]) -> tuple[Declara
     from tieaudit.formats.huggingface.defaults import Major, from_table
     from tieaudit.formats.huggingface.read import Known, declarations
 
-    config = plain_config(json.loads(one.config.to_json_string(use_diff=False)))
+    config = plain_config(one.config.to_dict())
     facts = _present(_facts(one, config), prefix, weights)
     major: Major = 4 if facts.source.startswith("transformers 4.") else 5
     other: Major = 5 if major == 4 else 4
@@ -104,16 +105,13 @@ def _facts(one: Any, config: dict[str, Any]) -> ClassFacts:
     import torch
     import transformers
 
-    from tieaudit.formats.huggingface.ask import build, ties
+    from tieaudit.formats.huggingface.ask import build, flag_levels, ties
     from tieaudit.formats.huggingface.facts import from_answer
 
-    kind, kept = type(one), torch.is_grad_enabled()
-    try:
-        torch.set_grad_enabled(False)
-        twin = build(kind, type(one.config), config)
-        made = ties(kind, type(one.config), config, twin, seconds=SECONDS)
-    finally:
-        torch.set_grad_enabled(kept)
+    kind, copies = type(one), _Copies(one.config)
+    flags = _flags(one.config, flag_levels(one.config))
+    with torch.no_grad():
+        made = ties(kind, copies, flags, build(kind, copies, flags), seconds=SECONDS)
     names = [name for name, _ in one.named_parameters(remove_duplicate=False)]
     answer = {
         "version": transformers.__version__,
@@ -126,6 +124,43 @@ def _facts(one: Any, config: dict[str, Any]) -> ClassFacts:
         **made,
     }
     return from_answer(answer, config)
+
+
+@dataclass(frozen=True)
+class _Copies:
+    """Stands for the class of a configuration: what it makes is the live object again, with the flags of a dict.
+
+    Read back from its own dictionary a live configuration may not pass the checks of its class.
+    """
+
+    live: Any
+
+    def from_dict(self, flags: dict[str, Any]) -> Any:
+        copied = copy.deepcopy(self.live)
+        if hasattr(copied, "quantization_config"):
+            del copied.quantization_config
+        _switch(copied, flags)
+        return copied
+
+
+def _switch(config: Any, flags: Mapping[str, Any]) -> None:
+    for key, value in flags.items():
+        if isinstance(value, Mapping):
+            _switch(getattr(config, key), value)
+        else:
+            setattr(config, key, value)
+
+
+def _flags(config: Any, levels: Iterable[tuple[str, ...]]) -> dict[str, Any]:
+    """What a configuration itself says about tying, at every level that says anything."""
+    found: dict[str, Any] = {}
+    for path in levels:
+        inner, place = config, found
+        for key in path:
+            inner, place = getattr(inner, key), place.setdefault(key, {})
+        if FLAG in vars(inner):
+            place[FLAG] = vars(inner)[FLAG]
+    return found
 
 
 def _present(facts: ClassFacts, prefix: str, weights: Mapping[str, Weight]) -> ClassFacts:

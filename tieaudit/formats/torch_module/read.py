@@ -69,8 +69,8 @@ def _saved_buffers(module: torch.nn.Module) -> frozenset[str]:
     return frozenset(
         f"{path}.{name}" if path else name
         for path, one in module.named_modules(remove_duplicate=False)
-        for name in one._buffers
-        if name not in one._non_persistent_buffers_set
+        for name, _ in one.named_buffers(recurse=False, remove_duplicate=False)
+        if name not in getattr(one, "_non_persistent_buffers_set", ())  # TorchScript saves all of them
     )
 
 
@@ -152,9 +152,9 @@ def _uses(module: torch.nn.Module, inputs: Any, names: frozenset[str], generate:
 
 def _generated(module: torch.nn.Module, names: frozenset[str]) -> tuple[tuple[Use, ...] | None, str]:
     """Uses from the first made-up inputs that the module takes, and which; or None, and why."""
-    apart = _distributed(module)
+    apart = _not_traced(module)
     if apart:
-        return None, f"without sample inputs: {apart}, which is not traced unasked"
+        return None, f"without sample inputs: it holds {apart}, which is not traced unasked"
     until = time.monotonic() + SECONDS
     n_tried, found = 0, "none could be made up"
     try:
@@ -175,15 +175,16 @@ def _generated(module: torch.nn.Module, names: frozenset[str]) -> tuple[tuple[Us
     )
 
 
-def _distributed(module: torch.nn.Module) -> str:
-    """What would talk to other processes in a forward pass; tracing it in one of them would wait for the others."""
+def _not_traced(module: torch.nn.Module) -> str:
+    """What would talk to other processes in a forward pass, and so wait for them; or what torch.export never takes."""
+    import torch
+
     for one in module.modules():
-        kind = type(one)
-        if kind.__module__.startswith(_DISTRIBUTED):
-            return f"it holds a {kind.__name__}"
-    if any(type(one).__name__ == "DTensor" for one in module.parameters()):
-        return "it holds a DTensor"
-    return ""
+        if isinstance(one, torch.jit.ScriptModule):
+            return "TorchScript"
+        if type(one).__module__.startswith(_DISTRIBUTED):
+            return f"a {type(one).__name__}"
+    return "a DTensor" if any(type(one).__name__ == "DTensor" for one in module.parameters()) else ""
 
 
 def _notes(module: torch.nn.Module, weights: Sequence[Weight], storages: Sequence[TensorStorage]) -> Iterator[str]:
@@ -195,9 +196,21 @@ def _notes(module: torch.nn.Module, weights: Sequence[Weight], storages: Sequenc
     for reason, names in by_reason.items():
         what = f"{names[0]} has" if len(names) == 1 else f"{len(names):,} tensors ({_some(names)}) have"
         yield (f"{what} no values to compare ({reason}): ties by identity are known, equal copies cannot be told")
+    packed = [path for path, one in module.named_modules() if _holds_packed(one)]
+    if packed:
+        yield f"{_some(packed)}: weights packed for a kernel are no tensors, so neither compared nor counted"
     lazy = lazy_names(module)
     if lazy:
         yield f"{_some(lazy)}: not made before the lazy module is called once, so not counted"
+
+
+def _holds_packed(module: torch.nn.Module) -> bool:
+    """Whether an attribute is an object of TorchScript's: how quantised modules hold weights and biases together."""
+    import torch
+
+    return not isinstance(module, torch.jit.ScriptModule) and any(
+        isinstance(value, torch.ScriptObject) for value in vars(module).values()
+    )
 
 
 def _some(names: Sequence[str]) -> str:

@@ -32,7 +32,8 @@ def uses_by_type(module: torch.nn.Module, names: frozenset[str]) -> tuple[Use, .
     found = []
     for path, one in module.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
-        for slot, name in enumerate([*one._parameters, *one._buffers]):
+        own = (one.named_parameters, one.named_buffers)
+        for slot, (name, _) in enumerate(one for named in own for one in named(recurse=False, remove_duplicate=False)):
             if prefix + name in names:
                 found.append(Use(make_id(prefix + name), type(one).__name__, path or "@module", slot))
     return tuple(found)
@@ -73,7 +74,7 @@ def _unchanged(module: torch.nn.Module) -> Iterator[None]:
     kept = [
         (one, dict(vars(one)), [dict(place) for place in (one._parameters, one._buffers, one._modules)])
         for one in module.modules()
-        if not isinstance(one, torch_script())
+        if not isinstance(one, _torch_script())
     ]
     modes = {one: one.training for one in module.modules()}
     try:
@@ -89,7 +90,7 @@ def _unchanged(module: torch.nn.Module) -> Iterator[None]:
             one.training = mode
 
 
-def torch_script() -> type:
+def _torch_script() -> type:
     """The class of modules that live in TorchScript's own memory and have no attributes of Python's."""
     import torch
 
