@@ -319,8 +319,8 @@ COUNTS: dict[str, tuple[Callable[[], Made], int, int]] = {
 }  # fmt: skip
 """Every row of the project's table of exact counts. T5 v1.1 is below, because no configuration of version 5 builds it.
 
-Counts of other tables that are of classes of other libraries (the translation models of Press & Wolf, Vaswani and Takase:
-Nematus, tensor2tensor, fairseq) are not here: nothing installed builds those.
+Counts of classes of other libraries (the translation models of Press & Wolf, Vaswani and Takase: Nematus,
+tensor2tensor, fairseq) are not here: nothing installed builds those.
 """
 
 

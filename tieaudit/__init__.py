@@ -30,11 +30,12 @@ __all__ = ["TieAuditError", "apply", "gradients", "plan", "render", "scan", "sur
 
 
 def scan(model: str | Path | torch.nn.Module, *, inputs: Any = None) -> Report:
-    """What is there: weights, roles, ties of every origin, candidates, findings. Nothing is run and nothing written.
+    """What is there: weights, roles, ties of every origin, candidates, findings. Nothing is computed, nothing written.
 
-    `inputs`: for a module, sample inputs (a tuple of arguments, a mapping of keyword arguments, or one value); the
-    uses of every parameter, repeated calls included, then come from torch.export. UnreadableModel for a path that
-    holds no model, UsageError for one that holds several.
+    `inputs`: for a module, sample inputs (a tuple of arguments, a mapping of keyword arguments, or one value); made up
+    where they are not given. With them the module is traced on fake tensors by torch.export, which tells the uses of
+    every parameter and repeated calls. UnreadableModel for a path that holds no model, UsageError for one that holds
+    several.
 
     >>> import torch, tieaudit
     >>> model = torch.nn.Sequential(torch.nn.Embedding(100, 8), torch.nn.Linear(8, 100, bias=False))
