@@ -247,6 +247,7 @@ class Leaves(nn.Module):
         self.calls += 1
         self.cache = self.layer(x)
         self.last = self.cache[0]
+        self.fresh = x
         return self.cache
 
 
@@ -257,6 +258,7 @@ def test_tracing_leaves_nothing_behind_in_the_module_nor_in_the_random_state() -
     random = torch.get_rng_state()
     tieaudit.scan(module)
     assert (module.calls, module.cache) == (0, None)
+    assert not hasattr(module, "fresh")
     assert type(module.last) is torch.Tensor
     assert (module.training, module.layer.training) == (True, False)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
