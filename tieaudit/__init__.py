@@ -30,11 +30,12 @@ __all__ = ["TieAuditError", "apply", "gradients", "plan", "render", "scan", "sur
 
 
 def scan(model: str | Path | torch.nn.Module, *, inputs: Any = None) -> Report:
-    """What is there: weights, roles, ties of every origin, candidates, findings. Nothing is run and nothing written.
+    """What is there: weights, roles, ties of every origin, candidates, findings. Nothing is computed, nothing written.
 
-    `inputs`: for a module, sample inputs (a tuple of arguments, a mapping of keyword arguments, or one value); the
-    uses of every parameter, repeated calls included, then come from torch.export. UnreadableModel for a path that
-    holds no model, UsageError for one that holds several.
+    `inputs`: for a module, sample inputs (a tuple of arguments, a mapping of keyword arguments, or one value); made up
+    where they are not given. With them the module is traced on fake tensors by torch.export, which tells the uses of
+    every parameter and repeated calls. UnreadableModel for a path that holds no model, UsageError for one that holds
+    several.
 
     >>> import torch, tieaudit
     >>> model = torch.nn.Sequential(torch.nn.Embedding(100, 8), torch.nn.Linear(8, 100, bias=False))
@@ -47,7 +48,7 @@ def scan(model: str | Path | torch.nn.Module, *, inputs: Any = None) -> Report:
     """
     from tieaudit.scan import scan as look_at
 
-    return look_at(_model(model, inputs))
+    return look_at(_model(model, inputs, whole=True))
 
 
 def plan(
@@ -240,14 +241,14 @@ def render(report: Report, format: Literal["text", "json"] = "text") -> str:
     return text
 
 
-def _model(source: str | Path | torch.nn.Module, inputs: Any = None) -> Model:
+def _model(source: str | Path | torch.nn.Module, inputs: Any = None, *, whole: bool = False) -> Model:
     if isinstance(source, (str, Path)):
         from tieaudit.load import load_one
 
         return load_one(source)
     from tieaudit.formats.torch_module.read import read_module
 
-    return read_module(source, inputs)
+    return read_module(source, inputs, whole=whole)
 
 
 def _live(source: Any) -> Any:

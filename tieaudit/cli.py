@@ -106,8 +106,10 @@ _key_option = click.option(
 @main.command(epilog=_EPILOG_SCAN)
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @_key_option
+@click.option("--inputs", type=click.Path(path_type=Path),
+              help="Of a `package.module:factory`, sample inputs as an .npz; default: generated.")  # fmt: skip
 @_format_option(["text", "json"])
-def scan(paths: tuple[str, ...], key: str, format_name: str) -> None:
+def scan(paths: tuple[str, ...], key: str, inputs: Path | None, format_name: str) -> None:
     """What is there: weights, roles, ties of every origin, candidates, findings.
 
     PATH is a model file, a folder, or a glob; a shard or a config.json means its model.
@@ -122,7 +124,7 @@ def scan(paths: tuple[str, ...], key: str, format_name: str) -> None:
     for source in sources:
         try:
             with _progress(source) as progress:
-                reports.append(look_at(source.load(key), progress=progress))
+                reports.append(look_at(source.load(key, inputs), progress=progress))
         except (TieAuditError, OSError, RecursionError, MemoryError) as error:  # also a file that went away meanwhile
             errors.append((str(source.path), str(in_one_line(error, str(source.path)))))
     if reports or format_name != "text":

@@ -56,6 +56,8 @@ def _parameters(model: Model, found: Found) -> tuple[int | None, int | None, str
         because = f"cannot tell whether {len(unknown):,} weights are parameters or buffers ({reason})"
         return (int(live) if live.isdigit() else None), None, because
     once, named = _count(model, found)
+    if live.isdigit() and int(live) != once and model.format == "torch_module":
+        return int(live), named, f"equal or aliased names in separate Parameter objects count apart; as one, {once:,}"
     if live.isdigit() and int(live) != once:
         return int(live), named, f"the class itself counts {live}; the names in the files add up to {once}"
     return once, named, ""

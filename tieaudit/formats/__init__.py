@@ -45,6 +45,8 @@ class Format:
     """(model, ids, tied, target) → the settings that make the loader tie (or not tie) these ids, or why not."""
     load_key: Callable[[Path, tuple[Path, ...], str], Model] | None = None
     """As `load`, of what a file that holds several models keeps under a key; UsageError if it has no such key."""
+    load_inputs: Callable[[Path, tuple[Path, ...], Path], Model] | None = None
+    """As `load`, with an .npz of sample inputs, from which the uses then come."""
     named: Callable[[str], bool] | None = None
     """Whether a text that is no path names a model of this format (`package.module:factory`)."""
     precedence: int = 0
