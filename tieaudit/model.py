@@ -110,6 +110,8 @@ class Use:
     """First outputs of the calls of model-local functions through which the weight is passed, outermost first."""
     box: Box = ()
     """The range of every axis of what is seen that the consumer reads, where it is a part by constant bounds."""
+    module: str = ""
+    """Path of the module whose code the consumer is, where the graph says so."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from tieaudit.formats.torch_checkpoint.legacy import LegacyFile
 from tieaudit.formats.torch_checkpoint.pickles import Machine
 from tieaudit.formats.torch_checkpoint.rebuild import Bytes, Rebuilder
 from tieaudit.formats.torch_checkpoint.stream import Stream
-from tieaudit.storage import Storage
+from tieaudit.storage import FileStorage, Storage
 
 _PICKLE, _CONSTANTS = "data.pkl", "constants.pkl"
 _IN_CONSTANTS = "constants:"
@@ -67,8 +67,13 @@ def open_file(path: Path) -> Opened:
     raise UnreadableModel(f"{path}: expected a PyTorch checkpoint, found {said}")
 
 
-def _zip(path: Path) -> Opened:
-    archive = Archive(path)
+def open_within(path: Path, storage: FileStorage) -> Opened:
+    """What `torch.save` wrote into a stored member of another archive."""
+    return _zip(path, storage)
+
+
+def _zip(path: Path, within: FileStorage | None = None) -> Opened:
+    archive = Archive(path, within)
     if _PICKLE not in archive:
         raise UnreadableModel(f"{path}: expected data.pkl in the archive, found {_without_pickle(archive)}")
     order = archive.read("byteorder", 16).strip() if "byteorder" in archive else b"little"
