@@ -43,8 +43,8 @@ class Call:
     """`Value`, a number, a text, a list of those; positional ones first."""
     outputs: tuple[str, ...]
     scope: str = ""
-    module: str = ""
-    """Path of the module whose code this is, where the graph says so."""
+    call: tuple[str, ...] = ()
+    """Calls of modules in which this runs, as `Use.call`."""
     bodies: tuple[str, ...] = ()
     """Scopes of the graphs that it calls."""
 
@@ -146,7 +146,7 @@ def uses_of(
             turned = (call.op, slot) in READS_TRANSPOSED and len(seen.shape) == 2
             yield Use(
                 weight, call.op, call.name, slot, seen.view.then(Transpose((1, 0))) if turned else seen.view,
-                scope=call.scope, chain=seen.chain, box=_box(call, slot, seen.shape), module=call.module,
+                scope=call.scope, chain=seen.chain, box=_box(call, slot, seen.shape), call=call.call,
                 reads_ids=queries is not None and queries.reads_ids(call, slot),
                 feeds_output=queries is not None and queries.feeds_output(call),
             )  # fmt: skip

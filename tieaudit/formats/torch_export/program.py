@@ -23,6 +23,7 @@ SCALARS: Mapping[int, str] = {
 _ATEN = "torch.ops.aten."
 _MAX_SCOPES = 1000
 _MAX_AXES = 64
+_MAX_DEPTH = 100
 
 Sort = Literal["parameter", "buffer", "tensor_constant", "user_input", "custom_obj", "token", "constant_input"]
 
@@ -156,7 +157,7 @@ def _node(flow: Flow, node: Fields, scope: str, index: int) -> None:
     for one in node.objects("inputs"):
         args.append(_operand(flow, one.object("arg"), scope, bodies, name))
     flow.calls.append(
-        Call(op_name(op), outputs[0] if outputs else name, tuple(args), outputs, scope, module_of(node), tuple(bodies))
+        Call(op_name(op), outputs[0] if outputs else name, tuple(args), outputs, scope, calls_of(node), tuple(bodies))
     )
 
 
@@ -170,14 +171,20 @@ def op_name(target: str) -> str:
     return target.removeprefix("torch.").removeprefix("_operator.")
 
 
-def module_of(node: Fields) -> str:
-    """Path of the innermost module whose code a node is: `nn_module_stack` is `key,path,type;…` from the outside in."""
+def calls_of(node: Fields) -> tuple[str, ...]:
+    """The calls of modules in which a node runs, as `Use.call`.
+
+    `nn_module_stack` is `key,path,type;…` from the outside in; torch.export numbers repeated calls in the key:
+    `L__self__layer@2`.
+    """
     metadata = node.value.get("metadata")
     stack = metadata.get("nn_module_stack") if isinstance(metadata, dict) else None
-    if not isinstance(stack, str) or not stack:
-        return ""
-    pieces = stack.rpartition(";")[2].split(",")
-    return pieces[1] if len(pieces) >= 3 else ""
+    found = []
+    for entry in stack.split(";")[:_MAX_DEPTH] if isinstance(stack, str) and stack else ():
+        key, _, rest = entry.partition(",")
+        number = key.rpartition("@")[2] if "@" in key else ""
+        found.append(f"{rest.partition(',')[0]}@{number if number.isdigit() else 0}")
+    return tuple(found)
 
 
 def _operand(flow: Flow, argument: Fields, scope: str, bodies: list[str], node: str) -> Any:
