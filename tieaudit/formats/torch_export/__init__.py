@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from tieaudit.formats import Format
 
 if TYPE_CHECKING:
+    from tieaudit.change import Edit, Plan, Written
     from tieaudit.model import Model
 
 
@@ -39,13 +40,27 @@ def _load_key(path: Path, files: tuple[Path, ...], key: str) -> Model:
     return load(path, files, key)
 
 
+def _can_realise(model: Model, edit: Edit, target: str) -> str | None:
+    from tieaudit.formats.torch_export.realise import can_realise
+
+    return can_realise(model, edit, target)
+
+
+def _edit(model: Model, plan: Plan, folder: Path) -> Written:
+    from tieaudit.formats.torch_export.write import edit
+
+    return edit(model, plan, folder)
+
+
 torch_export = Format(
     name="torch_export",
-    summary="exported PyTorch programs (.pt2), read without PyTorch",
+    summary="exported PyTorch programs (.pt2), read and rewritten without PyTorch",
     targets=("torch",),
     owns=_owns,
     group=_group,
     load=_load,
     load_key=_load_key,
+    can_realise=_can_realise,
+    edit=_edit,
     precedence=5,
 )
