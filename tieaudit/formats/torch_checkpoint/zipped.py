@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 from tieaudit.copying import NewFile
 from tieaudit.storage import Storage, blocks
@@ -38,14 +39,30 @@ class _Written:
     header: int
 
 
+class Target(Protocol):
+    """What an archive is written to: a file, or a list of pieces."""
+
+    n_bytes: int
+
+    def __enter__(self) -> Target: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None: ...
+
+    def write(self, data: bytes) -> None: ...
+
+    def copy(self, storage: Storage) -> int: ...
+
+
 class ZipWriter:
     """A new archive; a context manager. Members are written in the order of `add`, their content in blocks.
 
     Raises FileExistsError. Cost: two passes over stored bytes, one for the checksum; memory: a block.
     """
 
-    def __init__(self, path: Path, top: str) -> None:
-        self._file = NewFile(path)
+    def __init__(self, path: Path | Target, top: str) -> None:
+        self._file: Target = NewFile(path) if isinstance(path, Path) else path
         self._top = top
         self._members: list[_Written] = []
 
@@ -64,8 +81,11 @@ class ZipWriter:
         """Append one member: a name below the archive's top folder, and its bytes, possibly in several pieces."""
         self.add_full(self._top + name, content)
 
-    def add_full(self, name: str, content: Content | Sequence[Content]) -> None:
-        """As `add`, for a member with the name that is given, whether or not that is below the top folder."""
+    def add_full(self, name: str, content: Content | Sequence[Content], known_crc: int | None = None) -> None:
+        """As `add`, for a member with the name that is given, whether or not that is below the top folder.
+
+        `known_crc`: the checksum of all of it, where another archive has it already, so that nothing is read for it.
+        """
         pieces = content if isinstance(content, Sequence) and not isinstance(content, bytes) else [content]
         n_bytes = sum(len(piece) if isinstance(piece, bytes) else piece.n_bytes for piece in pieces)
         spelled, header = name.encode("utf-8"), self._file.n_bytes
@@ -78,12 +98,13 @@ class ZipWriter:
         self._file.write(spelled + extra)
         crc = 0
         for piece in pieces:
-            for block in (piece,) if isinstance(piece, bytes) else blocks(piece):
+            for block in (piece,) if isinstance(piece, bytes) else blocks(piece) if known_crc is None else ():
                 crc = zlib.crc32(block, crc)
             if isinstance(piece, bytes):
                 self._file.write(piece)
             else:
                 self._file.copy(piece)
+        crc = crc if known_crc is None else known_crc
         long = n_bytes >= _FULL or header >= _FULL
         if n_bytes:
             self._file.write(struct.pack("<4sIQQ" if long else "<4sIII", b"PK\7\10", crc, n_bytes, n_bytes))

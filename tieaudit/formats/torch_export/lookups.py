@@ -63,6 +63,23 @@ class Lookups:
         indices = operands[known[1]]
         return isinstance(indices, Value) and self.kind(indices) is Kind.IDS
 
+    def indexed(self, call: Call) -> tuple[int, frozenset[str]]:
+        """Rows of the table of a lookup, 0 if unknown, and the inputs of the program whose values index it."""
+        table, slot = LOOKUPS[call.op]
+        operands = flat(call.args)
+        if slot >= len(operands) or not all(isinstance(operands[one], Value) for one in (table, slot)):
+            return 0, frozenset()
+        axis = operands[1] if call.op in ("index_select", "gather") else 0
+        shape = self._flow.shapes.get(operands[table], ())
+        met, pending = {operands[slot]}, [operands[slot]]
+        while pending:
+            for one in self._sources(pending.pop()):
+                if one not in met:
+                    met.add(one)
+                    pending.append(one)
+        named = frozenset(one.name for one in met if not one.scope and one.name in self._users)
+        return (shape[axis] if isinstance(axis, int) and -len(shape) <= axis < len(shape) else 0), named
+
     def feeds_output(self, call: Call) -> bool:
         """Whether a result reaches an output through element-wise and shape operations only."""
         return any(Value(call.scope, name) in self._reaching for name in call.outputs)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tieaudit.errors import CorruptFile
+from tieaudit.formats.torch_export.expressions import readable
 from tieaudit.formats.torch_export.fields import Fields
 from tieaudit.formats.torch_export.flow import Call, Flow, Value
 
@@ -111,7 +112,7 @@ def dimension(size: Fields) -> int | str:
     if tag == "as_int" and isinstance(value, int) and not isinstance(value, bool):
         return value
     if tag == "as_expr":
-        return Fields(value, f"{size.where}.as_expr").text("expr_str")
+        return readable(Fields(value, f"{size.where}.as_expr").text("expr_str"))
     raise CorruptFile(f"{size.where}: expected a size, found {tag[:40]!r}")
 
 
