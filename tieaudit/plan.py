@@ -218,7 +218,7 @@ def _unshare(draft: _Draft, candidate: Candidate) -> list[Edit]:
 
 
 def _unshare_names(model: Model, ids: list[str], because: str) -> list[Edit]:
-    """Every name but one gets a copy, which the operations of its own module read, where a graph reads only that one."""
+    """Every name but one gets a copy, which the operations of its own module read where a graph reads only that one."""
     stored = [id for id in ids if not model.by_id[id].absent]
     source = next((id for id in stored if model.uses_of.get(id)), stored[0])
     edits = [

@@ -109,7 +109,7 @@ def _from_graph(model: Model) -> dict[str, Role]:
 
 
 def _by_other_names(model: Model, found: Mapping[str, Role]) -> dict[str, Role]:
-    """The same role for names of the same bytes that the graph does not use: it reads a tie through one of its names."""
+    """The same role for names of the same bytes that the graph does not use: it reads a tie through one name."""
     known = {w.storage.region: w.id for w in model.weights if w.id in found and w.storage is not None}
     others: dict[str, Role] = {}
     for weight in model.weights:

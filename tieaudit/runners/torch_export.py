@@ -185,7 +185,7 @@ def _load(params: Params) -> _Program:
     logging.getLogger("torch.export").addHandler(said)
     try:
         with _Pieces(params["pieces"]) as file:
-            program = torch.export.load(file)  # type: ignore[arg-type]  # every readable file object will do
+            program = torch.export.load(file)
     except Exception as error:
         raise said.error or error from None
     finally:
@@ -270,7 +270,9 @@ def _state(program: _Program) -> dict[str, Any]:
     places: dict[object, list[str]] = {}
     for name, tensor in _weights(program).items():
         if tensor.numel():
-            axes = sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
+            axes = sorted(
+                (stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1
+            )
             places.setdefault((tensor.data_ptr(), tensor.dtype, *axes), []).append(name)
         plain = tensor.detach().cpu().contiguous().reshape(-1)
         head = f"{tensor.dtype} {list(tensor.shape)} ".encode()

@@ -53,7 +53,7 @@ class Cleaner:
         module = source.object("graph_module")
         version = source.object("schema_version")
         opsets = source.object("opset_version").value
-        calling = {
+        calling: dict[str, Any] = {
             "inputs": [], "outputs": [], "in_spec": _positional(n_inputs), "out_spec": _tuple(n_outputs),
             "forward_arg_names": None,
         }  # fmt: skip
@@ -192,8 +192,7 @@ class Cleaner:
 
     def _symbols(self, source: Fields, name: str, tag: str, kind: Callable[..., Any]) -> dict[str, Any]:
         return {
-            identifier(key, held.where): _symbolic(held, tag, kind)
-            for key, held in source.mapping(name, optional=True)
+            identifier(key, held.where): _symbolic(held, tag, kind) for key, held in source.mapping(name, optional=True)
         }
 
 
@@ -294,7 +293,7 @@ def _refused(source: Fields, because: str) -> UnreadableModel:
 
 def _tuple(n_leaves: int) -> str:
     """A tuple as torch.utils._pytree writes it, protocol 1."""
-    return f'[1, {_node("builtins.tuple", "null", n_leaves)}]'
+    return f"[1, {_node('builtins.tuple', 'null', n_leaves)}]"
 
 
 def _positional(n_leaves: int) -> str:

@@ -35,8 +35,8 @@ def differences(before: Model, after: Model, plan: Plan) -> list[str]:
             for name, row in rows[0].items()
             if name not in names and rows[1].get(name) != row
         ]
-    documents = [_neutral(layout, names) for layout in (one, other)]
-    found += [f"{one.program}: {where} changed" for where in _changes(*documents, "")][:4]
+    changes = _changes(_neutral(one, names), _neutral(other, names), "")
+    found += [f"{one.program}: {where} changed" for where in changes][:4]
     return found
 
 

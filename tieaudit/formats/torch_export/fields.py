@@ -64,7 +64,7 @@ class Fields:
             raise CorruptFile(f"{self.where}: expected one field that says what this is, found {len(set_)}")
         return set_[0]
 
-    def wrong(self, name: str, expected: str, found: object) -> CorruptFile:
+    def wrong(self, name: str, expected: str, found: Any) -> CorruptFile:
         return CorruptFile(f"{self.where}.{name}: expected {expected}, found {_kind(found)}")
 
     def _of(self, name: str, kind: type, expected: str) -> Any:

@@ -34,9 +34,7 @@ class Pieces:
     def __enter__(self) -> Pieces:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         pass
 
     def write(self, data: bytes) -> None:
@@ -160,7 +158,7 @@ def id_limits(program: Program) -> dict[str, int]:
 
 
 def output_names(program: Program) -> list[str]:
-    """Names of what the program gives, by the structure that its module returned: keys of dictionaries, else indices."""
+    """Names of what the program gives, by the structure that its module returned: keys of dictionaries or indices."""
     signature = program.json.object("graph_module").object("signature")
     count = sum(spec.union()[0] in ("user_output", "loss_output") for spec in signature.objects("output_specs"))
     entries = program.json.object("graph_module").objects("module_call_graph")
@@ -184,6 +182,6 @@ def _leaves(node: Any, name: str, depth: int) -> Iterator[str]:
     named = keys is not None and all(isinstance(key, str) for key in keys)
     for index, child in enumerate(children):
         inner = str(keys[index]) if named and keys is not None else str(index)
-        yield from _leaves(child, f"{name}[{inner}]" if name and not named else f"{name}.{inner}".lstrip("."), depth + 1)
-
-
+        yield from _leaves(
+            child, f"{name}[{inner}]" if name and not named else f"{name}.{inner}".lstrip("."), depth + 1
+        )

@@ -94,7 +94,9 @@ def read_program(document: Fields) -> Program:
             meta = metas.get(one.value)
             if meta is None:
                 raise CorruptFile(f"{document.where}: expected the type of the input {one.value[:80]!r}, found none")
-            program.ports.append(Port(one.value, scalar(meta), tuple(dimension(size) for size in meta.objects("sizes"))))
+            program.ports.append(
+                Port(one.value, scalar(meta), tuple(dimension(size) for size in meta.objects("sizes")))
+            )
     return program
 
 

@@ -23,7 +23,9 @@ def can_realise(model: Model, edit: Edit, target: str) -> str | None:
             "torch.export.load and save it again with a newer PyTorch"
         )
     if model.metadata.get("key", "") != "" and layout_of(Path(model.path)).name != model.metadata["key"]:
-        return "only the program that torch.export.load returns can be rewritten, and this is another one of the archive"
+        return (
+            "only the program that torch.export.load returns can be rewritten, and this is another one of the archive"
+        )
     if isinstance(edit, Share):
         return _share(model, edit)
     if isinstance(edit, Unshare):
@@ -70,8 +72,8 @@ def _unshare(model: Model, edit: Unshare) -> str | None:
         source = model.by_id[edit.source]
         count = len(model.uses_of.get(source.id, ()))
         return (
-            f"{source.name} is one parameter that the program reads {count} times: a copy would be a parameter that its "
-            "module does not have"
+            f"{source.name} is one parameter that the program reads {count} times: a copy would be a parameter that "
+            "its module does not have"
         )
     heads = heads_of(model, edit)
     return heads if isinstance(heads, str) else None
@@ -102,5 +104,3 @@ def equal_members(members: Iterable[Member]) -> dict[str, str]:
     """Member → the first one that is seen the same way: one input of the graph serves both."""
     first: dict[object, str] = {}
     return {member.id: first.setdefault(member.view, member.id) for member in members}
-
-
