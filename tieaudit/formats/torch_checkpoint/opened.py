@@ -13,6 +13,7 @@ from tieaudit.formats.torch_checkpoint.discover import what_is
 from tieaudit.formats.torch_checkpoint.legacy import LegacyFile
 from tieaudit.formats.torch_checkpoint.pickles import Machine
 from tieaudit.formats.torch_checkpoint.rebuild import Bytes, Rebuilder
+from tieaudit.formats.torch_checkpoint.script import constant, mark
 from tieaudit.formats.torch_checkpoint.stream import Stream
 from tieaudit.storage import FileStorage, Storage
 
@@ -85,9 +86,11 @@ def _zip(path: Path, within: FileStorage | None = None) -> Opened:
     layout = "zip"
     if _CONSTANTS in archive:
         layout = "torchscript"
+        learned = mark(value, archive)
         constants = _value(path, _CONSTANTS, archive.storage(_CONSTANTS), _IN_CONSTANTS, placeholders)
         if isinstance(constants, (tuple, list)):
-            value = {"": value, "CONSTANTS": {f"c{n}": one for n, one in enumerate(constants)}}
+            known = [constant(one) if learned else one for one in constants]
+            value = {"": value, "CONSTANTS": {f"c{n}": one for n, one in enumerate(known)}}
     return Opened(str(path), layout, value, _InArchive(archive), order == b"big", placeholders, pickle)
 
 
