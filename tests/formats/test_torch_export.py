@@ -1,4 +1,4 @@
-"""Exported programs: what the archive says is what torch loads; ties are made and undone as torch itself writes them."""
+"""Exported programs: what the archive says is what torch loads; ties are made and undone as torch itself does it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from click.testing import CliRunner, Result
 
 torch = pytest.importorskip("torch")
 
-from torch import nn  # noqa: E402
-
 from exported_files import (  # noqa: E402
     VOCABULARY,
     WIDTH,
@@ -28,6 +26,9 @@ from exported_files import (  # noqa: E402
     reloaded,
     saved,
 )
+from torch import nn  # noqa: E402
+from torch_files import one_value, row_major_bytes, sharing  # noqa: E402
+
 from tieaudit import structural  # noqa: E402
 from tieaudit.cli import main  # noqa: E402
 from tieaudit.cost import stored_bytes  # noqa: E402
@@ -42,7 +43,6 @@ from tieaudit.storage import blocks  # noqa: E402
 from tieaudit.summary import summary  # noqa: E402
 from tieaudit.untouched import differences  # noqa: E402
 from tieaudit.verdict import Subject  # noqa: E402
-from torch_files import one_value, row_major_bytes, sharing  # noqa: E402
 
 FOLDER = "data/weights/"
 
@@ -267,7 +267,9 @@ def test_the_layout_of_older_files_is_read_without_unpickling(home: Path, tied: 
         file.writestr("serialized_constants.pt", parts.constants)
         file.writestr("serialized_example_inputs.pt", parts.example_inputs)
     old, new = load_one(path), load_one(tied)
-    assert {w.name: (w.shape, w.parameter) for w in old.weights} == {w.name: (w.shape, w.parameter) for w in new.weights}
+    assert {w.name: (w.shape, w.parameter) for w in old.weights} == {
+        w.name: (w.shape, w.parameter) for w in new.weights
+    }
     for weight in old.weights:
         assert b"".join(blocks(storage_of(weight))) == b"".join(blocks(storage_of(new.by_id[weight.id])))
     assert aliased(old) == aliased(new) == {frozenset({"emb.weight", "head.weight"})}
@@ -344,7 +346,6 @@ def test_different_weights_are_tied_only_knowingly(untied: Path, home: Path) -> 
     before, after = reloaded(untied).state_dict, reloaded(target).state_dict
     mean = (before["emb.weight"] + before["head.weight"]) / 2
     assert torch.allclose(after["emb.weight"], mean) and torch.equal(after["emb.weight"], after["head.weight"])
-
 
 
 def test_all_other_members_stay_byte_for_byte(equal: Path, home: Path) -> None:

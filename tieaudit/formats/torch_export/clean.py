@@ -1,10 +1,10 @@
 """The same program in an archive that holds nothing to be executed: what is handed to `torch.export.load`.
 
 `torch.export.load` unpickles (sample inputs, subclasses, objects), evaluates (the expressions of free sizes go through
-`sympy.sympify`, which is `eval`), compiles (names and guards become Python source) and calls whatever a node names
-below `torch` (`torch.os.system` among others). So the document is written anew from what was read: graph, signature
-and weights, every name a plain identifier, every expression arithmetic, every operation of a known namespace; guards,
-metadata, sample inputs and tree specifications left out. What does not fit is refused with a reason.
+`sympy.sympify`, which is `eval`), compiles (names and guards become Python source) and builds calls of whatever a node
+names below `torch`, `torch.os.system` among others. So the document is written anew from what was read: graph,
+signature and weights, every name a plain identifier, every expression arithmetic, every operation of a known
+namespace; guards, metadata, sample inputs and tree specifications left out. What does not fit is refused with a reason.
 Source: torch/_export/serde/serialize.py and torch/export/_unlift.py, version 2.13.
 """
 
