@@ -52,11 +52,16 @@ class Equality:
 def can_declare(model: Model) -> bool:
     """Whether models of this format can say which weights are one, so that silence means *two*.
 
-    A Hugging Face folder can, and a live module is its own declaration, as is a program exported from one. ONNX cannot,
-    nor can a bare weight file, whose alias map documents and restores nothing.
+    A Hugging Face folder can, and a live module is its own declaration. ONNX cannot, nor can a bare weight file, whose
+    alias map documents and restores nothing.
     """
-    says_so = model.format in ("huggingface", "torch_module", "torch_export")
+    says_so = model.format in ("huggingface", "torch_module")
     return says_so or any(declaration.restores for declaration in model.declarations)
+
+
+def tells_ties(model: Model) -> bool:
+    """Whether two stored weights were two parameters: a program exported from a module stores what was one as one."""
+    return can_declare(model) or model.format == "torch_export"
 
 
 def of_buffers(model: Model, tie: Tie) -> bool:
