@@ -204,6 +204,19 @@ def test_roles_come_from_the_graph_whatever_the_names(home: Path) -> None:
     assert kinds(model, "output_head_bias") == {"c.bias"}
 
 
+class Continued(Scrambled):
+    """Positions that begin where a caller says."""
+
+    def forward(self, input_ids: Any, start: Any) -> Any:
+        places = torch.arange(input_ids.shape[1]) + start
+        return self.c(self.a(input_ids) + self.d(places))
+
+
+def test_a_range_that_begins_at_an_input_is_a_position(home: Path) -> None:
+    path = saved(home / "continued.pt2", program(Continued(), ids(), torch.tensor([3]), dynamic=False))
+    assert kinds(load_one(path), "token_embedding") == {"a.weight"}  # not d, though `start` is an integer input
+
+
 def test_roles_survive_a_decomposition_to_core_operations(home: Path) -> None:
     exported = program(Scrambled(), ids())
     model = load_one(saved(home / "core.pt2", quietly(exported.run_decompositions)))

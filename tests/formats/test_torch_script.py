@@ -66,6 +66,7 @@ def test_parameters_and_buffers_are_those_of_torch(how: str, tmp_path: Path) -> 
     unlearned = {weight.name for weight in model.weights if weight.parameter is False}
     assert unlearned >= {name for name, _ in module.named_buffers()} and "t" in unlearned
     assert not {weight.name for weight in model.weights if weight.parameter is None}
+    assert {w.because for w in model.weights if w.name == "t"} == {"a buffer of its TorchScript class"}
     assert summary(model, find(model)).n_parameters == sum(p.numel() for p in module.parameters())
 
 
