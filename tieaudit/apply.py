@@ -16,7 +16,7 @@ from tieaudit.proving import Request, peak_bytes, prove_apart
 from tieaudit.rewrite import Stamps, rewrite, stamps, workspace
 from tieaudit.verify import LEVELS
 
-_OF_FILES = frozenset({".onnx", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".npz"})
+_OF_FILES = frozenset({".onnx", ".safetensors", ".bin", ".pt", ".pt2", ".pth", ".ckpt", ".gguf", ".h5", ".npz"})
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,10 @@ def differences(before: Model, after: Model, plan: Plan, written: Written, check
     """What differs between the two besides what the plan says, in sentences. Cost: linear; files in blocks."""
     if before.format == "onnx" and after.format == "onnx":
         return _graphs(before, after, plan, written, check)
+    if before.format == "torch_export" and after.format == "torch_export":
+        from tieaudit.formats.torch_export import compare
+
+        return compare.differences(before, after, plan)
     if Path(before.path).is_dir() and Path(after.path).is_dir():
         return list(_files(before, after, plan))
     return []

@@ -13,8 +13,9 @@ from tieaudit.formats.torch_checkpoint.discover import what_is
 from tieaudit.formats.torch_checkpoint.legacy import LegacyFile
 from tieaudit.formats.torch_checkpoint.pickles import Machine
 from tieaudit.formats.torch_checkpoint.rebuild import Bytes, Rebuilder
+from tieaudit.formats.torch_checkpoint.script import constant, mark
 from tieaudit.formats.torch_checkpoint.stream import Stream
-from tieaudit.storage import Storage
+from tieaudit.storage import FileStorage, Storage
 
 _PICKLE, _CONSTANTS = "data.pkl", "constants.pkl"
 _IN_CONSTANTS = "constants:"
@@ -67,8 +68,13 @@ def open_file(path: Path) -> Opened:
     raise UnreadableModel(f"{path}: expected a PyTorch checkpoint, found {said}")
 
 
-def _zip(path: Path) -> Opened:
-    archive = Archive(path)
+def open_within(path: Path, storage: FileStorage) -> Opened:
+    """What `torch.save` wrote into a stored member of another archive."""
+    return _zip(path, storage)
+
+
+def _zip(path: Path, within: FileStorage | None = None) -> Opened:
+    archive = Archive(path, within)
     if _PICKLE not in archive:
         raise UnreadableModel(f"{path}: expected data.pkl in the archive, found {_without_pickle(archive)}")
     order = archive.read("byteorder", 16).strip() if "byteorder" in archive else b"little"
@@ -80,9 +86,11 @@ def _zip(path: Path) -> Opened:
     layout = "zip"
     if _CONSTANTS in archive:
         layout = "torchscript"
+        learned = mark(value, archive)
         constants = _value(path, _CONSTANTS, archive.storage(_CONSTANTS), _IN_CONSTANTS, placeholders)
         if isinstance(constants, (tuple, list)):
-            value = {"": value, "CONSTANTS": {f"c{n}": one for n, one in enumerate(constants)}}
+            known = [constant(one) if learned else one for one in constants]
+            value = {"": value, "CONSTANTS": {f"c{n}": one for n, one in enumerate(known)}}
     return Opened(str(path), layout, value, _InArchive(archive), order == b"big", placeholders, pickle)
 
 

@@ -27,7 +27,7 @@ _PRESENT = 8
 
 
 @dataclass
-class _Found:
+class Found:
     """The weights of one file as they are collected."""
 
     opened: Opened
@@ -105,7 +105,7 @@ def read(main: Path, key: str = "") -> Pickled:
 def _read_one(path: Path, key: str) -> tuple[tuple[Weight, ...], dict[str, str], tuple[str, ...]]:
     opened = open_file(path)
     chosen = Contents(opened.value, str(path)).choose(key)
-    found = _Found(opened)
+    found = Found(opened)
     for name, leaf in chosen.tensors:
         _add(found, name.lstrip(".") if opened.layout == "torchscript" else name, leaf)
     metadata = {"layout": opened.layout}
@@ -125,14 +125,14 @@ def _read_one(path: Path, key: str) -> tuple[tuple[Weight, ...], dict[str, str],
     return tuple(found.weights.values()), metadata, tuple(notes)
 
 
-def _add(found: _Found, name: str, leaf: Leaf) -> None:
+def _add(found: Found, name: str, leaf: Leaf) -> None:
     for full, tensor, kind in _single(name, leaf):
         while full in found.weights:  # a name with a dot in it, beside the nesting that it spells
             full += "'"
         if isinstance(tensor, Embedded):
             weight = _embedded(found, full, tensor)
         else:
-            weight = _weight(found, full, tensor, kind)
+            weight = weight_of(found, full, tensor, kind)
         if weight is not None:
             found.weights[full] = weight
 
@@ -145,7 +145,11 @@ def _single(name: str, leaf: object, kind: str = "") -> Iterator[tuple[str, Tens
         yield name, leaf, kind
 
 
-def _weight(found: _Found, name: str, tensor: Tensor, kind: str) -> Weight | None:
+def weight_of(found: Found, name: str, tensor: Tensor, kind: str = "") -> Weight | None:
+    """One tensor as a weight; None, and a line in `found.left_out`, where its bytes are not its values.
+
+    CorruptFile if it steps beyond what is stored.
+    """
     if tensor.dtype not in TABLE or TABLE[tensor.dtype].item_bytes is None:
         found.left_out[name] = f"elements of type {tensor.dtype[:40]}, which is not known here; not compared"
         return None
@@ -167,7 +171,7 @@ def _weight(found: _Found, name: str, tensor: Tensor, kind: str) -> Weight | Non
     return replace(weight, held_as="sparse_initializer") if kind == "sparse" else weight
 
 
-def _storage(found: _Found, name: str, tensor: Tensor, stored: Bytes) -> Storage | None:
+def _storage(found: Found, name: str, tensor: Tensor, stored: Bytes) -> Storage | None:
     """Where a tensor's bytes are. CorruptFile if it steps beyond what it says is stored."""
     opened, item = found.opened, dtype(tensor.dtype).item_bytes or 1
     whole = opened.located.storage(stored.key)
@@ -204,7 +208,7 @@ def _swap(name: str, item: int) -> int:
     return width if width > 1 else 0
 
 
-def _embedded(found: _Found, name: str, array: Embedded) -> Weight | None:
+def _embedded(found: Found, name: str, array: Embedded) -> Weight | None:
     """A numpy array in the pickle itself."""
     item = dtype(array.dtype).item_bytes or 1
     n_bytes = item
