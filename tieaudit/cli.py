@@ -19,7 +19,7 @@ from tieaudit.errors import TieAuditError, UsageError, in_one_line
 from tieaudit.printable import N_MOST_MESSAGE, printable
 
 if TYPE_CHECKING:  # --help and --version answer at once: what reads models is imported by the commands that need it
-    from tieaudit.change import Plan
+    from tieaudit.change import Kind, Plan
     from tieaudit.load import Source
     from tieaudit.plan import Choices
     from tieaudit.verdict import Finding, Report, Subject
@@ -41,6 +41,8 @@ _EPILOG_APPLY = """\b
 Examples:
   tieaudit apply model.onnx --scheme dedup --to model-tied.onnx
   tieaudit apply ./my-model-folder --scheme dedup --to ./my-model-tied
+  tieaudit apply model.pt --to model.safetensors
+  tieaudit apply ./folder-with-pytorch_model.bin --container safetensors --to ./folder-with-safetensors
 """
 _EPILOG_VERIFY = """\b
 Examples:
@@ -164,8 +166,12 @@ def plan(path: str, key: str, format_name: str, **chosen: Any) -> None:
     type=click.Path(path_type=Path),
     help="Where to write; must not exist. Without it, print the plan.",
 )
-@click.option("--require", type=click.Choice(["structural", "regional", "end-to-end"]), default="regional",
-              show_default=True, help="Least level of proof for delivery.")  # fmt: skip
+@click.option("--container", "kind", type=click.Choice(["safetensors", "torch"]),
+              help="Write the weights as safetensors or as PyTorch does (in a folder: pytorch_model.bin), ties kept. "
+              "Without --scheme nothing else is done. Default: what the name of --to says.")  # fmt: skip
+@_key_option
+@click.option("--require", type=click.Choice(["structural", "regional", "end-to-end"]),
+              help="Least level of proof for delivery. Default: regional; structural for bare tensors.")  # fmt: skip
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
               help="Where to run the proof.")  # fmt: skip
 @click.option("--inputs", type=click.Path(path_type=Path),
@@ -181,7 +187,9 @@ def plan(path: str, key: str, format_name: str, **chosen: Any) -> None:
 def apply(
     path: str | None,
     destination: Path | None,
-    require: str,
+    kind: Kind | None,
+    key: str,
+    require: str | None,
     device: str,
     inputs: Path | None,
     max_drift: float | None,
@@ -191,6 +199,8 @@ def apply(
     **chosen: Any,
 ) -> None:
     """Plan, write, read back, prove, deliver, with a receipt. The input is only read.
+
+    Where --to or --container names another container than PATH's, the model is converted and keeps its ties.
 
     Exit code: 0 delivered, or nothing to do · 1 a proof failed, nothing delivered · 2 refused, or a proof could
     not run, nothing delivered.
@@ -204,17 +214,22 @@ def apply(
     if path is None:
         raise UsageError("expected a PATH, or --undo RECEIPT")
     from tieaudit import outcome
+    from tieaudit.convert import container_for, convert
     from tieaudit.load import load_one
     from tieaudit.plan import plan as make_plan
     from tieaudit.rewrite import stamps
     from tieaudit.scan import look
 
-    model = load_one(path, together=bool(chosen["share_files"]))
+    model = load_one(path, together=bool(chosen["share_files"]), key=key)
     seen = stamps(model)
     subject = look(model)
-    made = make_plan(subject, _choices(chosen))
+    into = container_for(model, destination, kind)
+    if into is not None:
+        made = convert(subject, into, _choices(chosen) if chosen["schemes"] else None)
+    else:
+        made = make_plan(subject, _choices(chosen))
     refused = bool(made.refusals) and (strict or not made.edits)
-    if destination is None or refused or not made.edits:
+    if destination is None or refused or not made.edits and into is None:
         left, asked = _left(subject, made), destination is not None
         print_result(outcome.planned(model, made, format_name, left=left, asked_to_write=asked))
         sys.exit(2 if refused else 0)
@@ -227,7 +242,7 @@ def apply(
             model,
             made,
             destination,
-            require=require.replace("-", " "),
+            require=require.replace("-", " ") if require is not None else None,
             device=device,
             inputs=given,
             max_drift=max_drift,

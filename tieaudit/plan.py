@@ -55,9 +55,12 @@ class _Draft:
         self.refusals.append(Refusal(candidate.scheme, ids, because))
 
 
-def plan(subject: Subject, choices: Choices) -> Plan:
-    """The plan for one model. UsageError for unknown schemes, targets and policies; everything else is a refusal."""
-    format_ = choose(discover("formats", Format), subject.model.format, "format")
+def plan(subject: Subject, choices: Choices, as_format: Format | None = None) -> Plan:
+    """The plan for one model. UsageError for unknown schemes, targets and policies; everything else is a refusal.
+
+    `as_format`: the format whose word counts for what can be made, where the model becomes another one.
+    """
+    format_ = as_format or choose(discover("formats", Format), subject.model.format, "format")
     target = choices.target or format_.targets[0]
     if target not in format_.targets:
         raise UsageError(

@@ -60,6 +60,10 @@ def _around(scope: str) -> list[str]:
 def _files(before: Model, after: Model, plan: Plan) -> Iterator[str]:
     one, other = Path(before.path), Path(after.path)
     weights = {Path(path).name for model in (before, after) for part in model.parts for path in part.paths}
+    if plan.into is not None:  # the weights of the other container, compared tensor by tensor
+        left = {Path(path).name for part in before.parts for path in part.paths[1:]} | {*plan.into.left_out}
+    else:
+        left = set()
     planned: dict[str, list[SetConfig]] = {}
     for edit in plan.edits:
         if isinstance(edit, SetConfig):
@@ -68,6 +72,8 @@ def _files(before: Model, after: Model, plan: Plan) -> Iterator[str]:
     for name in names:
         if name in planned:
             yield from _planned_json(one / name, other / name, planned[name])
+        elif name in left:
+            continue
         elif name in weights and name.endswith(".safetensors") or name.endswith(_INDEX):
             continue  # compared tensor by tensor
         elif not (other / name).is_file():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tieaudit.change import Edit, Plan, SetConfig, Written
+    from tieaudit.change import Edit, Kind, Plan, SetConfig, Written
     from tieaudit.model import Model
 
 NOT_CARRIED = frozenset({".git", ".cache", ".huggingface", "__pycache__", ".ipynb_checkpoints"})
@@ -41,6 +41,10 @@ class Format:
     """(model, edit, target) → why this edit cannot be made, or None. None instead of a function: read only."""
     edit: Callable[[Model, Plan, Path], Written] | None = None
     """Write the planned model into the new folder `dest`; every other file of the model comes along."""
+    create: Callable[[Model, Plan, Path], Written] | None = None
+    """Write a model of another container, changed as planned, as the new file or folder `plan.into` in `dest`."""
+    can_create: Callable[[Model, Edit, Kind, str], str | None] | None = None
+    """As `can_realise`, of an edit to a model that becomes this container."""
     switch: Callable[[Model, tuple[str, ...], bool, str], tuple[SetConfig, ...] | str] | None = None
     """(model, ids, tied, target) → the settings that make the loader tie (or not tie) these ids, or why not."""
     load_key: Callable[[Path, tuple[Path, ...], str], Model] | None = None

@@ -34,6 +34,11 @@ def can_realise(model: Model, edit: Edit, target: str) -> str | None:
             "pickled weights are read only: `AutoModel.from_pretrained(folder).save_pretrained(out)` writes the same "
             "model as safetensors, which can be rewritten"
         )
+    return can_hold(model, edit, target)
+
+
+def can_hold(model: Model, edit: Edit, target: str) -> str | None:
+    """As `can_realise`, whatever the weights are stored as now: why a safetensors folder cannot hold this edit."""
     if isinstance(edit, Share):
         return _unknown(model) or _share(model, edit, target)
     if isinstance(edit, Unshare):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from tieaudit.formats import Format
 
 if TYPE_CHECKING:
-    from tieaudit.change import Edit
+    from tieaudit.change import Edit, Kind, Plan, Written
     from tieaudit.model import Model
 
 
@@ -42,6 +42,18 @@ def _can_realise(model: Model, edit: Edit, target: str) -> str | None:
     )
 
 
+def _can_create(model: Model, edit: Edit, kind: Kind, target: str) -> str | None:
+    from tieaudit.formats.safetensors.create import can_create
+
+    return can_create(model, edit)
+
+
+def _create(model: Model, plan: Plan, dest: Path) -> Written:
+    from tieaudit.formats.safetensors.create import create
+
+    return create(model, plan, dest)
+
+
 safetensors = Format(
     name="safetensors",
     summary="safetensors files, alone or sharded with an index (read only: no class to restore a tie)",
@@ -50,4 +62,6 @@ safetensors = Format(
     group=_group,
     load=_load,
     can_realise=_can_realise,
+    can_create=_can_create,
+    create=_create,
 )

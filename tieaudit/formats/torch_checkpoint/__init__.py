@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from tieaudit.formats import Format
 
 if TYPE_CHECKING:
-    from tieaudit.change import Edit
+    from tieaudit.change import Edit, Kind, Plan, Written
     from tieaudit.model import Model
 
 
@@ -47,6 +47,18 @@ def _can_realise(model: Model, edit: Edit, target: str) -> str | None:
     )
 
 
+def _can_create(model: Model, edit: Edit, kind: Kind, target: str) -> str | None:
+    from tieaudit.formats.torch_checkpoint.create import can_create
+
+    return can_create(model, edit)
+
+
+def _create(model: Model, plan: Plan, dest: Path) -> Written:
+    from tieaudit.formats.torch_checkpoint.create import create
+
+    return create(model, plan, dest)
+
+
 torch_checkpoint = Format(
     name="torch_checkpoint",
     summary="PyTorch checkpoints (.pt, .pth, .bin, .ckpt, TorchScript), read without PyTorch (read only)",
@@ -56,4 +68,6 @@ torch_checkpoint = Format(
     load=_load,
     load_key=_load_key,
     can_realise=_can_realise,
+    can_create=_can_create,
+    create=_create,
 )

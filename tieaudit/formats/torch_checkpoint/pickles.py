@@ -64,6 +64,12 @@ class Made:
         return self.function.name if isinstance(self.function, Global) else "?"
 
 
+class Ordered(dict[Any, Any]):
+    """An `OrderedDict`, which may have attributes: PyTorch keeps the versions of modules in `_metadata`."""
+
+    state: object = None
+
+
 class _Key:
     """Stands for a dictionary key that is no plain value: hashing a nested tuple may take forever."""
 
@@ -257,6 +263,8 @@ class Machine:
                 self._stack[-1] = finished
             else:
                 made.state = state
+        elif isinstance(made, Ordered):
+            made.state = state
 
     def persistent(self) -> None:
         self._stack[-1] = self._persistent(self._stack[-1])

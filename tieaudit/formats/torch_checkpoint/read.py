@@ -22,6 +22,8 @@ from tieaudit.strided import Strided, is_row_major, row_major, span
 _MAX_REPEATED_BYTES = 64 * 1024 * 1024
 """How much larger than what it steps through a tensor may be (expanded ones are) and still be compared."""
 _MAX_ARRAY_BYTES = 64 * 1024 * 1024
+KEY_GIVEN = "key_given"
+"""Metadata: what `--key` said, so that what was written is read back in the same way."""
 _PRESENT = 8
 """Names of placeholders that the report lists."""
 
@@ -111,6 +113,8 @@ def _read_one(path: Path, key: str) -> tuple[tuple[Weight, ...], dict[str, str],
     metadata = {"layout": opened.layout}
     if chosen.key:
         metadata["key"] = chosen.key
+    if key:
+        metadata[KEY_GIVEN] = key
     if chosen.beside:
         metadata["beside"] = ", ".join(chosen.beside)
     if opened.placeholders:
