@@ -6,10 +6,11 @@ holds every tensor once and leaves the other names to whoever loads it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from tieaudit.arrange import arranged
 from tieaudit.change import Container, Edit, Kind, Plan, Share, Unshare
 from tieaudit.errors import RewriteRefused, UsageError
 from tieaudit.formats import Format
@@ -125,20 +126,30 @@ def convert(subject: Subject, into: Container, choices: Choices | None = None) -
             _keep(draft, replace(tie, members=_anchored(left)))
             taken.update(one.id for one in left)
     _mention_views(draft)
+    if into.kind == "safetensors" and into.file:
+        draft.notes += list(_mention_loaders(draft))
     draft.notes += list(_not_carried(model, into))
-    n_more = sum(model.by_id[id].n_bytes for id in (_id_of(model, name) for name in draft.doubled))
-    return replace(
+    made = replace(
         made,
         schemes=(*made.schemes, f"convert to {into.kind}"),
         edits=tuple(draft.edits),
-        n_bytes_saved=made.n_bytes_saved - n_more,
         notes=tuple(dict.fromkeys((*made.notes, *draft.notes))),
         into=replace(into, doubled=draft.doubled),
     )
+    return replace(made, n_bytes_saved=_n_stored(model.weights) - _n_bytes_after(model, made, into.kind))
 
 
-def _id_of(model: Model, name: str) -> str:
-    return next(weight.id for weight in model.weights if weight.name == name)
+def _n_stored(weights: Iterable[Weight]) -> int:
+    """Bytes of all tensors, each region once."""
+    return sum({one.storage.region: one.storage.n_bytes for one in weights if one.storage is not None}.values())
+
+
+def _n_bytes_after(model: Model, plan: Plan, kind: Kind) -> int:
+    weights = arranged(model, plan).weights
+    if kind == "torch":
+        return _n_stored(weights)
+    gone = {member.id for edit in plan.edits if isinstance(edit, Share) for member in edit.members[1:]}
+    return sum(weight.n_bytes for weight in weights if weight.id not in gone)
 
 
 def _whole(draft: _Draft, edits: tuple[Edit, ...]) -> Iterator[Edit]:
@@ -264,6 +275,19 @@ def _kept_first(draft: _Draft, share: Share) -> Share:
     if share.values is not None and order[0].view != AS_STORED:
         return share
     return replace(share, members=_anchored(tuple(order)))
+
+
+def _mention_loaders(draft: _Draft) -> Iterator[str]:
+    """Who gives a name that a lone safetensors file leaves out its tensor."""
+    by_id = draft.model.by_id
+    gone = [by_id[one.id].name for edit in draft.edits if isinstance(edit, Share) for one in edit.members[1:]]
+    if gone:
+        names = ", ".join(gone[:_N_MOST_NAMED]) + f" and {len(gone) - _N_MOST_NAMED} more" * (len(gone) > _N_MOST_NAMED)
+        yield (
+            f"{names}: left out and noted in __metadata__, as safetensors' save_model does; load_model restores "
+            "that in a module that ties the names itself, load_file returns the stored names only; --scheme untie "
+            "writes every name"
+        )
 
 
 def _mention_views(draft: _Draft) -> None:

@@ -13,14 +13,13 @@ from pathlib import Path
 from tieaudit import __version__
 from tieaudit.change import Plan, Proof, Written
 from tieaudit.errors import CorruptFile, RewriteRefused, UsageError
+from tieaudit.formats import RECEIPT_NAME
 from tieaudit.model import Model
 from tieaudit.plain import plain
 from tieaudit.rewrite import flush
 from tieaudit.storage import BLOCK_BYTES
 
 SCHEMA = "tieaudit/receipt/1"
-RECEIPT_NAME = "tieaudit.receipt.json"
-"""Name of the receipt inside a delivered folder; beside a delivered file it is `<file>.receipt.json`."""
 MAX_RECEIPT_BYTES = 256_000_000
 
 

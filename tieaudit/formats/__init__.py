@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 NOT_CARRIED = frozenset({".git", ".cache", ".huggingface", "__pycache__", ".ipynb_checkpoints"})
 """Folders that belong to a tool and not to the model: a rewrite leaves them where they are."""
 
+RECEIPT_NAME = "tieaudit.receipt.json"
+"""The receipt of a delivered folder. A rewrite of that folder is another delivery, with a receipt of its own."""
+
 NEEDS_SETTING = "needs flag: "
 """How a reason of `can_realise` begins when a setting would lift it; `switch` then names the setting."""
 
@@ -64,5 +67,5 @@ def carried(folder: Path) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if name not in NOT_CARRIED)
         for name in sorted(names):
             path = Path(home) / name
-            if path.is_file():
+            if path.is_file() and path != folder / RECEIPT_NAME:
                 yield path

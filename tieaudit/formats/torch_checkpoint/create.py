@@ -5,6 +5,7 @@ Written as `torch.save(module.state_dict(), path)` would write it, without PyTor
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from tieaudit.formats.torch_checkpoint.pickling import NotPlain, Stepped, can_ho
 from tieaudit.formats.torch_checkpoint.read import KEY_GIVEN
 from tieaudit.formats.torch_checkpoint.state import state_of
 from tieaudit.formats.torch_checkpoint.zipped import ALIGNMENT, Content, write_archive
+from tieaudit.formats.torch_module.state import VERSIONS
 from tieaudit.model import Model, Weight, storage_of
 from tieaudit.regions import aliases, overlapping
 from tieaudit.storage import Storage, no_values, reading
@@ -70,7 +72,9 @@ def create(model: Model, plan: Plan, dest: Path) -> Written:
 
 
 def versions_of(model: Model) -> object:
-    """The versions of modules that the state dict of a model in one checkpoint file carries; None if there are none."""
+    """The versions of modules that the model's state dict carries, of one file or in memory; None without."""
+    if (known := model.metadata.get(VERSIONS)) is not None:
+        return json.loads(known)
     files = [Path(path) for path in model.parts[0].paths if path.endswith(SUFFIXES)]
     if len(files) != 1 or not owns(files[0]):
         return None
