@@ -14,6 +14,7 @@ from tieaudit.arrange import arranged
 from tieaudit.change import Container, Edit, Kind, Plan, Share, Unshare
 from tieaudit.errors import RewriteRefused, UsageError
 from tieaudit.formats import Format
+from tieaudit.formats.torch_module.state import HOLDS, STATE_DICT
 from tieaudit.model import Declaration, Member, Model, Tie, Weight, classes
 from tieaudit.plan import Choices
 from tieaudit.plan import plan as make_plan
@@ -50,6 +51,13 @@ def container_for(model: Model, destination: Path | None, given: Kind | None = N
         if given is not None:
             raise UsageError(f"{model.path}: expected tensors in a file or a Hugging Face folder, found {model.format}")
         return None
+    if model.format == _LIVE and model.metadata.get(HOLDS) != STATE_DICT:
+        if destination is None and given is None:
+            return None
+        raise RewriteRefused(
+            f"{model.path}: its module is built in another process, and what its state dict holds is not known here",
+            hint="in Python, tieaudit.apply(module, to=…) writes it",
+        )
     own = _own(model)
     if given is None and named in (None, own) or given == own == "safetensors":
         if model.format == _LIVE and destination is not None:

@@ -175,6 +175,8 @@ def stretch(storage: Storage, begin: int, end: int) -> Storage | None:
     if isinstance(storage, FileStorage):
         return FileStorage(storage.path, begin, end - begin)
     first = storage.region[1]
+    if own_strides(storage) is not None:  # its bytes can be had row by row only, not as they lie
+        return None
     if begin < first or end > storage.region[2]:
         return None
     return Strided(storage, begin - first, (end - begin,), (1,), 1)

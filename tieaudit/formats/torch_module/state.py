@@ -14,6 +14,8 @@ from tieaudit.model import Model, Weight, make_id
 if TYPE_CHECKING:
     import torch
 
+HOLDS = "holds"
+STATE_DICT = "a state dict"
 VERSIONS = "module_versions"
 """Metadata: the state dict's own `_metadata`, as JSON."""
 
@@ -46,7 +48,8 @@ def read_state(module: torch.nn.Module) -> Model:
     )
     names = {weight.name for weight in weights}
     uses = tuple(use for use in model.uses if use.weight in names)
-    return replace(model, weights=weights, uses=uses, metadata={**model.metadata, **_versions(state)}, notes=())
+    metadata = {**model.metadata, HOLDS: STATE_DICT, **_versions(state)}
+    return replace(model, weights=weights, uses=uses, metadata=metadata, notes=())
 
 
 def _versions(state: Any) -> dict[str, str]:
