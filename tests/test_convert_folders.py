@@ -195,7 +195,7 @@ def test_equal_copies_are_tied_on_the_way_when_a_scheme_says_so(tmp_path: Path) 
     assert "lm_head.weight" not in stored(tmp_path / "c")
     assert plan.n_bytes_saved == 40 * 8 * 4
     written(tmp_path / "b", tmp_path / "d", "torch", ("dedup",))
-    assert TIED <= one_value(tensors(tmp_path / "d"))
+    assert one_value(tensors(tmp_path / "d")) >= TIED
 
 
 def test_untying_on_the_way_stores_every_name_and_switches_the_class(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_a_tie_across_shards_lies_in_one_file(tmp_path: Path) -> None:
     written(tmp_path / "b", tmp_path / "c", "torch")
     index = json.loads((tmp_path / "c" / "pytorch_model.bin.index.json").read_text())["weight_map"]
     assert index["lm_head.weight"] == index["model.embed_tokens.weight"]
-    assert TIED == one_value(tensors(tmp_path / "c"))
+    assert one_value(tensors(tmp_path / "c")) == TIED
 
 
 def test_a_quantised_tensor_in_a_folder_is_refused_by_name(tmp_path: Path) -> None:

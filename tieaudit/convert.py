@@ -15,10 +15,11 @@ from tieaudit.change import Container, Edit, Kind, Plan, Share, Unshare
 from tieaudit.errors import RewriteRefused, UsageError
 from tieaudit.formats import Format
 from tieaudit.formats.torch_module.state import HOLDS, STATE_DICT
-from tieaudit.model import Declaration, Member, Model, Tie, Weight, classes
+from tieaudit.model import Declaration, Member, Model, Tie, Weight, classes, storage_of
 from tieaudit.plan import Choices
 from tieaudit.plan import plan as make_plan
 from tieaudit.registry import choose, discover
+from tieaudit.storage import no_values, same_bytes
 from tieaudit.verdict import Subject
 from tieaudit.view import AS_STORED
 
@@ -189,10 +190,8 @@ def _ties(subject: Subject) -> list[Tie]:
     """What is one tensor and must stay one: aliases, and names that are left out because somebody restores them."""
     model = subject.model
     found = _aliased(subject)
-    equal = classes(tie.ids for tie in subject.found.ties if tie.origin in ("aliased", "measured"))
-    one_value = {id: number for number, ids in enumerate(equal) for id in ids}
     for declaration in model.declarations:
-        members = _restored(model, declaration, one_value)
+        members = _restored(model, declaration)
         if len(members) > 1:
             found.append(Tie(tuple(Member(id) for id in members), "absent", declaration.because))
     together = classes(tie.ids for tie in found)
@@ -200,10 +199,11 @@ def _ties(subject: Subject) -> list[Tie]:
     return [Tie(tuple(views[id] for id in ids), "aliased", "one tensor") for ids in together]
 
 
-def _restored(model: Model, declaration: Declaration, one_value: dict[str, int]) -> list[str]:
+def _restored(model: Model, declaration: Declaration) -> list[str]:
     """Members of a claim that a loader makes one anyway: the stored one, and the absent ones of its kind.
 
     Of an alias map (which restores nothing by itself) also the stored ones that are equal, as they were one tensor.
+    Cost: reads those.
     """
     documented = declaration.claimed_by.endswith("__metadata__")
     if not declaration.active or not (declaration.restores or documented):
@@ -212,11 +212,16 @@ def _restored(model: Model, declaration: Declaration, one_value: dict[str, int])
     if not stored:
         return []
     first = stored[0]
-    equal = [one for one in stored[1:] if one_value.get(one.id, -1) == one_value.get(first.id, -2)]
-    if len(equal) < len(stored) - 1 and model.by_id[declaration.members[0]].absent:
+    unclear = model.by_id[declaration.members[0]].absent
+    equal = [one for one in stored[1:] if (documented or unclear) and _equal(one, first)]
+    if unclear and len(equal) < len(stored) - 1:
         return []  # from which of them it would be restored depends on the loader
     absent = [one for id in declaration.members if (one := model.by_id[id]).absent and _alike(one, first)]
     return [first.id, *(one.id for one in absent), *(one.id for one in equal if documented)]
+
+
+def _equal(one: Weight, other: Weight) -> bool:
+    return _alike(one, other) and same_bytes(storage_of(one), storage_of(other))
 
 
 def _alike(one: Weight, other: Weight) -> bool:
@@ -311,7 +316,6 @@ def _check_each(model: Model, into: Container) -> None:
     """RewriteRefused for the first tensor that the container cannot hold."""
     from tieaudit.formats.safetensors.create import unwritable as no_safetensors
     from tieaudit.formats.torch_checkpoint.create import unwritable as no_checkpoint
-    from tieaudit.storage import no_values
 
     unwritable = no_safetensors if into.kind == "safetensors" else no_checkpoint
     for weight in model.weights:
