@@ -82,13 +82,14 @@ def apply(
     target: str | None = None,
     allow_lossy: bool = False,
     merge: str | None = None,
-    require: Literal["structural", "regional", "end to end"] = "regional",
+    require: Literal["structural", "regional", "end to end"] | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     inputs: Mapping[str, Any] | None = None,
     max_drift: float | None = None,
 ) -> Applied:
     """Plan, write to `to` (which must not exist), read back, prove, deliver, with a receipt. The input is only read.
 
+    `require`: the least level of proof; None for regional, or structural for a checkpoint, which is no program.
     ParityFailed if a level of proof fails; RewriteRefused if nothing could be done, if the required level could not
     run, or for a live module: that is no file, `tie` and `untie` change it where it lives.
     """

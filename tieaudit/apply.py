@@ -11,8 +11,10 @@ from typing import Any
 from tieaudit.change import Plan, Proof
 from tieaudit.deliver import Delivered, deliver
 from tieaudit.errors import ParityFailed, RewriteRefused
+from tieaudit.formats import Format
 from tieaudit.model import Model
 from tieaudit.proving import Request, peak_bytes, prove_apart
+from tieaudit.registry import choose, discover
 from tieaudit.rewrite import Stamps, rewrite, stamps, workspace
 from tieaudit.verify import LEVELS
 
@@ -33,7 +35,7 @@ def apply(
     plan: Plan,
     destination: Path,
     *,
-    require: str = "regional",
+    require: str | None = None,
     device: str = "auto",
     inputs: Mapping[str, Any] | None = None,
     max_drift: float | None = None,
@@ -41,6 +43,7 @@ def apply(
 ) -> Applied:
     """Write `plan` to `destination`, which must not exist.
 
+    `require`: the least level of proof; None for regional, or structural where a model of its format cannot be run.
     ParityFailed if any level of proof fails, RewriteRefused if the required level could not run, nothing can be
     written, or a file of the model changed since `seen` (by default: since now); in all these cases nothing is left
     behind and the input was only read. The proof runs in a process of its own.
@@ -60,10 +63,15 @@ def apply(
         proof = prove_apart(Request(model, after, plan, written, device, inputs, max_drift))
         seen.check()
         proof = replace(proof, facts={**proof.facts, "n_bytes_peak_writing": peak_bytes()})
-        _accept(model, proof, require)
+        _accept(model, proof, require or least_level(model))
         if inputs is not None and (reason := unused(proof)) is not None:
             raise RewriteRefused(f"the given inputs could not be used, nothing was delivered: {reason}")
         return Applied(plan, proof, deliver(model, plan, written, proof, folder, destination))
+
+
+def least_level(model: Model) -> str:
+    """The level of proof that is asked for where the user does not say."""
+    return "regional" if choose(discover("formats", Format), model.format, "format").has_program else "structural"
 
 
 def _check_kind(source: Path, destination: Path) -> None:

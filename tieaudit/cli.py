@@ -164,8 +164,9 @@ def plan(path: str, key: str, format_name: str, **chosen: Any) -> None:
     type=click.Path(path_type=Path),
     help="Where to write; must not exist. Without it, print the plan.",
 )
-@click.option("--require", type=click.Choice(["structural", "regional", "end-to-end"]), default="regional",
-              show_default=True, help="Least level of proof for delivery.")  # fmt: skip
+@click.option("--require", type=click.Choice(["structural", "regional", "end-to-end"]),
+              help="Least level of proof for delivery. Default: regional; structural for a checkpoint, which is no "
+              "program.")  # fmt: skip
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
               help="Where to run the proof.")  # fmt: skip
 @click.option("--inputs", type=click.Path(path_type=Path),
@@ -177,16 +178,18 @@ def plan(path: str, key: str, format_name: str, **chosen: Any) -> None:
 @click.option(
     "--undo", type=click.Path(path_type=Path), metavar="RECEIPT", help="Take a delivery back, given its receipt."
 )
+@_key_option
 @_format_option(["text", "json"])
 def apply(
     path: str | None,
     destination: Path | None,
-    require: str,
+    require: str | None,
     device: str,
     inputs: Path | None,
     max_drift: float | None,
     strict: bool,
     undo: Path | None,
+    key: str,
     format_name: str,
     **chosen: Any,
 ) -> None:
@@ -209,7 +212,7 @@ def apply(
     from tieaudit.rewrite import stamps
     from tieaudit.scan import look
 
-    model = load_one(path, together=bool(chosen["share_files"]))
+    model = load_one(path, together=bool(chosen["share_files"]), key=key)
     seen = stamps(model)
     subject = look(model)
     made = make_plan(subject, _choices(chosen))
@@ -227,7 +230,7 @@ def apply(
             model,
             made,
             destination,
-            require=require.replace("-", " "),
+            require=require.replace("-", " ") if require else None,
             device=device,
             inputs=given,
             max_drift=max_drift,
@@ -257,6 +260,7 @@ def apply(
 @click.option(
     "--survival", is_flag=True, help="Which everyday operations break the ties of BEFORE, a `package.module:factory`."
 )
+@_key_option
 @_format_option(["text", "json"])
 def verify(
     before: str | None,
@@ -266,6 +270,7 @@ def verify(
     max_drift: float | None,
     receipt: Path | None,
     survival: bool,
+    key: str,
     format_name: str,
 ) -> None:
     """Run both models on the same inputs and compare.
@@ -301,7 +306,7 @@ def verify(
     from tieaudit.verify import compare
 
     given = read_inputs(inputs) if inputs is not None else None
-    one, other = load_one(before), load_one(after)
+    one, other = load_one(before, key=key), load_one(after, key=key)
     with _spinner("running both models"):
         proof = with_peaks(compare(one, other, device=device, inputs=given, max_drift=max_drift))
     if given is not None and (reason := unused(proof)) is not None:
