@@ -64,7 +64,7 @@ class Made:
         return self.function.name if isinstance(self.function, Global) else "?"
 
 
-class _Key:
+class UnhashedKey:
     """Stands for a dictionary key that is no plain value: hashing a nested tuple may take forever."""
 
     __slots__ = ("value",)
@@ -279,7 +279,7 @@ def _key(value: object) -> object:
         return value
     if isinstance(value, tuple) and len(value) < 9 and all(isinstance(one, (str, int, float, bool)) for one in value):
         return value
-    return _Key(value)
+    return UnhashedKey(value)
 
 
 def _operations() -> Mapping[int, Callable[[Machine], object]]:
@@ -352,4 +352,4 @@ def _operations() -> Mapping[int, Callable[[Machine], object]]:
 OPERATIONS = _operations()
 """Opcode → what it does to a machine."""
 
-__all__ = ["MAX_STEPS", "OPERATIONS", "RUNS_CODE", "Blob", "Global", "Machine", "Made"]
+__all__ = ["MAX_STEPS", "OPERATIONS", "RUNS_CODE", "Blob", "Global", "Machine", "Made", "UnhashedKey"]

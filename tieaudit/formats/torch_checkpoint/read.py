@@ -159,6 +159,11 @@ def _single(name: str, leaf: object, kind: str = "") -> Iterator[tuple[str, Tens
         yield name, leaf, kind
 
 
+def weight_of(found: Collected, name: str, tensor: Tensor) -> Weight | None:
+    """Any tensor of the file as a weight; None where it cannot be read as one. CorruptFile."""
+    return _weight(found, name, tensor, "")
+
+
 def _weight(found: Collected, name: str, tensor: Tensor, kind: str) -> Weight | None:
     if tensor.dtype not in TABLE or TABLE[tensor.dtype].item_bytes is None:
         found.left_out[name] = f"elements of type {tensor.dtype[:40]}, which is not known here; not compared"

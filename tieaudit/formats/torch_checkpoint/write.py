@@ -123,7 +123,7 @@ def edit(model: Model, plan: Plan, dest: Path) -> Written:
     if main.name.endswith(INDEX_SUFFIX):
         (dest / main.name).write_text(_index(main, plan, dest, written), encoding="utf-8", newline="")
         written.insert(0, main.name)
-    return Written(tuple(written))
+    return Written(tuple(written), placed=dict(plan.data_names))
 
 
 def write_file(path: Path, key: str, orders: Orders, target: Path, weights: Iterable[Weight]) -> None:
