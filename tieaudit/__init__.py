@@ -95,6 +95,7 @@ def apply(
     from `model.pt`) or `container` does (for folders). A live module is written as its state dict, `.pt` or
     `.safetensors` by the name of `to`; its ties are kept, and it is itself not changed. `key`: of a checkpoint, what
     is kept under it.
+    `require`: the least level of proof; None for regional, or structural for a checkpoint, which is no program.
 
     ParityFailed if a level of proof fails; RewriteRefused if nothing could be done, if the required level could not
     run, or for a tensor that cannot be written (on the meta device, sharded, of a type that the container lacks).

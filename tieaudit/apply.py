@@ -11,14 +11,14 @@ from typing import Any
 from tieaudit.change import Plan, Proof
 from tieaudit.deliver import Delivered, deliver
 from tieaudit.errors import ParityFailed, RewriteRefused
+from tieaudit.formats import Format
 from tieaudit.model import Model
 from tieaudit.proving import Request, peak_bytes, prove_apart
+from tieaudit.registry import choose, discover
 from tieaudit.rewrite import Stamps, rewrite, stamps, workspace
 from tieaudit.verify import LEVELS, prove
 
 _OF_FILES = frozenset({".onnx", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".npz"})
-_ONLY_TENSORS = frozenset({"safetensors", "torch_checkpoint", "torch_module"})
-"""Formats that a rewrite makes a file of tensors of, without anything that could be run."""
 _LIVE = "torch_module"
 
 
@@ -44,7 +44,7 @@ def apply(
 ) -> Applied:
     """Write `plan` to `destination`, which must not exist.
 
-    `require`: the least level of proof; None: regional, or structural for bare tensors, of which nothing can be run.
+    `require`: the least level of proof; None for regional, or structural where a model of its format cannot be run.
 
     ParityFailed if any level of proof fails, RewriteRefused if the required level could not run, nothing can be
     written, or a file of the model changed since `seen` (by default: since now); in all these cases nothing is left
@@ -69,10 +69,15 @@ def apply(
             proof = prove_apart(Request(model, after, plan, written, device, inputs, max_drift))
         seen.check()
         proof = replace(proof, facts={**proof.facts, "n_bytes_peak_writing": peak_bytes()})
-        _accept(model, proof, require or ("structural" if model.format in _ONLY_TENSORS else LEVELS[1]))
+        _accept(model, proof, require or least_level(model))
         if inputs is not None and (reason := unused(proof)) is not None:
             raise RewriteRefused(f"the given inputs could not be used, nothing was delivered: {reason}")
         return Applied(plan, proof, deliver(model, plan, written, proof, folder, destination))
+
+
+def least_level(model: Model) -> str:
+    """The level of proof that is asked for where the user does not say."""
+    return "regional" if choose(discover("formats", Format), model.format, "format").has_program else "structural"
 
 
 def _check_kind(source: Path, destination: Path) -> None:

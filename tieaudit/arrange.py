@@ -55,8 +55,10 @@ def arranged(model: Model, plan: Plan) -> Model:
             if whole is not None:
                 common = Apart(whole, f"planned {number}")
                 storages.update({one.id: _seen(common, first, one.view) for one in edit.members})
-        elif isinstance(edit, Unshare) and (source := model.by_id[edit.source].storage) is not None:
-            storages[by_name[edit.name].id] = Apart(source, f"planned {number}")
+        elif isinstance(edit, Unshare):
+            # a name that is stored already may see the common bytes in another order, and keeps what it sees
+            source = by_name[edit.name].storage or model.by_id[edit.source].storage
+            storages[by_name[edit.name].id] = Apart(source, f"planned {number}") if source is not None else None
     return replace(model, weights=tuple(replace(one, storage=storages[one.id]) for one in model.weights))
 
 

@@ -118,6 +118,8 @@ class Written:
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Original weight id → id that now serves it, for weights whose name did not survive."""
     rewritten: tuple[Rewritten, ...] = ()
+    placed: Mapping[str, str] = field(default_factory=dict)
+    """Original file name → name in the result, for files that could not keep theirs."""
 
 
 Outcome = Literal["held", "failed", "not run"]

@@ -6,8 +6,7 @@ Results go to stdout, progress and errors to stderr. Exit codes: see each comman
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +14,13 @@ import click
 
 from tieaudit import __version__
 from tieaudit.console import Commands, not_negative, on_terminal, print_result
+from tieaudit.console import progress as _progress
+from tieaudit.console import spinner as _spinner
 from tieaudit.errors import TieAuditError, UsageError, in_one_line
 from tieaudit.printable import N_MOST_MESSAGE, printable
 
 if TYPE_CHECKING:  # --help and --version answer at once: what reads models is imported by the commands that need it
     from tieaudit.change import Kind, Plan
-    from tieaudit.load import Source
     from tieaudit.plan import Choices
     from tieaudit.verdict import Finding, Report, Subject
 
@@ -123,7 +123,7 @@ def scan(paths: tuple[str, ...], key: str, format_name: str) -> None:
     reports: list[Report] = []
     for source in sources:
         try:
-            with _progress(source) as progress:
+            with _progress(source.path.name) as progress:
                 reports.append(look_at(source.load(key), progress=progress))
         except (TieAuditError, OSError, RecursionError, MemoryError) as error:  # also a file that went away meanwhile
             errors.append((str(source.path), str(in_one_line(error, str(source.path)))))
@@ -169,7 +169,6 @@ def plan(path: str, key: str, format_name: str, **chosen: Any) -> None:
 @click.option("--container", "kind", type=click.Choice(["safetensors", "torch"]),
               help="Write the weights as safetensors or as PyTorch does (in a folder: pytorch_model.bin), ties kept. "
               "Without --scheme nothing else is done. Default: what the name of --to says.")  # fmt: skip
-@_key_option
 @click.option("--require", type=click.Choice(["structural", "regional", "end-to-end"]),
               help="Least level of proof for delivery. Default: regional; structural for bare tensors.")  # fmt: skip
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
@@ -183,18 +182,19 @@ def plan(path: str, key: str, format_name: str, **chosen: Any) -> None:
 @click.option(
     "--undo", type=click.Path(path_type=Path), metavar="RECEIPT", help="Take a delivery back, given its receipt."
 )
+@_key_option
 @_format_option(["text", "json"])
 def apply(
     path: str | None,
     destination: Path | None,
     kind: Kind | None,
-    key: str,
     require: str | None,
     device: str,
     inputs: Path | None,
     max_drift: float | None,
     strict: bool,
     undo: Path | None,
+    key: str,
     format_name: str,
     **chosen: Any,
 ) -> None:
@@ -242,7 +242,7 @@ def apply(
             model,
             made,
             destination,
-            require=require.replace("-", " ") if require is not None else None,
+            require=require.replace("-", " ") if require else None,
             device=device,
             inputs=given,
             max_drift=max_drift,
@@ -272,6 +272,7 @@ def apply(
 @click.option(
     "--survival", is_flag=True, help="Which everyday operations break the ties of BEFORE, a `package.module:factory`."
 )
+@_key_option
 @_format_option(["text", "json"])
 def verify(
     before: str | None,
@@ -281,6 +282,7 @@ def verify(
     max_drift: float | None,
     receipt: Path | None,
     survival: bool,
+    key: str,
     format_name: str,
 ) -> None:
     """Run both models on the same inputs and compare.
@@ -316,7 +318,7 @@ def verify(
     from tieaudit.verify import compare
 
     given = read_inputs(inputs) if inputs is not None else None
-    one, other = load_one(before), load_one(after)
+    one, other = load_one(before, key=key), load_one(after, key=key)
     with _spinner("running both models"):
         proof = with_peaks(compare(one, other, device=device, inputs=given, max_drift=max_drift))
     if given is not None and (reason := unused(proof)) is not None:
@@ -384,29 +386,3 @@ def _width() -> int:
     import shutil
 
     return shutil.get_terminal_size((100, 24)).columns
-
-
-@contextmanager
-def _progress(source: Source) -> Iterator[Callable[[int], None] | None]:
-    """A progress line for the bytes compared in full, on a terminal only."""
-    if not on_terminal(sys.stderr):
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"comparing {printable(source.path.name, 40)}", total=None)
-        yield lambda n_bytes: bar.advance(task, n_bytes)
-
-
-@contextmanager
-def _spinner(what: str) -> Iterator[None]:
-    if not on_terminal(sys.stderr):
-        yield
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status(what):
-        yield

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tieaudit.change import Plan, Written
 from tieaudit.errors import RewriteRefused, TieAuditError, UnreadableModel
-from tieaudit.formats import Format, carried
+from tieaudit.formats import KEY_GIVEN, Format, carried
 from tieaudit.model import Model
 from tieaudit.registry import choose, discover
 
@@ -127,6 +127,8 @@ def _read_back(format_: Format, model: Model, plan: Plan, folder: Path) -> Model
         mains = [Path(part.paths[0]) for part in model.parts]
         if len(mains) > 1:  # whatever else they would be taken for, these are the parts that were planned for
             return format_.load(path, tuple(folder / main.relative_to(model.path) for main in mains))
+        if format_.load_key is not None and (key := model.metadata.get(KEY_GIVEN)):
+            return format_.load_key(path, (path,), key)
         groups = format_.group([path])
         same = [group for group in groups if {file.name for file in group[1]} == {main.name for main in mains}]
         return format_.load(*(same or groups)[0])  # not a variant that lies beside it

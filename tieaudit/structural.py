@@ -241,11 +241,16 @@ def _kept(before: Model, after: Model, id: str, written: Written, result: Check)
 def _unshare(before: Model, after: Model, edit: Unshare, written: Written, result: Check) -> None:
     _kept(before, after, edit.source, written, result)
     source = before.by_id[edit.source]
+    # a name that shares the source's storage already may see it in another order, and keeps what it sees
+    named = next((w for w in before.weights if edit.name in (w.name, w.id) and not w.absent), source)
     copy = next((w for w in after.weights if edit.name in (w.name, w.id)), None)
+    home = after.by_id.get(written.renamed.get(edit.source, edit.source))
     if copy is None or copy.storage is None:
         result.problems.append(f"{edit.name}: expected a stored copy of {edit.source}, found none")
-    elif not same_value(source, copy):
+    elif not same_value(named, copy):
         result.problems.append(f"{edit.name}: its bytes are not those of {edit.source}")
+    elif home is not None and home.storage is not None and home.storage.region == copy.storage.region:
+        result.problems.append(f"{edit.name}: expected a storage of its own, found that of {edit.source}")
     else:
         result.n_bytes += copy.n_bytes
 

@@ -21,6 +21,9 @@ NOT_CARRIED = frozenset({".git", ".cache", ".huggingface", "__pycache__", ".ipyn
 RECEIPT_NAME = "tieaudit.receipt.json"
 """The receipt of a delivered folder. A rewrite of that folder is another delivery, with a receipt of its own."""
 
+KEY_GIVEN = "key_given"
+"""Metadata of a model: the key that the user chose in a file, so that what is written is read back in the same way."""
+
 NEEDS_SETTING = "needs flag: "
 """How a reason of `can_realise` begins when a setting would lift it; `switch` then names the setting."""
 
@@ -54,6 +57,9 @@ class Format:
     """As `load`, of what a file that holds several models keeps under a key; UsageError if it has no such key."""
     named: Callable[[str], bool] | None = None
     """Whether a text that is no path names a model of this format (`package.module:factory`)."""
+    has_program: bool = True
+    """Whether a model of this format can be run, alone or by the library that knows its class; else the structural
+    proof is all that there can be."""
     precedence: int = 0
     """Among formats that own one path the highest wins (a Hugging Face folder over the safetensors inside)."""
 

@@ -18,7 +18,7 @@ from tieaudit.errors import CorruptFile, RewriteRefused
 from tieaudit.formats import carried
 from tieaudit.formats.huggingface.folder import CONFIG, weight_set
 from tieaudit.formats.huggingface.pickled import read_weights
-from tieaudit.formats.huggingface.realise import can_hold
+from tieaudit.formats.huggingface.realise import of_class
 from tieaudit.formats.huggingface.spell import with_value
 from tieaudit.formats.safetensors import create as safetensors
 from tieaudit.formats.safetensors.sharded import read_index_json
@@ -36,7 +36,7 @@ def can_create(model: Model, edit: Edit, kind: Kind, target: str) -> str | None:
         return None if edit.file == CONFIG else f"only {CONFIG} can be changed, not {edit.file}"
     if isinstance(edit, Unshare) or kind == "torch":
         return torch_checkpoint.can_create(model, edit)
-    return can_hold(model, edit, target)
+    return of_class(model, edit, target)
 
 
 def left_out(folder: Path, kind: Kind) -> tuple[str, ...]:

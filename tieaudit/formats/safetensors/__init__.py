@@ -64,4 +64,5 @@ safetensors = Format(
     can_realise=_can_realise,
     can_create=_can_create,
     create=_create,
+    has_program=False,
 )

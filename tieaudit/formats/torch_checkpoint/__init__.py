@@ -1,6 +1,6 @@
 """PyTorch checkpoints: `torch.save` of state dicts, trainers' checkpoints and modules, and TorchScript archives.
 
-Read without PyTorch and without executing anything from the file. Source: torch/serialization.py, version 2.13.
+Read and written without PyTorch and without executing anything from the file. Source: torch/serialization.py, 2.13.
 """
 
 from __future__ import annotations
@@ -41,10 +41,15 @@ def _load_key(path: Path, files: tuple[Path, ...], key: str) -> Model:
 
 
 def _can_realise(model: Model, edit: Edit, target: str) -> str | None:
-    return (
-        "tieaudit reads PyTorch checkpoints and does not write them yet: tie the modules and save again with "
-        "torch.save, which stores tensors that share memory once"
-    )
+    from tieaudit.formats.torch_checkpoint.write import can_realise
+
+    return can_realise(model, edit, target)
+
+
+def _edit(model: Model, plan: Plan, dest: Path) -> Written:
+    from tieaudit.formats.torch_checkpoint.write import edit
+
+    return edit(model, plan, dest)
 
 
 def _can_create(model: Model, edit: Edit, kind: Kind, target: str) -> str | None:
@@ -61,7 +66,7 @@ def _create(model: Model, plan: Plan, dest: Path) -> Written:
 
 torch_checkpoint = Format(
     name="torch_checkpoint",
-    summary="PyTorch checkpoints (.pt, .pth, .bin, .ckpt, TorchScript), read without PyTorch (read only)",
+    summary="PyTorch checkpoints (.pt, .pth, .bin, .ckpt, TorchScript), read and written without PyTorch",
     targets=("torch",),
     owns=_owns,
     group=_group,
@@ -70,4 +75,6 @@ torch_checkpoint = Format(
     can_realise=_can_realise,
     can_create=_can_create,
     create=_create,
+    edit=_edit,
+    has_program=False,
 )

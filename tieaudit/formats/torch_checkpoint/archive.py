@@ -56,7 +56,10 @@ class Archive:
         self.members: Mapping[str, Member] = {
             member.name.removeprefix(self.top): member for member in members if member.name.startswith(self.top)
         }
+        self.all = tuple(sorted(members, key=lambda one: one.header))
+        """Every member, those beside the top folder too, in the order of the file."""
         self._n_inflated = 0
+        self._inflated: dict[int, Storage] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self.members
@@ -73,17 +76,25 @@ class Archive:
         member = self.members.get(name)
         if member is None:
             raise CorruptFile(f"{self.where}: expected {self.top}{name} in the archive, found no such member")
+        return self.content(member)
+
+    def content(self, member: Member) -> Storage:
+        """As `storage`, for one of `all`."""
         data = self._data_of(member)
         if member.method == _STORED:
             return data
+        if member.header in self._inflated:
+            return self._inflated[member.header]
         self._n_inflated += member.n_bytes
         if self._n_inflated > MAX_INFLATED_BYTES:
             raise CorruptFile(
-                f"{self.where}, {name}: expected weights that are stored, found deflated ones of more than "
+                f"{self.where}, {member.name}: expected weights that are stored, found deflated ones of more than "
                 f"{MAX_INFLATED_BYTES} bytes",
                 hint="PyTorch never deflates them: unpack the archive and pack it again with `zip -0 -r`",
             )
-        return MemoryStorage(self._inflate(member, data), f"{self.path}!{member.name}")
+        found = MemoryStorage(self._inflate(member, data), f"{self.path}!{member.name}")
+        self._inflated[member.header] = found
+        return found
 
     def _inflate(self, member: Member, data: FileStorage) -> bytes:
         machine = zlib.decompressobj(-15)

@@ -15,9 +15,9 @@ from tieaudit.arrange import arranged, plain_source, strides_through
 from tieaudit.change import Edit, Plan, Share, Unshare, Written
 from tieaudit.dtypes import dtype
 from tieaudit.errors import RewriteRefused
+from tieaudit.formats import KEY_GIVEN
 from tieaudit.formats.torch_checkpoint.discover import SUFFIXES, owns
 from tieaudit.formats.torch_checkpoint.pickling import NotPlain, Stepped, can_hold, is_typed, pickled
-from tieaudit.formats.torch_checkpoint.read import KEY_GIVEN
 from tieaudit.formats.torch_checkpoint.state import state_of
 from tieaudit.formats.torch_checkpoint.zipped import ALIGNMENT, Content, write_archive
 from tieaudit.formats.torch_module.state import VERSIONS
@@ -82,8 +82,8 @@ def versions_of(model: Model) -> object:
 
 
 def key_of(model: Model) -> str:
-    """The key under which a checkpoint's model was found."""
-    return model.metadata.get(KEY_GIVEN, model.metadata.get("key", ""))
+    """The key that the user chose in a checkpoint; empty where the model was found without."""
+    return model.metadata.get(KEY_GIVEN, "")
 
 
 def write_state_dict(weights: Iterable[Weight], path: Path, metadata: object = None) -> None:

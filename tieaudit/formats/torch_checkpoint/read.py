@@ -8,9 +8,10 @@ from pathlib import Path
 
 from tieaudit.dtypes import TABLE, dtype
 from tieaudit.errors import CorruptFile
+from tieaudit.formats import KEY_GIVEN
 from tieaudit.formats.safetensors.sharded import read_index
 from tieaudit.formats.safetensors.weights import by_convention
-from tieaudit.formats.torch_checkpoint.contents import Contents, Leaf
+from tieaudit.formats.torch_checkpoint.contents import Chosen, Contents, Named
 from tieaudit.formats.torch_checkpoint.discover import INDEX_SUFFIX
 from tieaudit.formats.torch_checkpoint.opened import Opened, open_file
 from tieaudit.formats.torch_checkpoint.rebuild import Bytes, Embedded, Parts, Tensor
@@ -22,18 +23,19 @@ from tieaudit.strided import Strided, is_row_major, row_major, span
 _MAX_REPEATED_BYTES = 64 * 1024 * 1024
 """How much larger than what it steps through a tensor may be (expanded ones are) and still be compared."""
 _MAX_ARRAY_BYTES = 64 * 1024 * 1024
-KEY_GIVEN = "key_given"
-"""Metadata: what `--key` said, so that what was written is read back in the same way."""
 _PRESENT = 8
 """Names of placeholders that the report lists."""
 
 
 @dataclass
-class _Found:
+class Collected:
     """The weights of one file as they are collected."""
 
     opened: Opened
+    chosen: Chosen
     weights: dict[str, Weight] = field(default_factory=dict)
+    sources: dict[str, tuple[Tensor, Named]] = field(default_factory=dict)
+    """Name of a weight → the tensor in the pickle, and what was found there under which name (several parts: one)."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Name → why it is no weight."""
 
@@ -104,12 +106,19 @@ def read(main: Path, key: str = "") -> Pickled:
     return Pickled(main, by_file, metadata, tuple(all_notes))
 
 
+def collect(opened: Opened, key: str = "") -> Collected:
+    """The weights under a key of a file that is open, each with where it comes from."""
+    chosen = Contents(opened.value, opened.where).choose(key)
+    found = Collected(opened, chosen)
+    for named in chosen.tensors:
+        _add(found, named.name.lstrip(".") if opened.layout == "torchscript" else named.name, named)
+    return found
+
+
 def _read_one(path: Path, key: str) -> tuple[tuple[Weight, ...], dict[str, str], tuple[str, ...]]:
     opened = open_file(path)
-    chosen = Contents(opened.value, str(path)).choose(key)
-    found = _Found(opened)
-    for name, leaf in chosen.tensors:
-        _add(found, name.lstrip(".") if opened.layout == "torchscript" else name, leaf)
+    found = collect(opened, key)
+    chosen = found.chosen
     metadata = {"layout": opened.layout}
     if chosen.key:
         metadata["key"] = chosen.key
@@ -129,14 +138,15 @@ def _read_one(path: Path, key: str) -> tuple[tuple[Weight, ...], dict[str, str],
     return tuple(found.weights.values()), metadata, tuple(notes)
 
 
-def _add(found: _Found, name: str, leaf: Leaf) -> None:
-    for full, tensor, kind in _single(name, leaf):
+def _add(found: Collected, name: str, named: Named) -> None:
+    for full, tensor, kind in _single(name, named.leaf):
         while full in found.weights:  # a name with a dot in it, beside the nesting that it spells
             full += "'"
         if isinstance(tensor, Embedded):
             weight = _embedded(found, full, tensor)
         else:
             weight = _weight(found, full, tensor, kind)
+            found.sources[full] = (tensor, named)
         if weight is not None:
             found.weights[full] = weight
 
@@ -149,7 +159,12 @@ def _single(name: str, leaf: object, kind: str = "") -> Iterator[tuple[str, Tens
         yield name, leaf, kind
 
 
-def _weight(found: _Found, name: str, tensor: Tensor, kind: str) -> Weight | None:
+def weight_of(found: Collected, name: str, tensor: Tensor) -> Weight | None:
+    """Any tensor of the file as a weight; None where it cannot be read as one. CorruptFile."""
+    return _weight(found, name, tensor, "")
+
+
+def _weight(found: Collected, name: str, tensor: Tensor, kind: str) -> Weight | None:
     if tensor.dtype not in TABLE or TABLE[tensor.dtype].item_bytes is None:
         found.left_out[name] = f"elements of type {tensor.dtype[:40]}, which is not known here; not compared"
         return None
@@ -171,7 +186,7 @@ def _weight(found: _Found, name: str, tensor: Tensor, kind: str) -> Weight | Non
     return replace(weight, held_as="sparse_initializer") if kind == "sparse" else weight
 
 
-def _storage(found: _Found, name: str, tensor: Tensor, stored: Bytes) -> Storage | None:
+def _storage(found: Collected, name: str, tensor: Tensor, stored: Bytes) -> Storage | None:
     """Where a tensor's bytes are. CorruptFile if it steps beyond what it says is stored."""
     opened, item = found.opened, dtype(tensor.dtype).item_bytes or 1
     whole = opened.located.storage(stored.key)
@@ -208,7 +223,7 @@ def _swap(name: str, item: int) -> int:
     return width if width > 1 else 0
 
 
-def _embedded(found: _Found, name: str, array: Embedded) -> Weight | None:
+def _embedded(found: Collected, name: str, array: Embedded) -> Weight | None:
     """A numpy array in the pickle itself."""
     item = dtype(array.dtype).item_bytes or 1
     n_bytes = item

@@ -69,4 +69,5 @@ torch_module = Format(
     load=_load,
     can_realise=_can_realise,
     edit=_edit,
+    has_program=False,
 )
