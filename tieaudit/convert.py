@@ -14,6 +14,7 @@ from tieaudit.arrange import arranged
 from tieaudit.change import Container, Edit, Kind, Plan, Share, Unshare
 from tieaudit.errors import RewriteRefused, UsageError
 from tieaudit.formats import Format
+from tieaudit.formats.torch_checkpoint.create import can_create as cannot_share_storage
 from tieaudit.formats.torch_module.state import HOLDS, STATE_DICT
 from tieaudit.model import Declaration, Member, Model, Tie, Weight, classes, storage_of
 from tieaudit.plan import Choices
@@ -102,6 +103,14 @@ class _Draft:
         return self.subject.model
 
     def reason(self, edit: Edit) -> str | None:
+        """Why a tie that is there cannot be kept. One storage under several names stays what it was, whatever a class
+        makes of them: it was that in memory."""
+        if self.into.kind == "torch":
+            return cannot_share_storage(self.model, edit)
+        return self.reason_for_new(edit)
+
+    def reason_for_new(self, edit: Edit) -> str | None:
+        """Why an edit of a scheme cannot be made."""
         if self.format.can_create is None:
             return f"the format {self.format.name} cannot be written"
         return self.format.can_create(self.model, edit, self.into.kind, self.target)
@@ -121,7 +130,9 @@ def convert(subject: Subject, into: Container, choices: Choices | None = None) -
     if choices is not None:
         # the container's word counts: a checkpoint can hold a tie that a lone safetensors file cannot, say
         asked = replace(
-            format_, can_realise=lambda model, edit, target: draft.reason(edit), edit=format_.edit or format_.create
+            format_,
+            can_realise=lambda model, edit, target: draft.reason_for_new(edit),
+            edit=format_.edit or format_.create,
         )
         made = make_plan(subject, choices, asked)
     apart = {edit.name for edit in made.edits if isinstance(edit, Unshare)}

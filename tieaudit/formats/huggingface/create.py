@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tieaudit.arrange import arranged
@@ -17,6 +17,7 @@ from tieaudit.copying import copy_file
 from tieaudit.errors import CorruptFile, RewriteRefused
 from tieaudit.formats import carried
 from tieaudit.formats.huggingface.folder import CONFIG, weight_set
+from tieaudit.formats.huggingface.pickled import WHAT as PICKLED
 from tieaudit.formats.huggingface.pickled import read_weights
 from tieaudit.formats.huggingface.realise import of_class
 from tieaudit.formats.huggingface.spell import with_value
@@ -34,9 +35,10 @@ def can_create(model: Model, edit: Edit, kind: Kind, target: str) -> str | None:
     """Why the folder cannot hold this edit once its weights are of the other container; as `can_realise`."""
     if isinstance(edit, SetConfig):
         return None if edit.file == CONFIG else f"only {CONFIG} can be changed, not {edit.file}"
-    if isinstance(edit, Unshare) or kind == "torch":
+    if isinstance(edit, Unshare):
         return torch_checkpoint.can_create(model, edit)
-    return of_class(model, edit, target)
+    weights = {"weights": PICKLED if kind == "torch" else ""}  # what it will be counts, not what it is
+    return of_class(replace(model, metadata={**model.metadata, **weights}), edit, target)
 
 
 def left_out(folder: Path, kind: Kind) -> tuple[str, ...]:
