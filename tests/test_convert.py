@@ -47,7 +47,7 @@ def refused(source: Path, to: Path, *words: object) -> str:
     return result.output
 
 
-def same(one: dict[str, Any], other: dict[str, Any]) -> None:
+def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert (tensor.dtype, tensor.shape) == (other[name].dtype, other[name].shape), name
@@ -79,9 +79,9 @@ def test_every_type_that_both_hold_survives_the_way_there_and_back_bit_for_bit(t
     state = table(getattr(torch, name))
     torch.save(state, tmp_path / "a.pt")
     convert(tmp_path / "a.pt", tmp_path / "b.safetensors")
-    same(safetensors.load_file(tmp_path / "b.safetensors"), state)
+    assert_same(safetensors.load_file(tmp_path / "b.safetensors"), state)
     convert(tmp_path / "b.safetensors", tmp_path / "c.pt")
-    same(loaded(tmp_path / "c.pt"), state)
+    assert_same(loaded(tmp_path / "c.pt"), state)
 
 
 UNLIKE: dict[str, tuple[Any, str]] = {
@@ -158,7 +158,9 @@ def test_a_tied_state_dict_becomes_the_file_that_save_model_writes(tmp_path: Pat
     ours, theirs = header(tmp_path / "b.safetensors"), header(tmp_path / "theirs.safetensors")
     assert ours["__metadata__"] == theirs["__metadata__"]
     assert ours["__metadata__"] == {"table.weight": "head.weight", "head.bias": "bias", "format": "pt"}
-    same(safetensors.load_file(tmp_path / "b.safetensors"), safetensors.load_file(tmp_path / "theirs.safetensors"))
+    assert_same(
+        safetensors.load_file(tmp_path / "b.safetensors"), safetensors.load_file(tmp_path / "theirs.safetensors")
+    )
     assert "load_model restores that in a module that ties the names itself" in " ".join(said.split())
 
 
@@ -168,12 +170,12 @@ def test_who_restores_a_name_that_a_lone_file_leaves_out_is_as_the_note_says(tmp
     convert(tmp_path / "a.pt", tmp_path / "b.safetensors")
     fresh = Tied()
     safetensors.load_model(fresh, tmp_path / "b.safetensors")
-    same(dict(fresh.state_dict()), dict(module.state_dict()))
+    assert_same(dict(fresh.state_dict()), dict(module.state_dict()))
     with pytest.raises(RuntimeError, match="Missing key"):
         safetensors.load_model(untied(), tmp_path / "b.safetensors")
     assert "table.weight" not in safetensors.load_file(tmp_path / "b.safetensors")
     convert(tmp_path / "a.pt", tmp_path / "c.safetensors", "--scheme", "untie")
-    same(safetensors.load_file(tmp_path / "c.safetensors"), dict(module.state_dict()))
+    assert_same(safetensors.load_file(tmp_path / "c.safetensors"), dict(module.state_dict()))
     safetensors.load_model(untied(), tmp_path / "c.safetensors")
 
 
@@ -185,7 +187,7 @@ def test_an_alias_map_becomes_aliases_again(tmp_path: Path) -> None:
     assert one_value(state) == one_value(module.state_dict()) == {
         frozenset({"table.weight", "head.weight"}), frozenset({"bias", "head.bias"}),
     }  # fmt: skip
-    same(state, dict(module.state_dict()))
+    assert_same(state, dict(module.state_dict()))
     Tied().load_state_dict(state)
 
 
@@ -194,7 +196,7 @@ def test_an_alias_map_that_names_different_tensors_ties_nothing(tmp_path: Path) 
     safetensors.save_file(tensors, tmp_path / "a.safetensors", {"b": "a", "format": "pt", "a": "nowhere"})
     convert(tmp_path / "a.safetensors", tmp_path / "b.pt")
     state = loaded(tmp_path / "b.pt")
-    same(state, tensors)
+    assert_same(state, tensors)
     assert one_value(state) == set()
 
 
@@ -222,7 +224,7 @@ def test_every_kind_of_alias_is_written_out_for_safetensors_with_a_word_about_ea
     found = safetensors.load_file(tmp_path / "b.safetensors")
     expected = views()
     del expected["whole"]  # `again` comes first in the order of names
-    same(found, expected)
+    assert_same(found, expected)
     assert header(tmp_path / "b.safetensors")["__metadata__"] == {"whole": "again", "format": "pt"}
     for words in ("turned and again are one tensor", "flat and again are one tensor", "holds no views"):
         assert words in said
@@ -234,7 +236,7 @@ def test_a_fresh_checkpoint_steps_through_its_storages_as_the_old_one_did(tmp_pa
     torch.save(views(), tmp_path / "a.ckpt")
     convert(tmp_path / "a.ckpt", tmp_path / "b.pt", "--container", "torch")
     before, after = loaded(tmp_path / "a.ckpt"), loaded(tmp_path / "b.pt")
-    same(before, after)
+    assert_same(before, after)
     assert one_value(before) == one_value(after) != set()
     assert sharing(before) == sharing(after) != set()
     assert after["turned"].stride() == (1, 6)
@@ -256,10 +258,10 @@ def test_random_views_of_random_storages_share_as_before(tmp_path: Path, seed: i
     convert(tmp_path / "a.ckpt", tmp_path / "b.pt", "--container", "torch")
     convert(tmp_path / "a.ckpt", tmp_path / "c.safetensors", "--scheme", "untie")
     before, after = loaded(tmp_path / "a.ckpt"), loaded(tmp_path / "b.pt")
-    same(before, after)
+    assert_same(before, after)
     assert one_value(before) == one_value(after)
     assert sharing(before) == sharing(after)
-    same(before, safetensors.load_file(tmp_path / "c.safetensors"))
+    assert_same(before, safetensors.load_file(tmp_path / "c.safetensors"))
 
 
 def test_legacy_files_and_big_endian_ones_are_sources_like_any_other(tmp_path: Path) -> None:
@@ -277,7 +279,7 @@ def test_legacy_files_and_big_endian_ones_are_sources_like_any_other(tmp_path: P
     for source in ("old.ckpt", "big.ckpt"):
         to = tmp_path / f"{source}.pt"
         convert(tmp_path / source, to, "--container", "torch")
-        same(loaded(to), state)
+        assert_same(loaded(to), state)
         assert one_value(loaded(to)) == one_value(state)
         assert sharing(loaded(to)) == sharing(state)
 
@@ -292,7 +294,7 @@ def test_torch_can_map_the_file_and_compute_where_each_storage_lies(
     monkeypatch.setenv("TORCH_SERIALIZATION_DEBUG", "1")  # torch checks what it computed
     with config.patch({"load.calculate_storage_offsets": True}):
         found = torch.load(tmp_path / "b.pt", weights_only=True, mmap=True)
-    same(dict(found), safetensors.load_file(tmp_path / "a.safetensors"))
+    assert_same(dict(found), safetensors.load_file(tmp_path / "a.safetensors"))
 
 
 def test_the_file_is_the_one_that_torch_save_writes_but_for_its_id(tmp_path: Path) -> None:
@@ -336,7 +338,7 @@ def test_of_a_training_checkpoint_the_model_is_carried_and_the_rest_is_named(tmp
     assert "table.weight" in header(tmp_path / "model.safetensors")["__metadata__"]
     convert(source, tmp_path / "average.safetensors", "--key", "ema")
     found = safetensors.load_file(tmp_path / "average.safetensors")
-    same(found, torch.load(source, weights_only=True)["ema"])
+    assert_same(found, torch.load(source, weights_only=True)["ema"])
     assert refused(source, tmp_path / "no.safetensors", "--key", "nowhere").count("\n") == 2
 
 
@@ -353,7 +355,7 @@ def test_schemes_tie_on_the_way(tmp_path: Path) -> None:
     )
     convert(tmp_path / "a.safetensors", tmp_path / "b.pt", "--scheme", "dedup")
     found = loaded(tmp_path / "b.pt")
-    same(found, safetensors.load_file(tmp_path / "a.safetensors"))
+    assert_same(found, safetensors.load_file(tmp_path / "a.safetensors"))
     assert one_value(found) == {frozenset({"a", "b", "turned"})}
     assert found["turned"].stride() == (1, 7)
     convert(tmp_path / "a.safetensors", tmp_path / "c.pt")  # without a scheme nothing is tied
@@ -389,7 +391,7 @@ def test_a_receipt_is_checked_and_undone_like_that_of_every_rewrite(tmp_path: Pa
     convert(tmp_path / "a.pt", tmp_path / "b.safetensors")
     receipt = tmp_path / "b.safetensors.receipt.json"
     assert run("verify", "--receipt", receipt).exit_code == 0
-    assert json.loads(receipt.read_text())["plan"]["into"]["kind"] == "safetensors"
+    assert json.loads(receipt.read_text())["plan"]["into"]["form"] == "safetensors"
     assert run("apply", "--undo", receipt).exit_code == 0
     assert sorted(tmp_path.iterdir()) == [tmp_path / "a.pt"]
 
@@ -480,7 +482,7 @@ def test_a_live_module_is_written_as_torch_save_would_and_not_changed(tmp_path: 
     done = tieaudit.apply(module, to=tmp_path / "a.pt")
     torch.save(module.state_dict(), tmp_path / "theirs.pt")
     ours, theirs = loaded(tmp_path / "a.pt"), loaded(tmp_path / "theirs.pt")
-    same(ours, theirs)
+    assert_same(ours, theirs)
     assert one_value(ours) == one_value(theirs)
     assert sharing(ours) == sharing(theirs)
     state = torch.load(tmp_path / "a.pt", weights_only=True)
@@ -498,7 +500,7 @@ def test_a_live_module_is_written_as_save_model_would(tmp_path: Path) -> None:
     }  # fmt: skip
     fresh = Tied()
     safetensors.load_model(fresh, tmp_path / "a.safetensors")
-    same(dict(fresh.state_dict()), dict(module.state_dict()))
+    assert_same(dict(fresh.state_dict()), dict(module.state_dict()))
 
 
 @pytest.mark.parametrize("ending", [".pt", ".safetensors"])
@@ -519,7 +521,7 @@ def test_a_live_module_that_is_untied_on_the_way_has_a_tensor_for_every_name(tmp
     module = Tied()
     tieaudit.apply(module, to=tmp_path / "a.pt", scheme="untie")
     assert one_value(loaded(tmp_path / "a.pt")) == set()
-    same(loaded(tmp_path / "a.pt"), dict(module.state_dict()))
+    assert_same(loaded(tmp_path / "a.pt"), dict(module.state_dict()))
     assert module.head.weight is module.table.weight
 
 

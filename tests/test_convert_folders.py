@@ -97,7 +97,7 @@ def stored(path: Path) -> dict[str, Any]:
     return found
 
 
-def same(one: dict[str, Any], other: dict[str, Any]) -> None:
+def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert (tensor.dtype, tensor.shape) == (other[name].dtype, other[name].shape)
@@ -118,12 +118,12 @@ def test_there_and_back_gives_the_same_names_tensors_and_aliases(tmp_path: Path,
     plan = written(source, there, "safetensors")
     found = stored(there)
     assert "lm_head.weight" not in found  # the class restores it
-    same(found, {name: one for name, one in state.items() if name != "lm_head.weight"})
+    assert_same(found, {name: one for name, one in state.items() if name != "lm_head.weight"})
     said = " ".join(plan.notes)
     assert "written as two equal ones: transformers would initialise model.layers.1" in said
     assert plan.n_bytes_saved == -8 * 4  # one norm of 8 floats more; the head was no bytes before either
     written(there, back, "torch")
-    same(tensors(back), tensors(source))
+    assert_same(tensors(back), tensors(source))
     assert (
         one_value(tensors(back))
         == one_value(tensors(source))
@@ -161,7 +161,7 @@ def test_a_class_that_does_not_tie_keeps_both_copies(tmp_path: Path) -> None:
     state = dict(module.state_dict())
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     plan = written(folder(tmp_path / "a", module, state), tmp_path / "b", "safetensors")
-    same(stored(tmp_path / "b"), state)
+    assert_same(stored(tmp_path / "b"), state)
     assert "lm_head.weight and model.embed_tokens.weight are one tensor" in plan.notes[0]
     assert not plan.edits
     written(tmp_path / "b", tmp_path / "c", "torch")
@@ -181,7 +181,7 @@ def test_what_is_left_out_of_safetensors_is_what_the_class_restores_of_four_name
     four = {"model.shared.weight", "lm_head.weight", "model.encoder.embed_tokens.weight"}
     assert len((four | {"model.decoder.embed_tokens.weight"}) & stored(tmp_path / "b").keys()) == 1
     written(tmp_path / "b", tmp_path / "c", "torch")
-    same(tensors(tmp_path / "c"), tensors(source))
+    assert_same(tensors(tmp_path / "c"), tensors(source))
     assert one_value(tensors(tmp_path / "c")) == one_value(tensors(source))
 
 
@@ -216,7 +216,7 @@ def test_weights_that_would_be_read_in_place_of_the_result_stay_behind_and_are_n
     (tmp_path / "b" / "pytorch_model.bin").write_bytes(b"another")
     plan = written(tmp_path / "b", tmp_path / "c", "torch")
     assert "left behind" in " ".join(plan.notes) and "model.fp16.safetensors" in " ".join(plan.notes)
-    same(tensors(tmp_path / "c"), tensors(source))
+    assert_same(tensors(tmp_path / "c"), tensors(source))
 
 
 def test_a_tie_across_shards_lies_in_one_file(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ Kind = Literal["safetensors", "torch"]
 class Container:
     """What a model is to be written as, where that is another container than its own."""
 
-    kind: Kind
+    form: Kind
     file: str
     """Name of the file that is written; empty where a folder of its own (with config.json) becomes one."""
     left_out: tuple[str, ...] = ()

@@ -81,7 +81,7 @@ def _own(model: Model) -> Kind | None:
 
 def format_of(model: Model, into: Container) -> Format:
     """The format that writes and reads the container."""
-    name = _FOLDER if model.format == _FOLDER else _FORMATS[into.kind]
+    name = _FOLDER if model.format == _FOLDER else _FORMATS[into.form]
     found: Format = choose(discover("formats", Format), name, "format")
     return found
 
@@ -105,7 +105,7 @@ class _Draft:
     def reason(self, edit: Edit) -> str | None:
         """Why a tie that is there cannot be kept. One storage under several names stays what it was, whatever a class
         makes of them: it was that in memory."""
-        if self.into.kind == "torch":
+        if self.into.form == "torch":
             return cannot_share_storage(self.model, edit)
         return self.reason_for_new(edit)
 
@@ -113,7 +113,7 @@ class _Draft:
         """Why an edit of a scheme cannot be made."""
         if self.format.can_create is None:
             return f"the format {self.format.name} cannot be written"
-        return self.format.can_create(self.model, edit, self.into.kind, self.target)
+        return self.format.can_create(self.model, edit, self.into.form, self.target)
 
 
 def convert(subject: Subject, into: Container, choices: Choices | None = None) -> Plan:
@@ -146,17 +146,17 @@ def convert(subject: Subject, into: Container, choices: Choices | None = None) -
             _keep(draft, replace(tie, members=_anchored(left)))
             taken.update(one.id for one in left)
     _mention_views(draft)
-    if into.kind == "safetensors" and into.file:
+    if into.form == "safetensors" and into.file:
         draft.notes += list(_mention_loaders(draft))
     draft.notes += list(_not_carried(model, into))
     made = replace(
         made,
-        schemes=(*made.schemes, f"convert to {into.kind}"),
+        schemes=(*made.schemes, f"convert to {into.form}"),
         edits=tuple(draft.edits),
         notes=tuple(dict.fromkeys((*made.notes, *draft.notes))),
         into=replace(into, doubled=draft.doubled),
     )
-    return replace(made, n_bytes_saved=_n_stored(model.weights) - _n_bytes_after(model, made, into.kind))
+    return replace(made, n_bytes_saved=_n_stored(model.weights) - _n_bytes_after(model, made, into.form))
 
 
 def _n_stored(weights: Iterable[Weight]) -> int:
@@ -287,7 +287,7 @@ def _kept_first(draft: _Draft, share: Share) -> Share:
     as `save_model` has it. Values stay in the layout they are in."""
     model = draft.model
     stored = [one for one in share.members if not model.by_id[one.id].absent]
-    if draft.into.kind == "torch" or not stored or share.values is not None and share.members[0].view != AS_STORED:
+    if draft.into.form == "torch" or not stored or share.values is not None and share.members[0].view != AS_STORED:
         order = [*stored, *(one for one in share.members if one not in stored)]
     else:
         ids = {one.id for one in share.members}
@@ -316,7 +316,7 @@ def _mention_loaders(draft: _Draft) -> Iterator[str]:
 
 def _mention_views(draft: _Draft) -> None:
     """Overlaps that the container cannot say."""
-    if draft.into.kind == "torch":
+    if draft.into.form == "torch":
         return
     for overlap in draft.subject.found.overlaps:
         names = ", ".join(overlap.ids[:_N_MOST_NAMED])
@@ -328,7 +328,7 @@ def _check_each(model: Model, into: Container) -> None:
     from tieaudit.formats.safetensors.create import unwritable as no_safetensors
     from tieaudit.formats.torch_checkpoint.create import unwritable as no_checkpoint
 
-    unwritable = no_safetensors if into.kind == "safetensors" else no_checkpoint
+    unwritable = no_safetensors if into.form == "safetensors" else no_checkpoint
     for weight in model.weights:
         if weight.storage is None:
             continue
@@ -352,7 +352,7 @@ def _check_each(model: Model, into: Container) -> None:
 
 
 def _cannot(model: Model, into: Container, name: str, because: str) -> RewriteRefused:
-    what = "a safetensors file" if into.kind == "safetensors" else "a PyTorch checkpoint"
+    what = "a safetensors file" if into.form == "safetensors" else "a PyTorch checkpoint"
     return RewriteRefused(
         f"{model.path}: tensor {name!r} cannot be written to {what}: {because.removeprefix(f'{name}: ')}; "
         "nothing was written"

@@ -229,7 +229,7 @@ def _apply_command(model: Model, plan: Plan) -> str:
     schemes = plan.schemes[:-1] if plan.into is not None else plan.schemes  # the last one is the conversion itself
     words = ["tieaudit", "apply", model.path, *(word for name in schemes for word in ("--scheme", name))]
     if plan.into is not None:
-        words += ["--container", plan.into.kind]
+        words += ["--container", plan.into.form]
     if not plan.lossless:
         words.append("--allow-lossy")
     if plan.share_files is not None:

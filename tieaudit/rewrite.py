@@ -115,7 +115,7 @@ def _format_name(model: Model, plan: Plan) -> str:
     """The format of what is written."""
     if plan.into is None or not plan.into.file:
         return model.format
-    return "safetensors" if plan.into.kind == "safetensors" else "torch_checkpoint"
+    return "safetensors" if plan.into.form == "safetensors" else "torch_checkpoint"
 
 
 def _read_back(format_: Format, model: Model, plan: Plan, folder: Path) -> Model:

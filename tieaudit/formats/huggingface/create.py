@@ -75,7 +75,7 @@ def create(model: Model, plan: Plan, dest: Path) -> Written:
     written = _carry(folder, dest, {path.name for path in chosen.files} - {CONFIG} | {*plan.into.left_out}, plan)
     aliases = {**safetensors.dropped_names(model, plan), **plan.into.doubled}
     for file, weights in files.names.items():
-        if plan.into.kind == "torch":
+        if plan.into.form == "torch":
             versions = None if files.index else torch_checkpoint.versions_of(model)
             torch_checkpoint.write_state_dict(weights, dest / file, versions)
         else:
@@ -84,18 +84,18 @@ def create(model: Model, plan: Plan, dest: Path) -> Written:
             safetensors.write(weights, {**noted, **safetensors.FORMAT}, dest / file)
         written.append(file)
     if files.index:
-        noted = aliases if plan.into.kind == "safetensors" else {}
+        noted = aliases if plan.into.form == "safetensors" else {}
         (dest / files.index).write_text(_index(chosen.main, files, noted), encoding="utf-8", newline="")
         written.append(files.index)
     renamed = {}
-    if plan.into.kind == "safetensors":
+    if plan.into.form == "safetensors":
         by_name = {weight.name: weight.id for weight in model.weights}
         renamed = {by_name[gone]: by_name[kept] for gone, kept in safetensors.dropped_names(model, plan).items()}
     return Written(tuple(written), renamed)
 
 
 def _stored(model: Model, plan: Plan, into: Container) -> list[Weight]:
-    dropped = safetensors.dropped_names(model, plan) if into.kind == "safetensors" else {}
+    dropped = safetensors.dropped_names(model, plan) if into.form == "safetensors" else {}
     return [one for one in arranged(model, plan).weights if not one.absent and one.name not in dropped]
 
 
@@ -132,8 +132,8 @@ def _files(model: Model, plan: Plan, stored: list[Weight]) -> _Files:
             raise CorruptFile(f"{main}: tensor {weight.name!r} moved since it was read; nothing was written")
         by_file[homes[weight.name]].append(weight)
     assert plan.into is not None
-    stem = _DIFFUSERS if main.name.startswith(_DIFFUSERS) else _STEMS[plan.into.kind]
-    ending = _ENDINGS[plan.into.kind]
+    stem = _DIFFUSERS if main.name.startswith(_DIFFUSERS) else _STEMS[plan.into.form]
+    ending = _ENDINGS[plan.into.form]
     if not main.name.endswith(".index.json"):
         return _Files({stem + ending: stored}, "")
     filled = [weights for weights in by_file.values() if weights]

@@ -1,6 +1,7 @@
-"""safetensors without a config.json beside it: a lone file, or shards with their index. Read only.
+"""safetensors without a config.json beside it: a lone file, or shards with their index. Not rewritten as it is.
 
-Such a file has no class that would restore a dropped tensor, so no tie can be realised in it.
+Such a file has no class that would restore a dropped tensor, so no tie can be made in it; one that a checkpoint or a
+module already has is carried over as `safetensors.torch.save_model` does (`create.py`).
 Source of the format: https://github.com/huggingface/safetensors, README "Format".
 """
 
@@ -56,7 +57,7 @@ def _create(model: Model, plan: Plan, dest: Path) -> Written:
 
 safetensors = Format(
     name="safetensors",
-    summary="safetensors files, alone or sharded with an index (read only: no class to restore a tie)",
+    summary="safetensors files, alone or sharded with an index (ties are carried over, never made: no class restores one)",
     targets=("safetensors",),
     owns=_owns,
     group=_group,
