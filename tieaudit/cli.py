@@ -165,8 +165,7 @@ def plan(path: str, key: str, format_name: str, **chosen: Any) -> None:
     help="Where to write; must not exist. Without it, print the plan.",
 )
 @click.option("--require", type=click.Choice(["structural", "regional", "end-to-end"]),
-              help="Least level of proof for delivery. Default: regional; structural for a checkpoint, which is no "
-              "program.")  # fmt: skip
+              help="Least level of proof. Default: regional; structural for checkpoints.")  # fmt: skip
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
               help="Where to run the proof.")  # fmt: skip
 @click.option("--inputs", type=click.Path(path_type=Path),
@@ -242,9 +241,8 @@ def apply(
 @main.command(epilog=_EPILOG_VERIFY)
 @click.argument("before", required=False)
 @click.argument("after", required=False)
-@click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run."
-)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+              help="Where to run.")  # fmt: skip
 @click.option(
     "--inputs", type=click.Path(path_type=Path), help="Inputs as an .npz; default: generated from the signature."
 )

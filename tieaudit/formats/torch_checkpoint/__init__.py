@@ -52,6 +52,12 @@ def _edit(model: Model, plan: Plan, dest: Path) -> Written:
     return edit(model, plan, dest)
 
 
+def _notes(model: Model, edits: Sequence[Edit]) -> tuple[str, ...]:
+    from tieaudit.formats.torch_checkpoint.optimizer import notes
+
+    return notes(model, edits)
+
+
 torch_checkpoint = Format(
     name="torch_checkpoint",
     summary="PyTorch checkpoints (.pt, .pth, .bin, .ckpt, TorchScript), read and written without PyTorch",
@@ -62,5 +68,6 @@ torch_checkpoint = Format(
     load_key=_load_key,
     can_realise=_can_realise,
     edit=_edit,
+    notes=_notes,
     has_program=False,
 )
