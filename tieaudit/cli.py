@@ -254,9 +254,8 @@ def apply(
 @main.command(epilog=_EPILOG_VERIFY)
 @click.argument("before", required=False)
 @click.argument("after", required=False)
-@click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run."
-)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+              help="Where to run.")  # fmt: skip
 @click.option(
     "--inputs", type=click.Path(path_type=Path), help="Inputs as an .npz; default: generated from the signature."
 )

@@ -82,6 +82,8 @@ def plan(subject: Subject, choices: Choices, as_format: Format | None = None) ->
             )
         for candidate in candidates:
             _consider(draft, candidate)
+    if format_.notes is not None:
+        draft.notes.extend(format_.notes(draft.model, draft.edits))
     return Plan(
         path=subject.model.path,
         target=target,

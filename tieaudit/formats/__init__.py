@@ -57,6 +57,8 @@ class Format:
     """As `load`, of what a file that holds several models keeps under a key; UsageError if it has no such key."""
     named: Callable[[str], bool] | None = None
     """Whether a text that is no path names a model of this format (`package.module:factory`)."""
+    notes: Callable[[Model, Sequence[Edit]], tuple[str, ...]] | None = None
+    """(model, edits) → what making them means for other contents of the files, in sentences for the plan."""
     has_program: bool = True
     """Whether a model of this format can be run, alone or by the library that knows its class; else the structural
     proof is all that there can be."""

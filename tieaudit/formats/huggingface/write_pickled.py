@@ -94,7 +94,7 @@ def reason(model: Model, edit: Share | Unshare) -> str | None:
 
 def write_shard(model: Model, source: Path, orders: Orders | None, target: Path) -> bool:
     """One file of the weights; whether anything is left to write."""
-    if orders is None:
+    if not orders:
         copy_file(source, target)
         return True
     if set(orders.dropped) >= {one.name for one in model.weights if one.storage and file_of(model, one) == source}:

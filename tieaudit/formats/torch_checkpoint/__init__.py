@@ -64,6 +64,12 @@ def _create(model: Model, plan: Plan, dest: Path) -> Written:
     return create(model, plan, dest)
 
 
+def _notes(model: Model, edits: Sequence[Edit]) -> tuple[str, ...]:
+    from tieaudit.formats.torch_checkpoint.optimizer import notes
+
+    return notes(model, edits)
+
+
 torch_checkpoint = Format(
     name="torch_checkpoint",
     summary="PyTorch checkpoints (.pt, .pth, .bin, .ckpt, TorchScript), read and written without PyTorch",
@@ -76,5 +82,6 @@ torch_checkpoint = Format(
     can_create=_can_create,
     create=_create,
     edit=_edit,
+    notes=_notes,
     has_program=False,
 )
