@@ -57,7 +57,7 @@ def _create(model: Model, plan: Plan, dest: Path) -> Written:
 
 safetensors = Format(
     name="safetensors",
-    summary="safetensors files, alone or sharded with an index (ties are carried over, never made: no class restores one)",
+    summary="safetensors files, alone or sharded with an index (ties are carried over, never made: no class restores)",
     targets=("safetensors",),
     owns=_owns,
     group=_group,
