@@ -133,6 +133,7 @@ def convert(subject: Subject, into: Container, choices: Choices | None = None) -
             format_,
             can_realise=lambda model, edit, target: draft.reason_for_new(edit),
             edit=format_.edit or format_.create,
+            notes=None,  # of what lies beside the tensors, which stays behind
         )
         made = make_plan(subject, choices, asked)
     apart = {edit.name for edit in made.edits if isinstance(edit, Unshare)}
