@@ -55,9 +55,12 @@ class _Draft:
         self.refusals.append(Refusal(candidate.scheme, ids, because))
 
 
-def plan(subject: Subject, choices: Choices) -> Plan:
-    """The plan for one model. UsageError for unknown schemes, targets and policies; everything else is a refusal."""
-    format_ = choose(discover("formats", Format), subject.model.format, "format")
+def plan(subject: Subject, choices: Choices, as_format: Format | None = None) -> Plan:
+    """The plan for one model. UsageError for unknown schemes, targets and policies; everything else is a refusal.
+
+    `as_format`: the format whose word counts for what can be made, where the model becomes another one.
+    """
+    format_ = as_format or choose(discover("formats", Format), subject.model.format, "format")
     target = choices.target or format_.targets[0]
     if target not in format_.targets:
         raise UsageError(
@@ -79,6 +82,8 @@ def plan(subject: Subject, choices: Choices) -> Plan:
             )
         for candidate in candidates:
             _consider(draft, candidate)
+    if format_.notes is not None:
+        draft.notes.extend(format_.notes(draft.model, draft.edits))
     return Plan(
         path=subject.model.path,
         target=target,
@@ -221,9 +226,7 @@ def _unshare_names(model: Model, ids: list[str], because: str) -> list[Edit]:
     """Every name but one gets a copy, which the operations of its own module read where a graph reads only that one."""
     stored = [id for id in ids if not model.by_id[id].absent]
     source = next((id for id in stored if model.uses_of.get(id)), stored[0])
-    edits = [
-        Unshare(source, model.by_id[id].name, _own_uses(model, source, id), because) for id in ids if id != source
-    ]
+    edits = [Unshare(source, model.by_id[id].name, _own_uses(model, source, id), because) for id in ids if id != source]
     read = {(use.scope, use.node) for use in model.uses_of.get(source, ())}
     alone = not any(model.uses_of.get(id) for id in ids if id != source)
     if alone and len(read) > 1 and not any(edit.uses for edit in edits):

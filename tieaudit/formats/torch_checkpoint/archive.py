@@ -62,6 +62,7 @@ class Archive:
         self.all = tuple(sorted(members, key=lambda one: one.header))
         """Every member, those beside the top folder too, in the order of the file."""
         self._n_inflated = 0
+        self._inflated: dict[int, Storage] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self.members
@@ -85,6 +86,8 @@ class Archive:
         data = self._data_of(member)
         if member.method == _STORED:
             return data
+        if member.header in self._inflated:
+            return self._inflated[member.header]
         self._n_inflated += member.n_bytes
         if self._n_inflated > MAX_INFLATED_BYTES:
             raise CorruptFile(
@@ -92,7 +95,9 @@ class Archive:
                 f"{MAX_INFLATED_BYTES} bytes",
                 hint="PyTorch never deflates them: unpack the archive and pack it again with `zip -0 -r`",
             )
-        return MemoryStorage(self._inflate(member, data), f"{self.path}!{member.name}")
+        found = MemoryStorage(self._inflate(member, data), f"{self.path}!{member.name}")
+        self._inflated[member.header] = found
+        return found
 
     def _inflate(self, member: Member, data: FileStorage) -> bytes:
         machine = zlib.decompressobj(-15)

@@ -11,7 +11,7 @@ from tieaudit.dtypes import dtype
 from tieaudit.errors import CorruptFile, UnreadableModel
 from tieaudit.formats.torch_checkpoint.contents import ALL, Contents
 from tieaudit.formats.torch_checkpoint.opened import Opened, open_within
-from tieaudit.formats.torch_checkpoint.read import Found, weight_of
+from tieaudit.formats.torch_checkpoint.read import Collected, weight_of
 from tieaudit.formats.torch_checkpoint.rebuild import Bytes, Tensor
 from tieaudit.formats.torch_export.fields import Fields, read_json
 from tieaudit.formats.torch_export.layout import CONSTANTS, WEIGHTS, Layout, checked_name
@@ -85,7 +85,7 @@ def entries_of(layout: Layout, folder: str) -> Iterator[Entry]:
 
 
 def _read_table(path: Path, layout: Layout, folder: str, payload: Payload) -> None:
-    found = Found(_opened(path, layout))
+    found = Collected(_opened(path, layout))
     for entry in entries_of(layout, folder):
         if entry.name in payload.entries:
             raise CorruptFile(f"{path}: expected {entry.name[:200]!r} among weights or constants, found it in both")
@@ -122,7 +122,7 @@ def _opened(path: Path, layout: Layout) -> Opened:
     order = archive.read("byteorder", 16).strip() if "byteorder" in archive else b"little"
     if order not in (b"little", b"big"):
         raise CorruptFile(f"{path}, byteorder: expected little or big, found {order!r}")
-    return Opened(str(path), "pt2", None, archive, order == b"big", Counter(), MemoryStorage(b"", str(path)))
+    return Opened(str(path), "pt2", None, archive, order == b"big", Counter(), MemoryStorage(b"", str(path)), archive)
 
 
 def _read_pickle(path: Path, layout: Layout, folder: str, payload: Payload) -> None:
@@ -134,9 +134,10 @@ def _read_pickle(path: Path, layout: Layout, folder: str, payload: Payload) -> N
         return
     if not isinstance(stored, FileStorage):
         raise CorruptFile(f"{path}, {name}: expected a stored member, found a deflated one")
-    found = Found(open_within(path, stored))
+    found = Collected(open_within(path, stored))
     chosen = Contents(found.opened.value, f"{path}, {name}").choose(ALL)
-    for full, leaf in chosen.tensors:
+    for named in chosen.tensors:
+        full, leaf = named.name, named.leaf
         if not isinstance(leaf, Tensor):
             found.left_out[full] = "no plain tensor; not compared"
         elif (weight := weight_of(found, full, leaf)) is not None:

@@ -76,4 +76,5 @@ torch_module = Format(
     load_inputs=_load_inputs,
     can_realise=_can_realise,
     edit=_edit,
+    has_program=False,
 )

@@ -39,6 +39,21 @@ class TensorStorage:
             raise UnreadableModel(f"expected the values of a tensor, found none: {self.no_values}")
         return [self._read(begin, length) for begin, length in ranges]
 
+    def stretch(self, begin: int, end: int) -> TensorStorage | None:
+        """The bytes from `begin` to `end` as they lie in memory, both as in `region`; None where this memory ends
+        earlier, or where values are not as they are stored (lazy conjugates)."""
+        import torch
+
+        tensor = self.tensor.detach()
+        if self.no_values or tensor.is_conj() or tensor.is_neg():
+            return None
+        first = tensor.storage_offset() * tensor.element_size() + begin - self.region[1]
+        memory = tensor.untyped_storage()
+        if first < 0 or first + end - begin > memory.nbytes():
+            return None
+        plain = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(memory, first, (end - begin,), (1,))
+        return TensorStorage(plain, (self.region[0], begin, end), end - begin)
+
     def _read(self, begin: int, length: int) -> bytes:
         if length <= 0:
             return b""
