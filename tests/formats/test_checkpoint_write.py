@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -335,6 +336,8 @@ def test_a_change_beside_the_model_fails_the_proof(tmp_path: Path) -> None:
     torch.save(value, tmp_path / "one.pt")
     nobody = frozenset[str]()
     assert beside.differences(tmp_path / "one.pt", tmp_path / "one.pt", "", nobody, nobody) == []
+    torch.save(copy.deepcopy(value), tmp_path / "same.pt")
+    assert beside.differences(tmp_path / "one.pt", tmp_path / "same.pt", "", nobody, nobody) == []
     for change in ("epoch", "args", "ema", "more", "less", "type"):
         other = copy.deepcopy(value)
         if change == "epoch":
@@ -350,7 +353,12 @@ def test_a_change_beside_the_model_fails_the_proof(tmp_path: Path) -> None:
         else:
             other["epoch"] = 3.0
         torch.save(other, tmp_path / f"{change}.pt")
-        assert beside.differences(tmp_path / "one.pt", tmp_path / f"{change}.pt", "", nobody, nobody), change
+        found = beside.differences(tmp_path / "one.pt", tmp_path / f"{change}.pt", "", nobody, nobody)
+        assert found and not any("member" in one for one in found), (change, found)
+    with zipfile.ZipFile(tmp_path / "same.pt", "a") as archive:
+        archive.writestr("same/extra", b"1")
+    said = ["member extra of the archive: not named by the plan, but it changed"]
+    assert beside.differences(tmp_path / "one.pt", tmp_path / "same.pt", "", nobody, nobody) == said
 
 
 def test_shards_without_a_config_are_rewritten_and_a_tie_across_files_is_refused(tmp_path: Path) -> None:
@@ -464,6 +472,26 @@ def test_an_optimizer_is_kept_and_the_plan_says_whether_it_fits_the_tied_model(
     else:
         with pytest.raises(ValueError, match="doesn't match the size"):
             optimizer.load_state_dict(after["optimizer_states"][0])
+
+
+def test_untying_says_that_the_optimizer_of_the_tied_model_no_longer_fits(tmp_path: Path) -> None:
+    _with_optimizer(tmp_path / "m.ckpt", tied=True)
+    rewritten(tmp_path / "m.ckpt", tmp_path / "tied.ckpt")
+    done = CliRunner().invoke(main, ["plan", str(tmp_path / "tied.ckpt"), "--scheme", "untie"])
+    said = " ".join(done.output.split())
+    assert "it has one entry for each of 3 parameters, the result has 4" in said
+    assert "a sum cannot be split again" in said
+
+
+def test_a_pickle_that_changed_has_no_frames_whose_lengths_would_be_wrong(tmp_path: Path) -> None:
+    """CPython's fast unpickler forgives a wrong length, its Python one and others do not."""
+    LAYOUTS["protocol 5, framed"](trained(), tmp_path / "m.pt")
+    for path, expected in ((tmp_path / "m.pt", 1), (rewritten(tmp_path / "m.pt", tmp_path / "o.pt"), 0)):
+        with zipfile.ZipFile(path) as archive:
+            (name,) = (one for one in archive.namelist() if one.endswith("data.pkl"))
+            opcodes = [opcode.name for opcode, _, _ in pickletools.genops(archive.read(name))]
+        assert opcodes.count("FRAME") == expected
+        assert "MEMOIZE" not in opcodes or expected
 
 
 def test_an_optimizer_of_other_parameters_is_kept_and_nothing_is_claimed(tmp_path: Path) -> None:

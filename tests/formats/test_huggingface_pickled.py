@@ -95,7 +95,7 @@ def _nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is written is looked at; running it is for the tests with transformers."""
     stage = importlib.import_module("tieaudit.apply")
     monkeypatch.setattr(stage, "prove_apart", lambda one: prove(one.before, one.after, one.plan, one.written))
-    monkeypatch.setattr("tieaudit.verify.runner_for", lambda _: "not in this test")
+    monkeypatch.setattr(importlib.import_module("tieaudit.verify"), "runner_for", lambda _: "not in this test")
 
 
 def applied(folder: Path, out: Path, *words: str) -> str:

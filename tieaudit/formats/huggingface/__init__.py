@@ -64,7 +64,7 @@ def _switch(model: Model, ids: tuple[str, ...], tied: bool, target: str) -> tupl
 
 huggingface = Format(
     name="huggingface",
-    summary="Hugging Face folders: config.json with safetensors, or pytorch_model.bin (read only)",
+    summary="Hugging Face folders: config.json with safetensors or pytorch_model.bin",
     targets=("transformers-5", "transformers-4"),
     owns=_owns,
     group=_group,

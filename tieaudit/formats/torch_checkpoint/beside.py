@@ -135,5 +135,5 @@ def _small(archive: Archive) -> dict[str, Storage]:
     for member in archive.all:
         name = member.name.removeprefix(archive.top)
         if name not in _CHANGES and not name.startswith("data/"):
-            found[member.name] = archive.content(member)
+            found[name] = archive.content(member)
     return found

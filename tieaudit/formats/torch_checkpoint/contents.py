@@ -154,12 +154,13 @@ class Contents:
         stack: list[Iterator[tuple[str, object]]] = [iter(self.children(value))]
         names: list[str] = []
         path = [value]
+        inside = {id(value)}
         n_visits = 0
         while stack:
             name, child = next(stack[-1], ("", None))
             if child is None:
                 stack.pop()
-                path.pop()
+                inside.discard(id(path.pop()))
                 names = names[:-1]
                 continue
             n_visits += 1
@@ -168,10 +169,11 @@ class Contents:
                 raise CorruptFile(f"{self.where}: expected {what} of names, found more: nested beyond reason")
             if isinstance(child, (Tensor, Parts, Embedded)):
                 yield Named(".".join([*names, name]), child, path[-1], name)
-            elif not any(child is one for one in path):  # else a container that holds itself
+            elif id(child) not in inside:  # else a container that holds itself
                 stack.append(iter(self.children(child)))
                 names.append(name)
                 path.append(child)
+                inside.add(id(child))
 
     def _prune(self) -> None:
         """Children that hold tensors, for every container once: shared ones are not walked again."""
