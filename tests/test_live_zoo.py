@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn  # noqa: E402
 
 import tieaudit  # noqa: E402
 from tieaudit.calling import outputs, sample_inputs  # noqa: E402
+from tieaudit.depth import shared_across_depth  # noqa: E402
 
 SMALL: dict[str, Any] = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 TWO_SIDED = {
@@ -107,12 +109,26 @@ def test_untied_and_tied_again_gives_the_same_outputs_and_state(kind: str) -> No
 def test_the_calls_of_albert_s_one_layer_are_in_the_exported_graph() -> None:
     module = built("AlbertForMaskedLM")
     ids = torch.randint(3, 90, (2, 7))
-    alone, traced = tieaudit.scan(module), tieaudit.scan(module, inputs={"input_ids": ids})
-    name = "albert.encoder.albert_layer_groups.0.albert_layers.0.ffn.weight"
-    assert [tie for tie in alone.subject.found.ties if name in tie.ids] == []
-    (tie,) = [tie for tie in traced.subject.found.ties if name in tie.ids]
-    assert len(tie.members) == 2  # num_hidden_layers
-    assert traced.subject.model.metadata["uses"] == "from torch.export with the given inputs"
+    made_up, given = tieaudit.scan(module), tieaudit.scan(module, inputs={"input_ids": ids})
+    group = "albert.encoder.albert_layer_groups.0"
+    inside = [name for name, _ in module.named_parameters() if name.startswith(group + ".")]
+    for report in (made_up, given):
+        (one,) = shared_across_depth(report.subject.model)
+        assert (one.module, one.n_calls, list(one.ids)) == (group, 2, inside)  # num_hidden_layers
+        assert [tie for tie in report.subject.found.ties if set(tie.ids) & set(inside)] == []
+        # four bytes each: attention 4·(16² + 16), two norms of 32, feed-forward 2·16·24 + 24 + 16
+        assert f"  {group}  16 weights  7.8 kB  used in 2 calls" in tieaudit.render(report)
+        (document,) = json.loads(tieaudit.render(report, "json"))["models"]
+        assert document["shared_across_depth"] == [{"module": group, "n_calls": 2, "ids": inside}]
+        calls = {weight["name"]: weight["n_calls"] for weight in document["weights"] if weight["parameter"]}
+        # the table serves two modules, once each; a position table, norms and heads once
+        assert {name: count for name, count in calls.items() if count != 1} == dict.fromkeys(
+            [*inside, "albert.embeddings.word_embeddings.weight", "predictions.decoder.weight"], 2
+        )
+    assert made_up.subject.model.metadata["uses"] == (
+        "from torch.export with generated inputs: input_ids int64 2×7, attention_mask int64 2×7"
+    )
+    assert given.subject.model.metadata["uses"] == "from torch.export with the given inputs"
 
 
 def test_training_parity_of_a_three_way_tie() -> None:

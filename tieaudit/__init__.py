@@ -30,11 +30,12 @@ __all__ = ["TieAuditError", "apply", "gradients", "plan", "render", "scan", "sur
 
 
 def scan(model: str | Path | torch.nn.Module, *, inputs: Any = None) -> Report:
-    """What is there: weights, roles, ties of every origin, candidates, findings. Nothing is run and nothing written.
+    """What is there: weights, roles, ties of every origin, candidates, findings. Nothing is computed, nothing written.
 
-    `inputs`: for a module, sample inputs (a tuple of arguments, a mapping of keyword arguments, or one value); the
-    uses of every parameter, repeated calls included, then come from torch.export. UnreadableModel for a path that
-    holds no model, UsageError for one that holds several.
+    `inputs`: for a module, sample inputs (a tuple of arguments, a mapping of keyword arguments, or one value); made up
+    where they are not given. With them the module is traced on fake tensors by torch.export, which tells the uses of
+    every parameter and repeated calls. UnreadableModel for a path that holds no model, UsageError for one that holds
+    several.
 
     >>> import torch, tieaudit
     >>> model = torch.nn.Sequential(torch.nn.Embedding(100, 8), torch.nn.Linear(8, 100, bias=False))
@@ -47,7 +48,7 @@ def scan(model: str | Path | torch.nn.Module, *, inputs: Any = None) -> Report:
     """
     from tieaudit.scan import scan as look_at
 
-    return look_at(_model(model, inputs))
+    return look_at(_model(model, inputs, whole=True))
 
 
 def plan(
@@ -78,30 +79,56 @@ def apply(
     model: str | Path | torch.nn.Module,
     *,
     to: str | Path,
-    scheme: str | tuple[str, ...] = "dedup",
+    scheme: str | tuple[str, ...] | None = None,
+    container: Literal["safetensors", "torch"] | None = None,
+    key: str = "",
     target: str | None = None,
     allow_lossy: bool = False,
     merge: str | None = None,
-    require: Literal["structural", "regional", "end to end"] = "regional",
+    require: Literal["structural", "regional", "end to end"] | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     inputs: Mapping[str, Any] | None = None,
     max_drift: float | None = None,
 ) -> Applied:
     """Plan, write to `to` (which must not exist), read back, prove, deliver, with a receipt. The input is only read.
 
+    `scheme`: None means dedup, or nothing but the conversion where `to` names another container (`model.safetensors`
+    from `model.pt`) or `container` does (for folders). A live module is written as its state dict, `.pt` or
+    `.safetensors` by the name of `to`; its ties are kept, and it is itself not changed. `key`: of a checkpoint, what
+    is kept under it.
+    `require`: the least level of proof; None for regional, or structural for a checkpoint, which is no program.
+
     ParityFailed if a level of proof fails; RewriteRefused if nothing could be done, if the required level could not
-    run, or for a live module: that is no file, `tie` and `untie` change it where it lives.
+    run, or for a tensor that cannot be written (on the meta device, sharded, of a type that the container lacks).
+
+    >>> import tempfile, torch, tieaudit
+    >>> from pathlib import Path
+    >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Linear(4, 10, bias=False))
+    >>> model[1].weight = model[0].weight
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     done = tieaudit.apply(model, to=Path(folder, "model.pt"))
+    ...     state = torch.load(done.delivered.path)
+    >>> [level.name for level in done.proof.levels if level.outcome == "held"], list(state)
+    (['structural'], ['0.weight', '1.weight'])
+    >>> state["0.weight"].data_ptr() == state["1.weight"].data_ptr()
+    True
     """
     from tieaudit.apply import apply as carry_out
+    from tieaudit.convert import container_for, convert
     from tieaudit.errors import RewriteRefused
     from tieaudit.plan import plan as make
     from tieaudit.rewrite import stamps
     from tieaudit.scan import look
 
-    read = _model(model)
+    read = _to_write(model, key)
     seen = stamps(read)
-    made = make(look(read), _choices(scheme, target, allow_lossy, merge))
-    if not made.edits:
+    into = container_for(read, Path(to), container)
+    if into is not None:
+        chosen = _choices(scheme, target, allow_lossy, merge) if scheme is not None else None
+        made = convert(look(read), into, chosen)
+    else:
+        made = make(look(read), _choices(scheme or "dedup", target, allow_lossy, merge))
+    if not made.edits and into is None or made.refusals and not made.edits:
         said = "; ".join(dict.fromkeys(refusal.because for refusal in made.refusals)) or "there is nothing to do"
         raise RewriteRefused(f"{read.path}: nothing was written: {said}")
     return carry_out(
@@ -240,14 +267,25 @@ def render(report: Report, format: Literal["text", "json"] = "text") -> str:
     return text
 
 
-def _model(source: str | Path | torch.nn.Module, inputs: Any = None) -> Model:
+def _model(source: str | Path | torch.nn.Module, inputs: Any = None, *, whole: bool = False) -> Model:
     if isinstance(source, (str, Path)):
         from tieaudit.load import load_one
 
         return load_one(source)
     from tieaudit.formats.torch_module.read import read_module
 
-    return read_module(source, inputs)
+    return read_module(source, inputs, whole=whole)
+
+
+def _to_write(source: str | Path | torch.nn.Module, key: str) -> Model:
+    """What is to be written: of a live module, its state dict."""
+    if isinstance(source, (str, Path)):
+        from tieaudit.load import load_one
+
+        return load_one(source, key=key)
+    from tieaudit.formats.torch_module.state import read_state
+
+    return read_state(_live(source))
 
 
 def _live(source: Any) -> Any:

@@ -11,12 +11,15 @@ from typing import Any
 from tieaudit.change import Plan, Proof
 from tieaudit.deliver import Delivered, deliver
 from tieaudit.errors import ParityFailed, RewriteRefused
+from tieaudit.formats import Format
 from tieaudit.model import Model
 from tieaudit.proving import Request, peak_bytes, prove_apart
+from tieaudit.registry import choose, discover
 from tieaudit.rewrite import Stamps, rewrite, stamps, workspace
-from tieaudit.verify import LEVELS
+from tieaudit.verify import LEVELS, prove
 
-_OF_FILES = frozenset({".onnx", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".npz"})
+_OF_FILES = frozenset({".onnx", ".safetensors", ".bin", ".pt", ".pt2", ".pth", ".ckpt", ".gguf", ".h5", ".npz"})
+_LIVE = "torch_module"
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,15 @@ def apply(
     plan: Plan,
     destination: Path,
     *,
-    require: str = "regional",
+    require: str | None = None,
     device: str = "auto",
     inputs: Mapping[str, Any] | None = None,
     max_drift: float | None = None,
     seen: Stamps | None = None,
 ) -> Applied:
     """Write `plan` to `destination`, which must not exist.
+
+    `require`: the least level of proof; None for regional, or structural where a model of its format cannot be run.
 
     ParityFailed if any level of proof fails, RewriteRefused if the required level could not run, nothing can be
     written, or a file of the model changed since `seen` (by default: since now); in all these cases nothing is left
@@ -50,20 +55,29 @@ def apply(
         raise RewriteRefused(
             f"{destination}: is inside the model's own folder, which is only read", hint="give another --to"
         )
-    _check_kind(source, destination)
-    if source.is_file() and destination.suffix == source.suffix:
+    if plan.into is None:
+        _check_kind(source, destination)
+    if plan.into is None and source.is_file() and destination.suffix == source.suffix:
         plan = replace(plan, data_names=_data_names(model, destination))
     seen = stamps(model) if seen is None else seen
     with workspace(destination) as folder:
         written, after = rewrite(model, plan, folder)
         seen.check()
-        proof = prove_apart(Request(model, after, plan, written, device, inputs, max_drift))
+        if model.format == _LIVE:  # its tensors belong to this process
+            proof = prove(model, after, plan, written)
+        else:
+            proof = prove_apart(Request(model, after, plan, written, device, inputs, max_drift))
         seen.check()
         proof = replace(proof, facts={**proof.facts, "n_bytes_peak_writing": peak_bytes()})
-        _accept(model, proof, require)
+        _accept(model, proof, require or least_level(model))
         if inputs is not None and (reason := unused(proof)) is not None:
             raise RewriteRefused(f"the given inputs could not be used, nothing was delivered: {reason}")
         return Applied(plan, proof, deliver(model, plan, written, proof, folder, destination))
+
+
+def least_level(model: Model) -> str:
+    """The level of proof that is asked for where the user does not say."""
+    return "regional" if choose(discover("formats", Format), model.format, "format").has_program else "structural"
 
 
 def _check_kind(source: Path, destination: Path) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from tieaudit.change import Level, Proof
 from tieaudit.errors import UsageError
 from tieaudit.floor import difference, limit_of, rounding_bound, says_something
 from tieaudit.formats.torch_module.read import held
+from tieaudit.formats.torch_module.samples import samples
 from tieaudit.formats.torch_module.tensors import locate
 from tieaudit.formats.torch_module.uses import arguments
 from tieaudit.storage import same_bytes
@@ -21,21 +22,23 @@ if TYPE_CHECKING:
     from tieaudit.runners import Array
 
 
-def sample_inputs(module: torch.nn.Module) -> dict[str, Any]:
-    """Made-up inputs of a transformers model, by its class and configuration. UsageError for any other module."""
+def sample_inputs(module: torch.nn.Module) -> Any:
+    """The first made-up inputs with which the module runs: by its class, else by its first layers.
+
+    UsageError if there are none. Cost: a forward pass for each offer that is tried.
+    """
     import torch
 
-    config = getattr(module, "config", None)
-    if config is None or not hasattr(module, "main_input_name"):
-        raise UsageError(
-            f"{type(module).__name__}: expected inputs=…, found none, and only a transformers class says what it takes"
-        )
-    from tieaudit.inputs import made_up
-    from tieaudit.runners.torch import signature_of
-
-    for _, feed in made_up(signature_of(module)):
-        return {name: torch.from_numpy(array.copy()) for name, array in feed.arrays.items()}
-    raise UsageError(f"{type(module).__name__}: no inputs could be made up; give inputs=…")
+    said = "none could be made up"
+    for sample in samples(module):
+        try:
+            with comparable(module), torch.no_grad():
+                call(module, sample.inputs)
+        except Exception as error:  # whatever a foreign forward raises on arguments that do not fit it
+            said = f"made-up ones did not fit: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            continue
+        return sample.inputs
+    raise UsageError(f"{type(module).__name__}: expected inputs=…, found none, and {said}")
 
 
 def call(module: torch.nn.Module, inputs: Any) -> Any:
@@ -70,7 +73,8 @@ def comparable(module: torch.nn.Module) -> Iterator[None]:
 
     modes = {one: one.training for one in module.modules()}
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    module.eval()
+    with suppress(NotImplementedError):  # the module of an exported program has only the mode it was traced in
+        module.eval()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
         with torch.random.fork_rng(devices=[]):

@@ -55,6 +55,22 @@ class SetConfig:
 Edit = Share | Unshare | Respell | SetConfig
 
 
+Kind = Literal["safetensors", "torch"]
+
+
+@dataclass(frozen=True)
+class Container:
+    """What a model is to be written as, where that is another container than its own."""
+
+    form: Kind
+    file: str
+    """Name of the file that is written; empty where a folder of its own (with config.json) becomes one."""
+    left_out: tuple[str, ...] = ()
+    """Files of a folder that do not come along: they would be read in place of the result."""
+    doubled: Mapping[str, str] = field(default_factory=dict)
+    """Name that is written as a second copy, because the container cannot keep its tie → the name it was one with."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What will be done to one model."""
@@ -73,6 +89,8 @@ class Plan:
     """Whether files may keep equal weights in one common data file; None: those that are parts of one export."""
     data_names: Mapping[str, str] = field(default_factory=dict)
     """Data file as the model names it → its name in the result, where the first one is taken at the destination."""
+    into: Container | None = None
+    """None: rewritten as what it is."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +118,8 @@ class Written:
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Original weight id → id that now serves it, for weights whose name did not survive."""
     rewritten: tuple[Rewritten, ...] = ()
+    placed: Mapping[str, str] = field(default_factory=dict)
+    """Original file name → name in the result, for files that could not keep theirs."""
 
 
 Outcome = Literal["held", "failed", "not run"]

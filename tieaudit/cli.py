@@ -6,8 +6,7 @@ Results go to stdout, progress and errors to stderr. Exit codes: see each comman
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +14,13 @@ import click
 
 from tieaudit import __version__
 from tieaudit.console import Commands, not_negative, on_terminal, print_result
+from tieaudit.console import progress as _progress
+from tieaudit.console import spinner as _spinner
 from tieaudit.errors import TieAuditError, UsageError, in_one_line
 from tieaudit.printable import N_MOST_MESSAGE, printable
 
 if TYPE_CHECKING:  # --help and --version answer at once: what reads models is imported by the commands that need it
-    from tieaudit.change import Plan
-    from tieaudit.load import Source
+    from tieaudit.change import Kind, Plan
     from tieaudit.plan import Choices
     from tieaudit.verdict import Finding, Report, Subject
 
@@ -41,6 +41,8 @@ _EPILOG_APPLY = """\b
 Examples:
   tieaudit apply model.onnx --scheme dedup --to model-tied.onnx
   tieaudit apply ./my-model-folder --scheme dedup --to ./my-model-tied
+  tieaudit apply model.pt --to model.safetensors
+  tieaudit apply ./folder-with-pytorch_model.bin --container safetensors --to ./folder-with-safetensors
 """
 _EPILOG_VERIFY = """\b
 Examples:
@@ -106,8 +108,10 @@ _key_option = click.option(
 @main.command(epilog=_EPILOG_SCAN)
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @_key_option
+@click.option("--inputs", type=click.Path(path_type=Path),
+              help="Of a `package.module:factory`, sample inputs as an .npz; default: generated.")  # fmt: skip
 @_format_option(["text", "json"])
-def scan(paths: tuple[str, ...], key: str, format_name: str) -> None:
+def scan(paths: tuple[str, ...], key: str, inputs: Path | None, format_name: str) -> None:
     """What is there: weights, roles, ties of every origin, candidates, findings.
 
     PATH is a model file, a folder, or a glob; a shard or a config.json means its model.
@@ -121,8 +125,8 @@ def scan(paths: tuple[str, ...], key: str, format_name: str) -> None:
     reports: list[Report] = []
     for source in sources:
         try:
-            with _progress(source) as progress:
-                reports.append(look_at(source.load(key), progress=progress))
+            with _progress(source.path.name) as progress:
+                reports.append(look_at(source.load(key, inputs), progress=progress))
         except (TieAuditError, OSError, RecursionError, MemoryError) as error:  # also a file that went away meanwhile
             errors.append((str(source.path), str(in_one_line(error, str(source.path)))))
     if reports or format_name != "text":
@@ -164,8 +168,11 @@ def plan(path: str, key: str, format_name: str, **chosen: Any) -> None:
     type=click.Path(path_type=Path),
     help="Where to write; must not exist. Without it, print the plan.",
 )
-@click.option("--require", type=click.Choice(["structural", "regional", "end-to-end"]), default="regional",
-              show_default=True, help="Least level of proof for delivery.")  # fmt: skip
+@click.option("--container", "kind", type=click.Choice(["safetensors", "torch"]),
+              help="Write the weights as safetensors or as PyTorch does (in a folder: pytorch_model.bin), ties kept. "
+              "Without --scheme nothing else is done. Default: what the name of --to says.")  # fmt: skip
+@click.option("--require", type=click.Choice(["structural", "regional", "end-to-end"]),
+              help="Least level of proof for delivery. Default: regional; structural for bare tensors.")  # fmt: skip
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
               help="Where to run the proof.")  # fmt: skip
 @click.option("--inputs", type=click.Path(path_type=Path),
@@ -177,20 +184,25 @@ def plan(path: str, key: str, format_name: str, **chosen: Any) -> None:
 @click.option(
     "--undo", type=click.Path(path_type=Path), metavar="RECEIPT", help="Take a delivery back, given its receipt."
 )
+@_key_option
 @_format_option(["text", "json"])
 def apply(
     path: str | None,
     destination: Path | None,
-    require: str,
+    kind: Kind | None,
+    require: str | None,
     device: str,
     inputs: Path | None,
     max_drift: float | None,
     strict: bool,
     undo: Path | None,
+    key: str,
     format_name: str,
     **chosen: Any,
 ) -> None:
     """Plan, write, read back, prove, deliver, with a receipt. The input is only read.
+
+    Where --to or --container names another container than PATH's, the model is converted and keeps its ties.
 
     Exit code: 0 delivered, or nothing to do · 1 a proof failed, nothing delivered · 2 refused, or a proof could
     not run, nothing delivered.
@@ -204,17 +216,22 @@ def apply(
     if path is None:
         raise UsageError("expected a PATH, or --undo RECEIPT")
     from tieaudit import outcome
+    from tieaudit.convert import container_for, convert
     from tieaudit.load import load_one
     from tieaudit.plan import plan as make_plan
     from tieaudit.rewrite import stamps
     from tieaudit.scan import look
 
-    model = load_one(path, together=bool(chosen["share_files"]))
+    model = load_one(path, together=bool(chosen["share_files"]), key=key)
     seen = stamps(model)
     subject = look(model)
-    made = make_plan(subject, _choices(chosen))
+    into = container_for(model, destination, kind)
+    if into is not None:
+        made = convert(subject, into, _choices(chosen) if chosen["schemes"] else None)
+    else:
+        made = make_plan(subject, _choices(chosen))
     refused = bool(made.refusals) and (strict or not made.edits)
-    if destination is None or refused or not made.edits:
+    if destination is None or refused or not made.edits and into is None:
         left, asked = _left(subject, made), destination is not None
         print_result(outcome.planned(model, made, format_name, left=left, asked_to_write=asked))
         sys.exit(2 if refused else 0)
@@ -227,7 +244,7 @@ def apply(
             model,
             made,
             destination,
-            require=require.replace("-", " "),
+            require=require.replace("-", " ") if require else None,
             device=device,
             inputs=given,
             max_drift=max_drift,
@@ -239,9 +256,8 @@ def apply(
 @main.command(epilog=_EPILOG_VERIFY)
 @click.argument("before", required=False)
 @click.argument("after", required=False)
-@click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run."
-)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+              help="Where to run.")  # fmt: skip
 @click.option(
     "--inputs", type=click.Path(path_type=Path), help="Inputs as an .npz; default: generated from the signature."
 )
@@ -257,6 +273,7 @@ def apply(
 @click.option(
     "--survival", is_flag=True, help="Which everyday operations break the ties of BEFORE, a `package.module:factory`."
 )
+@_key_option
 @_format_option(["text", "json"])
 def verify(
     before: str | None,
@@ -266,6 +283,7 @@ def verify(
     max_drift: float | None,
     receipt: Path | None,
     survival: bool,
+    key: str,
     format_name: str,
 ) -> None:
     """Run both models on the same inputs and compare.
@@ -301,7 +319,7 @@ def verify(
     from tieaudit.verify import compare
 
     given = read_inputs(inputs) if inputs is not None else None
-    one, other = load_one(before), load_one(after)
+    one, other = load_one(before, key=key), load_one(after, key=key)
     with _spinner("running both models"):
         proof = with_peaks(compare(one, other, device=device, inputs=given, max_drift=max_drift))
     if given is not None and (reason := unused(proof)) is not None:
@@ -369,29 +387,3 @@ def _width() -> int:
     import shutil
 
     return shutil.get_terminal_size((100, 24)).columns
-
-
-@contextmanager
-def _progress(source: Source) -> Iterator[Callable[[int], None] | None]:
-    """A progress line for the bytes compared in full, on a terminal only."""
-    if not on_terminal(sys.stderr):
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"comparing {printable(source.path.name, 40)}", total=None)
-        yield lambda n_bytes: bar.advance(task, n_bytes)
-
-
-@contextmanager
-def _spinner(what: str) -> Iterator[None]:
-    if not on_terminal(sys.stderr):
-        yield
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status(what):
-        yield

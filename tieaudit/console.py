@@ -11,7 +11,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -109,3 +109,30 @@ def not_negative(context: click.Context, parameter: click.Parameter, value: floa
     if value is not None and not value >= 0:
         raise click.BadParameter(f"expected a number of 0 or more, found {value}")
     return value
+
+
+@contextmanager
+def progress(name: str) -> Iterator[Callable[[int], None] | None]:
+    """A progress line for the bytes compared in full, on a terminal only."""
+    if not on_terminal(sys.stderr):
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"comparing {printable(name, 40)}", total=None)
+        yield lambda n_bytes: bar.advance(task, n_bytes)
+
+
+@contextmanager
+def spinner(what: str) -> Iterator[None]:
+    """A sign of life while something is done, on a terminal only."""
+    if not on_terminal(sys.stderr):
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield

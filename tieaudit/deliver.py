@@ -13,14 +13,13 @@ from pathlib import Path
 from tieaudit import __version__
 from tieaudit.change import Plan, Proof, Written
 from tieaudit.errors import CorruptFile, RewriteRefused, UsageError
+from tieaudit.formats import RECEIPT_NAME
 from tieaudit.model import Model
 from tieaudit.plain import plain
 from tieaudit.rewrite import flush
 from tieaudit.storage import BLOCK_BYTES
 
 SCHEMA = "tieaudit/receipt/1"
-RECEIPT_NAME = "tieaudit.receipt.json"
-"""Name of the receipt inside a delivered folder; beside a delivered file it is `<file>.receipt.json`."""
 MAX_RECEIPT_BYTES = 256_000_000
 
 
@@ -38,8 +37,11 @@ def deliver(model: Model, plan: Plan, written: Written, proof: Proof, folder: Pa
     A folder arrives by one rename. A single file arrives after its data files and its receipt, so that a model is
     visible only when everything it needs is there. RewriteRefused if something else took the name meanwhile.
     """
-    as_folder = Path(model.path).is_dir() or not _names_a_file(destination, model)
-    single = None if Path(model.path).is_dir() else Path(model.path).name
+    if plan.into is None:
+        as_folder = Path(model.path).is_dir() or not _names_a_file(destination, model)
+        single = None if Path(model.path).is_dir() else Path(model.path).name
+    else:  # written under the very name that the destination has, or into a folder of that name
+        as_folder, single = plan.into.file != destination.name, plan.into.file
     if as_folder:
         receipt = folder / RECEIPT_NAME
         _write_receipt(receipt, model, plan, written, proof, folder, destination, {})
@@ -197,7 +199,13 @@ def undo(path: Path) -> list[Path]:
     assert isinstance(files, dict) and isinstance(inputs, dict)  # read_receipt checked it
     home = _home(path)
     removed = [home / name for name in files]
-    if not inputs or any(os.path.samefile(file, given) for file in removed for given in inputs):
+    if not inputs:
+        raise RewriteRefused(
+            f"{path}: expected an input that is still there, found that of a module in memory: the output may be the "
+            "only copy; nothing was removed",
+            hint="delete it by hand",
+        )
+    if any(os.path.samefile(file, given) for file in removed for given in inputs):
         raise RewriteRefused(f"{path}: expected an input apart from the output, found none; nothing was removed")
     for file in [*removed, path]:
         file.unlink(missing_ok=True)  # a receipt may spell one file in two ways

@@ -108,7 +108,7 @@ def _with_limits(signature: Signature, path: Paths) -> Signature:
     """The ports with the number of valid ids, where an ONNX file tells it."""
     limits: dict[str, int] = {}
     for file in (path,) if isinstance(path, str) else path:
-        if Path(file).is_file():
+        if Path(file).is_file() and not file.endswith(".pt2"):
             for name, limit in id_limits(Path(file)).items():
                 limits[name] = min(limit, limits.get(name, limit))
     if limits and not isinstance(path, str):

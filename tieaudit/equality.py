@@ -59,6 +59,11 @@ def can_declare(model: Model) -> bool:
     return says_so or any(declaration.restores for declaration in model.declarations)
 
 
+def tells_ties(model: Model) -> bool:
+    """Whether two stored weights were two parameters: a program exported from a module stores what was one as one."""
+    return can_declare(model) or model.format == "torch_export"
+
+
 def of_buffers(model: Model, tie: Tie) -> bool:
     """Whether nothing in this class is trained: masks, shapes and tables of equal bytes waste them, and tie nothing."""
     return all(model.by_id[id].parameter is False for id in tie.ids)

@@ -49,7 +49,7 @@ def _find(model: Model, progress: Progress | None) -> Found:
     looks: dict[str, _Look] = {}
     constants = _constants(representatives, looks, unreadable)
     readable = [w for w in representatives if w.id not in constants and w.id not in unreadable]
-    ties = [*_aliased(shared), *_shared_uses(model, constants)]
+    ties = [*_aliased(shared), *_shared_uses(model, constants, names)]
     position = {weight.id: index for index, weight in enumerate(model.weights)}
     for members in _measured(readable, looks, unreadable, progress):
         ties.append(_measured_tie(position, members, names))
@@ -94,20 +94,40 @@ def _one_by_relation(names: Names) -> list[Names]:
     return groups
 
 
-def _shared_uses(model: Model, constants: Iterable[str]) -> Iterable[Tie]:
-    """One stored parameter that serves several operations of the graph."""
+def _shared_uses(model: Model, constants: Iterable[str], names: Mapping[str, Names]) -> Iterable[Tie]:
+    """One stored parameter that serves several operations of the graph.
+
+    Where the graph knows modules, the same operation in a further call of its module is no further role, and modules
+    that each have a name for the parameter are a tie of names.
+    """
     constant = set(constants)
+    n_names = {weight.id: len(group) for group in names.values() for weight, _ in group}
     for id, uses in model.uses_of.items():
         weight = model.by_id[id]
         if weight.parameter is not True or id in constant or weight.n_elements < 2:
             continue
         consumers: dict[tuple[object, ...], Use] = {}
-        for use in uses:
+        for use in _one_call_of_each(uses):
             if use.op not in _NOT_A_ROLE and not use.node.startswith("@"):
                 consumers.setdefault((use.part, use.scope, use.calls, use.node, use.slot), use)
+        if uses[0].call and len(consumers) <= n_names.get(id, 1):
+            continue
         if len(consumers) > 1 and not _cut_up(tuple(consumers.values())):
             members = tuple(Member(id, use.view, _reader(use)) for use in consumers.values())
             yield Tie(members, "aliased", f"one stored tensor serves {len(consumers)} operations")
+
+
+def _one_call_of_each(uses: Sequence[Use]) -> list[Use]:
+    """The uses in one call of every module, that with most of them; all uses where the graph knows no modules."""
+    by_call: dict[tuple[str, str], list[Use]] = defaultdict(list)
+    for use in uses:
+        path, _, number = use.call[-1].rpartition("@") if use.call else ("", "", "")
+        by_call[path, number].append(use)
+    fullest: dict[str, list[Use]] = {}
+    for (path, _), found in by_call.items():
+        if len(found) > len(fullest.get(path, ())):
+            fullest[path] = found
+    return [use for found in fullest.values() for use in found]
 
 
 _N_MOST_PARTS = 256

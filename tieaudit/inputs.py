@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -124,14 +124,14 @@ def made_up(signature: Signature) -> Iterator[tuple[Sizes, Feed]]:
     if any(not port.dtype for port in signature.inputs):
         return
     for sizes in CHOICES:
-        if sum(prod(shape) for shape in _shapes(signature.inputs, sizes).values()) <= N_MOST_ELEMENTS:
+        if sum(prod(shape) for shape in _shapes(signature, sizes).values()) <= N_MOST_ELEMENTS:
             yield sizes, feed_of(signature, sizes)
 
 
 def feed_of(signature: Signature, sizes: Sizes) -> Feed:
     """One made-up feed. Equal symbols have equal sizes; ids stay below the port's limit."""
     rng = np.random.default_rng(sizes.seed)
-    shapes = _shapes(signature.inputs, sizes)
+    shapes = _shapes(signature, sizes)
     arrays = {port.name: _values(port, shapes[port.name], sizes, rng) for port in signature.inputs}
     return Feed(arrays, str(sizes))
 
@@ -160,7 +160,8 @@ def corrected(signature: Signature, feed: Feed, complaint: str) -> Signature | N
     return None
 
 
-def _shapes(ports: Sequence[Port], sizes: Sizes) -> dict[str, tuple[int, ...]]:
+def _shapes(signature: Signature, sizes: Sizes) -> dict[str, tuple[int, ...]]:
+    ports = signature.inputs
     symbols: dict[str, int] = {}
     for port in ports:  # what a symbol's own name says goes before what its place says
         for dim in port.dims:
@@ -172,6 +173,9 @@ def _shapes(ports: Sequence[Port], sizes: Sizes) -> dict[str, tuple[int, ...]]:
         for axis, dim in enumerate(port.dims):
             if isinstance(dim, str) and dim not in symbols and not re.search(r"[+*/-]", dim):
                 symbols[dim] = _size(_meaning_of_place(port, axis), sizes)
+    for symbol, (least, most) in signature.ranges.items():
+        if symbol in symbols:
+            symbols[symbol] = min(max(symbols[symbol], least or 0), most if most is not None else symbols[symbol])
     return {port.name: tuple(_dim(port, axis, symbols, sizes) for axis in range(len(port.dims))) for port in ports}
 
 
@@ -190,14 +194,17 @@ def _dim(port: Port, axis: int, symbols: Mapping[str, int], sizes: Sizes) -> int
 
 
 def _sum_of(text: str, symbols: Mapping[str, int]) -> int | None:
-    """The value of `a + b`, `s1 + 1`: sums of known symbols and numbers, as exporters write them."""
+    """The value of `a + b`, `8*s1 + 1`: sums of products of known symbols and numbers, as exporters write them."""
     total = 0
     for piece in text.split("+"):
-        piece = piece.strip().strip("()").strip()
-        value = int(piece) if piece.isascii() and piece.isdigit() and len(piece) < 19 else symbols.get(piece)
-        if value is None:
-            return None
-        total += value
+        product = 1
+        for factor in piece.strip().strip("()").split("*"):
+            factor = factor.strip()
+            known = int(factor) if factor.isascii() and factor.isdigit() and len(factor) < 19 else symbols.get(factor)
+            if known is None:
+                return None
+            product *= known
+        total += product
     return total
 
 

@@ -22,12 +22,20 @@ class Source:
     format: Format
     files: tuple[Path, ...]
 
-    def load(self, key: str = "") -> Model:
+    def load(self, key: str = "", inputs: Path | None = None) -> Model:
         """Read it. UnreadableModel with one clear line if that fails; the system's own errors become one too.
 
-        `key`: of a file that holds several models, the one under this key; UsageError for other formats.
+        `key`: of a file that holds several models, the one under this key; UsageError for other formats. `inputs`:
+        sample inputs of a live module, an .npz; UsageError for other formats and if it holds no plain arrays.
         """
         try:
+            if inputs is not None:
+                if self.format.load_inputs is None:
+                    raise UsageError(f"{self.path}: sample inputs are of use for `package.module:factory` only")
+                from tieaudit.inputs import read_inputs
+
+                read_inputs(inputs)  # says what is wrong with the file before anything is built
+                return self.format.load_inputs(self.path, self.files, inputs)
             if not key:
                 return self.format.load(self.path, self.files)
             if self.format.load_key is None:

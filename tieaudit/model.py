@@ -114,6 +114,10 @@ class Use:
     """First outputs of the calls of model-local functions through which the weight is passed, outermost first."""
     box: Box = ()
     """The range of every axis of what is seen that the consumer reads, where it is a part by constant bounds."""
+    call: tuple[str, ...] = ()
+    """Calls of modules in which the consumer runs, the outermost first: dotted path, `@`, number of the call from 0.
+
+    Empty where the graph knows no modules."""
 
 
 @dataclass(frozen=True)

@@ -41,11 +41,11 @@ def planned(
     if format_name == "json":
         return _json("plan", plan=plan)
     lines = [f"{printable(model.path)}  {model.format}", *_plan_lines(model, plan)]
-    if not plan.edits and not plan.refusals:
+    if not plan.edits and not plan.refusals and plan.into is None:
         lines.append(f"nothing to do for {', '.join(plan.schemes)}")
         lines += [f"but {finding.severity} {finding.code} {finding.name} stays: {printable(finding.message, 300)}"
                   for finding in left[:N_MOST_LEFT]]  # fmt: skip
-    elif plan.edits and not asked_to_write:
+    elif (plan.edits or plan.into is not None) and not asked_to_write:
         lines.append(f"{'do' if model.format == 'torch_module' else 'write'} it with: {_apply_command(model, plan)}")
     elif asked_to_write:
         lines.append("nothing was written")
@@ -97,9 +97,11 @@ def _plan_lines(model: Model, plan: Plan) -> list[str]:
 
 def _saving(plan: Plan) -> str:
     edits = counted(len(plan.edits), "edit")
-    if not plan.edits:
+    if not plan.edits and plan.into is None:
         return edits
     kept = "no value changes" if plan.lossless else "values change"
+    if plan.into is not None and not plan.n_bytes_saved:
+        return f"{edits}; {kept}"
     if plan.n_bytes_saved < 0:
         return f"{edits}, adds {size(-plan.n_bytes_saved)}; {kept}"
     return f"{edits}, saves {size(plan.n_bytes_saved)} of the file; {kept}"
@@ -224,7 +226,10 @@ def _apply_command(model: Model, plan: Plan) -> str:
     if model.format == "torch_module":  # no file to write: it is changed where it lives
         names = ", ".join(repr(name) for name in plan.schemes)
         return f"tieaudit.tie(module, scheme=({names},)) in Python"
-    words = ["tieaudit", "apply", model.path, *(word for name in plan.schemes for word in ("--scheme", name))]
+    schemes = plan.schemes[:-1] if plan.into is not None else plan.schemes  # the last one is the conversion itself
+    words = ["tieaudit", "apply", model.path, *(word for name in schemes for word in ("--scheme", name))]
+    if plan.into is not None:
+        words += ["--container", plan.into.form]
     if not plan.lossless:
         words.append("--allow-lossy")
     if plan.share_files is not None:

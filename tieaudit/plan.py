@@ -56,9 +56,12 @@ class _Draft:
         self.refusals.append(Refusal(candidate.scheme, ids, because))
 
 
-def plan(subject: Subject, choices: Choices) -> Plan:
-    """The plan for one model. UsageError for unknown schemes, targets and policies; everything else is a refusal."""
-    format_ = choose(discover("formats", Format), subject.model.format, "format")
+def plan(subject: Subject, choices: Choices, as_format: Format | None = None) -> Plan:
+    """The plan for one model. UsageError for unknown schemes, targets and policies; everything else is a refusal.
+
+    `as_format`: the format whose word counts for what can be made, where the model becomes another one.
+    """
+    format_ = as_format or choose(discover("formats", Format), subject.model.format, "format")
     target = choices.target or format_.targets[0]
     if target not in format_.targets:
         raise UsageError(
@@ -84,6 +87,8 @@ def plan(subject: Subject, choices: Choices) -> Plan:
             candidates = [one for one in candidates if one.lossless]
         for candidate in candidates:
             _consider(draft, candidate)
+    if format_.notes is not None:
+        draft.notes.extend(format_.notes(draft.model, draft.edits))
     return Plan(
         path=subject.model.path,
         target=target,
@@ -227,10 +232,7 @@ def _unshare(draft: _Draft, candidate: Candidate) -> list[Edit]:
     if model.has_graph and len(set(ids)) == 1:
         edits: list[Edit] = _unshare_uses(draft, ids[0], candidate.because)
     else:
-        source = next(id for id in ids if not model.by_id[id].absent)
-        edits = [
-            Unshare(source, model.by_id[id].name, (), candidate.because) for id in dict.fromkeys(ids) if id != source
-        ]
+        edits = _unshare_names(model, list(dict.fromkeys(ids)), candidate.because)
     for edit in edits:
         because = draft.format.can_realise(model, edit, draft.target) if draft.format.can_realise else "read only"
         if because is not None and not because.startswith(NEEDS_SETTING):
@@ -241,6 +243,28 @@ def _unshare(draft: _Draft, candidate: Candidate) -> list[Edit]:
             raise RewriteRefused(settings)
         edits = [*settings, *edits]
     return edits
+
+
+def _unshare_names(model: Model, ids: list[str], because: str) -> list[Edit]:
+    """Every name but one gets a copy, which the operations of its own module read where a graph reads only that one."""
+    stored = [id for id in ids if not model.by_id[id].absent]
+    source = next((id for id in stored if model.uses_of.get(id)), stored[0])
+    edits = [Unshare(source, model.by_id[id].name, _own_uses(model, source, id), because) for id in ids if id != source]
+    read = {(use.scope, use.node) for use in model.uses_of.get(source, ())}
+    alone = not any(model.uses_of.get(id) for id in ids if id != source)
+    if alone and len(read) > 1 and not any(edit.uses for edit in edits):
+        raise RewriteRefused(f"the graph does not say which of the {len(read)} operations that read {source} are whose")
+    return list(edits)
+
+
+def _own_uses(model: Model, source: str, id: str) -> tuple[tuple[str, str, str, int], ...]:
+    """The uses of `source` by the module to which the name `id` belongs."""
+    owner = model.by_id[id].name.rpartition(".")[0]
+    return tuple(
+        (use.part, use.scope, use.node, use.slot)
+        for use in model.uses_of.get(source, ())
+        if use.call and use.call[-1].rpartition("@")[0] == owner and not model.uses_of.get(id)
+    )
 
 
 def _unshare_uses(draft: _Draft, id: str, because: str) -> list[Edit]:

@@ -91,10 +91,13 @@ def _visited(weight: Weight) -> list[tuple[int, int]] | None:
 
 
 def _overlap(shared: Sequence[Names], indices: Sequence[int], regions: Sequence[Region], told: bool) -> Overlap:
-    order = sorted(indices, key=lambda index: (regions[index][1] - regions[index][2], index))
+    reach = {index: regions[index][2] - regions[index][1] for index in indices}
+    covers = {index: min(shared[index][0][0].n_bytes, reach[index]) for index in indices}
+    order = sorted(indices, key=lambda index: (-reach[index], -covers[index], index))
     ids = tuple(weight.id for index in order for weight, _ in shared[index])
     whole, parts = regions[order[0]], [regions[index] for index in order[1:]]
-    inside = all(whole[1] <= begin and end <= whole[2] for _, begin, end in parts)
+    dense = covers[order[0]] == reach[order[0]]  # every other row reaches as far as the whole, and is none
+    inside = dense and all(whole[1] <= begin and end <= whole[2] for _, begin, end in parts)
     where = f"bytes {whole[1]}–{whole[2]} of {whole[0].rsplit('/', 1)[-1]}"
     if not told:
         because = f"views of {where} that lie between each other; too many pieces to say whether they meet"

@@ -11,6 +11,9 @@ from tieaudit.printable import listed
 from tieaudit.registry import discover
 from tieaudit.verdict import Fix
 
+LIVE = "torch_module"
+"""The format that is changed in Python, where it lives."""
+
 
 def command(model: Model, *words: str) -> str:
     """`tieaudit apply PATH --scheme … --to OUT`, quoted for a POSIX shell."""
@@ -28,9 +31,8 @@ def rewrite(model: Model, scheme: str, ids: Iterable[str]) -> Fix:
     if inside:
         reason = "is inside a model-local function, which sees no outer names"
         return Fix("manual", f"{listed(tuple(inside))} {reason}: inline the functions (onnx.inliner) first")
-    if model.metadata.get("weights") == "pickled":
-        how = "AutoModel.from_pretrained(folder).save_pretrained(out) writes it as safetensors, which can"
-        return Fix("manual", f"tieaudit does not write pickled weights; {how}")
+    if model.format == LIVE:
+        return Fix("manual", f'in Python: tieaudit.tie(module, scheme="{scheme}")')
     if can_edit(model):
         return Fix("safe", command(model, "--scheme", scheme))
     return Fix("manual", f"tieaudit cannot write {model.format} models; export the model again with the weights tied")
@@ -39,4 +41,4 @@ def rewrite(model: Model, scheme: str, ids: Iterable[str]) -> Fix:
 def can_edit(model: Model) -> bool:
     """Whether tieaudit can write models of this format."""
     known = discover("formats", Format).get(model.format)
-    return known is not None and known.edit is not None and model.metadata.get("weights") != "pickled"
+    return known is not None and known.edit is not None

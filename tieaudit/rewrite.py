@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tieaudit.change import Plan, Written
 from tieaudit.errors import RewriteRefused, TieAuditError, UnreadableModel
-from tieaudit.formats import Format, carried
+from tieaudit.formats import KEY_GIVEN, Format, carried
 from tieaudit.model import Model
 from tieaudit.registry import choose, discover
 
@@ -97,25 +97,38 @@ def rewrite(model: Model, plan: Plan, folder: Path) -> tuple[Written, Model]:
     RewriteRefused if there is too little room or the system refuses; UnreadableModel if what was written cannot be
     read again (nothing is delivered then). Cost: one copy of the model's files.
     """
-    format_ = choose(discover("formats", Format), model.format, "format")
-    if format_.edit is None:
+    format_ = choose(discover("formats", Format), _format_name(model, plan), "format")
+    write = format_.edit if plan.into is None else format_.create
+    if write is None:
         raise RewriteRefused(f"{model.path}: the format {format_.name} can be read but not written yet")
     try:
         _check_room(model, plan, folder)
-        written = format_.edit(model, plan, folder)
+        written = write(model, plan, folder)
         for name in written.files:
             flush(folder / name)
-        return written, _read_back(format_, model, folder)
+        return written, _read_back(format_, model, plan, folder)
     except OSError as error:
         raise RewriteRefused(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from error
 
 
-def _read_back(format_: Format, model: Model, folder: Path) -> Model:
+def _format_name(model: Model, plan: Plan) -> str:
+    """The format of what is written."""
+    if plan.into is None or not plan.into.file:
+        return model.format
+    return "safetensors" if plan.into.form == "safetensors" else "torch_checkpoint"
+
+
+def _read_back(format_: Format, model: Model, plan: Plan, folder: Path) -> Model:
     path = folder if Path(model.path).is_dir() else folder / Path(model.path).name
     try:
+        if plan.into is not None:
+            path = folder / plan.into.file
+            return format_.load(*format_.group([path])[0])
         mains = [Path(part.paths[0]) for part in model.parts]
         if len(mains) > 1:  # whatever else they would be taken for, these are the parts that were planned for
             return format_.load(path, tuple(folder / main.relative_to(model.path) for main in mains))
+        if format_.load_key is not None and (key := model.metadata.get(KEY_GIVEN)):
+            return format_.load_key(path, (path,), key)
         groups = format_.group([path])
         same = [group for group in groups if {file.name for file in group[1]} == {main.name for main in mains}]
         return format_.load(*(same or groups)[0])  # not a variant that lies beside it
@@ -125,12 +138,29 @@ def _read_back(format_: Format, model: Model, folder: Path) -> Model:
 
 def _check_room(model: Model, plan: Plan, folder: Path) -> None:
     """The copy needs the room of its source, less what is saved; it is moved to its name, not copied again."""
+    if plan.into is not None:
+        _check_room_for(plan, cost_of(model) + SPARE_BYTES - min(plan.n_bytes_saved, 0), folder)
+        return
     source = Path(model.path)
     files = {str(path) for path in carried(source)} if source.is_dir() else set[str]()
     files.update(path for part in model.parts for path in part.paths)
     n_source = sum({os.path.realpath(path): os.path.getsize(path) for path in files}.values())
     padding = sum(min(weight.n_bytes // 16, ALIGNMENT_BYTES) for weight in model.weights)
     needed = n_source - plan.n_bytes_saved + padding + SPARE_BYTES
+    _check_room_for(plan, needed, folder)
+
+
+def cost_of(model: Model) -> int:
+    """Bytes of all tensors, those of one memory once, and of the files beside a folder's weights."""
+    tensors = {one.storage.region: one.storage.n_bytes for one in model.weights if one.storage is not None}
+    n_beside = 0
+    if (source := Path(model.path)).is_dir():
+        mine = {os.path.realpath(path) for part in model.parts for path in part.paths}
+        n_beside = sum(path.stat().st_size for path in carried(source) if os.path.realpath(path) not in mine)
+    return sum(tensors.values()) + n_beside
+
+
+def _check_room_for(plan: Plan, needed: int, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise RewriteRefused(

@@ -17,7 +17,15 @@ from tieaudit.registry import discover
 from tieaudit.spine import Spine
 
 OTHER = Role("other", "no evidence for a more specific role")
-_LOOKUPS = ("Gather", "com.microsoft.GatherBlockQuantized", "com.microsoft.EmbedLayerNormalization")
+_LOOKUPS = (
+    "Gather",
+    "com.microsoft.GatherBlockQuantized",
+    "com.microsoft.EmbedLayerNormalization",
+    "embedding",
+    "embedding_bag",
+    "index_select",
+    "index",
+)
 _PROJECTIONS = (
     "MatMul",
     "Gemm",
@@ -27,7 +35,14 @@ _PROJECTIONS = (
     "MatMulInteger",
     "com.microsoft.DynamicQuantizeMatMul",
     "com.microsoft.FusedGemm",
+    "linear",
+    "mm",
+    "matmul",
+    "addmm",
+    "einsum",
 )
+_BIAS_SLOT = {"Gemm": 2, "linear": 2, "addmm": 0}
+"""Projection → slot of what it adds; the factors of `addmm` are behind it."""
 _VAGUE = ("projection", "bias", "other")
 _ONLY_NAMED = ("attention_", "ffn_", "router", "adapter_", "recurrent_")
 """Kinds that a name may tell where the graph is vague; what a tie is about (tables, heads) only the graph tells."""
@@ -111,9 +126,10 @@ def _from_graph(model: Model) -> dict[str, Role]:
         seen = use.view.shape(weight.shape)
         in_blocks = use.op == "com.microsoft.MatMulNBits"  # [N, blocks, bytes], or [N, bytes] in older files
         fits = len(seen) == 2 or in_blocks and len(seen) == 3
-        if use.op not in _PROJECTIONS or use.slot > 1 or not use.feeds_output or not fits or weight.id in found:
+        factor = use.slot - 1 if use.op == "addmm" else use.slot
+        if use.op not in _PROJECTIONS or factor not in (0, 1) or not use.feeds_output or not fits or weight.id in found:
             continue
-        n_outputs = seen[1] if use.slot == 1 and not in_blocks else seen[0]
+        n_outputs = seen[1] if factor == 1 and not in_blocks else seen[0]
         if n_outputs in vocabularies and n_outputs > 2:
             found[weight.id] = Role(
                 "output_head",
@@ -125,13 +141,28 @@ def _from_graph(model: Model) -> dict[str, Role]:
     }
     for use in model.uses:
         weight = model.by_id[use.weight]
-        is_bias = (use.op == "Gemm" and use.slot == 2 and use.node in heads) or (use.op == "Add" and use.feeds_output)
+        is_bias = (_BIAS_SLOT.get(use.op) == use.slot and use.node in heads) or (
+            use.op in ("Add", "add") and use.feeds_output
+        )
         if is_bias and heads and weight.id not in found and weight.shape[-1:] and weight.n_elements == weight.shape[-1]:
             if weight.shape[-1] in vocabularies and weight.parameter is not False:
                 found[weight.id] = Role(
                     "output_head_bias", f"added to the scores of the vocabulary ({use.op} @ {use.node})"
                 )
+    found.update(_by_other_names(model, found))
     return found
+
+
+def _by_other_names(model: Model, found: Mapping[str, Role]) -> dict[str, Role]:
+    """The same role for names of the same bytes that the graph does not use: it reads a tie through one name."""
+    known = {w.storage.region: w.id for w in model.weights if w.id in found and w.storage is not None}
+    others: dict[str, Role] = {}
+    for weight in model.weights:
+        if weight.storage is not None and weight.id not in found and not model.uses_of.get(weight.id):
+            first = known.get(weight.storage.region)
+            if first is not None and model.by_id[first].shape == weight.shape:
+                others[weight.id] = Role(found[first].kind, f"another name of {first}, {found[first].because}")
+    return others
 
 
 def _is_table(weight: Weight, use: Use) -> bool:

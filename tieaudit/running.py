@@ -8,10 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tieaudit.errors import TieAuditError
+from tieaudit.formats.torch_export.layout import DEFAULT
 from tieaudit.model import Model
 from tieaudit.registry import discover
 from tieaudit.runners import Array, Port, Runner, Signature
-from tieaudit.sandbox import Sandbox
+from tieaudit.sandbox import ChildFailed, Sandbox
 
 Paths = str | tuple[str, ...]
 """One thing to open, or several that are run as one."""
@@ -37,6 +39,11 @@ VARIATIONS: Mapping[str, tuple[Setting, ...]] = {
         Setting("prepacking off", {"prepack": False}),
     ),
     "torch": (
+        Setting("one thread", {}, {"threads": 1}),
+        Setting("two threads", {}, {"threads": 2}),
+        Setting("batch split", {}, {"split": True}),
+    ),
+    "torch_export": (
         Setting("one thread", {}, {"threads": 1}),
         Setting("two threads", {}, {"threads": 2}),
         Setting("batch split", {}, {"split": True}),
@@ -115,6 +122,8 @@ def runner_for(model: Model) -> Runner | str:
     candidates: list[Runner] = [one for one in discover("runners", Runner).values() if model.format in one.formats]
     if not candidates:
         return f"nothing runs a model of the format {model.format}: it holds weights, but no program"
+    if model.format == "torch_export" and (key := model.metadata.get("key", "")) not in ("", DEFAULT):
+        return f"only the program that torch.export.load returns is run, and {key} is another one of the archive"
     reasons = [(one, one.available()) for one in candidates]
     for one, reason in reasons:
         if reason is None:
@@ -126,6 +135,8 @@ def path_of(model: Model, part: str) -> str:
     """What a runner opens: the main file of a part, or the folder."""
     if model.format == "onnx":
         return next(one.paths[0] for one in model.parts if one.name == part)
+    if model.format == "torch_export":
+        return model.path
     return model.path if Path(model.path).is_dir() else str(Path(model.path).parent)
 
 
@@ -154,10 +165,22 @@ def opened_whole(sandbox: Sandbox, path: Paths, setting: Setting = USUAL) -> Ite
         yield links[0] if len(links) == 1 else Chained(tuple(links))
 
 
+def _instead(sandbox: Sandbox, path: str) -> Mapping[str, Any]:
+    """What a child is given beside a path: for an exported program the pieces of one that is safe to load."""
+    if sandbox.runner.name != "torch_export":
+        return {}
+    from tieaudit.formats.torch_export.handing import handed
+
+    try:
+        return handed(Path(path), sandbox.device)
+    except TieAuditError as error:
+        raise ChildFailed(error.message, "error") from error
+
+
 @contextmanager
 def opened(sandbox: Sandbox, path: str, setting: Setting = USUAL) -> Iterator[Opened]:
     """Load one part, and free it afterwards. ChildFailed if the runtime cannot load it."""
-    facts, _ = sandbox.ask("open", {"path": path, **setting.opening})
+    facts, _ = sandbox.ask("open", {"path": path, **_instead(sandbox, path), **setting.opening})
     one = Opened(sandbox, setting, facts["handle"], sandbox.generation, Signature.from_json(facts["signature"]), facts)
     try:
         yield one

@@ -5,11 +5,11 @@ A row-major tensor needs none of this: it is a range of bytes. The terms are PyT
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tieaudit.storage import BLOCK_BYTES, Region, Storage
+from tieaudit.storage import BLOCK_BYTES, FileStorage, Region, Storage
 from tieaudit.view import AS_STORED, Reshape, Shape, Transpose, View
 
 if TYPE_CHECKING:  # only what really is strided, and really is read, needs it
@@ -61,6 +61,16 @@ class Strided:
 
     def read_ranges(self, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
         return [self._range(begin, length) for begin, length in ranges]
+
+    def stretch(self, begin: int, end: int) -> Storage | None:
+        """See `strided.stretch`."""
+        _, first, last = self.source.region
+        if not self.n_swapped:
+            return stretch(self.source, begin, end)
+        item, n_items = self.n_item_bytes, (end - begin) // self.n_item_bytes
+        if begin < first or end > last or (begin - first) % item or (end - begin) % item:
+            return None
+        return Strided(self.source, (begin - first) // item, (n_items,), (1,), item, self.n_swapped)
 
     def _range(self, begin: int, length: int) -> bytes:
         if length <= 0:
@@ -152,6 +162,24 @@ def strides_of(storage: Storage, shape: Shape) -> tuple[int, ...]:
     """How a tensor steps through its region."""
     found = own_strides(storage)
     return row_major(shape) if found is None else found
+
+
+def stretch(storage: Storage, begin: int, end: int) -> Storage | None:
+    """The bytes from `begin` to `end` of what a storage is a part of, as they lie there; None where it cannot say.
+
+    Both as in its `region`, of which the stretch may be more. Of big-endian numbers, the bytes in the other order.
+    """
+    own: Callable[[int, int], Storage | None] | None = getattr(storage, "stretch", None)
+    if own is not None:
+        return own(begin, end)
+    if isinstance(storage, FileStorage):
+        return FileStorage(storage.path, begin, end - begin)
+    first = storage.region[1]
+    if own_strides(storage) is not None:  # its bytes can be had row by row only, not as they lie
+        return None
+    if begin < first or end > storage.region[2]:
+        return None
+    return Strided(storage, begin - first, (end - begin,), (1,), 1)
 
 
 def span(shape: Shape, strides: Sequence[int]) -> int:

@@ -58,7 +58,7 @@ def check(before: Model, after: Model, plan: Plan, written: Written) -> Check:
     _untouched_weights(before, after, touched | copies, result)
     for edit in plan.edits:
         if isinstance(edit, Share):
-            _share(before, after, edit, plan.lossless, written, result)
+            _share(before, after, edit, plan, written, result)
         elif isinstance(edit, Respell):
             _kept(before, after, edit.weight, written, result)
         elif isinstance(edit, Unshare):
@@ -169,7 +169,8 @@ def _kind(weight: Weight) -> str:
     return f"{weight.dtype}{list(weight.shape)} held as {weight.held_as}"
 
 
-def _share(before: Model, after: Model, edit: Share, lossless: bool, written: Written, result: Check) -> None:
+def _share(before: Model, after: Model, edit: Share, plan: Plan, written: Written, result: Check) -> None:
+    lossless, lone = plan.lossless, plan.into is not None and after.format == "safetensors"
     common = planned_value(before, edit)
     if common is None:
         result.problems.append(f"{edit.members[0].id}: the plan keeps its bytes, but it stores none")
@@ -197,7 +198,7 @@ def _share(before: Model, after: Model, edit: Share, lossless: bool, written: Wr
     for member in edit.members:
         home_id = homes[member.id]
         if home_id not in stored:
-            if not any(_restored(after, member.id, home) for home in stored):
+            if not any(_restored(after, member.id, home, lone) for home in stored):
                 kept = ", ".join(stored)
                 result.problems.append(f"{member.id}: not stored, and no declaration restores it from {kept}")
             home_id = next(iter(stored))
@@ -214,8 +215,12 @@ def _stored_view(common: Weight, home: Weight, members: Iterable[Member]) -> Vie
     return None
 
 
-def _restored(after: Model, id: str, home: str) -> bool:
-    return any(one.active and one.restores and id in one.members and home in one.members for one in after.declarations)
+def _restored(after: Model, id: str, home: str, lone: bool) -> bool:
+    """Whether a loader gives the name its tensor. `lone`: a file without a class, where the alias map says it."""
+    return any(
+        one.active and (one.restores or lone) and id in one.members and home in one.members
+        for one in after.declarations
+    )
 
 
 def _kept(before: Model, after: Model, id: str, written: Written, result: Check) -> None:
@@ -236,11 +241,16 @@ def _kept(before: Model, after: Model, id: str, written: Written, result: Check)
 def _unshare(before: Model, after: Model, edit: Unshare, written: Written, result: Check) -> None:
     _kept(before, after, edit.source, written, result)
     source = before.by_id[edit.source]
+    # a name that shares the source's storage already may see it in another order, and keeps what it sees
+    named = next((w for w in before.weights if edit.name in (w.name, w.id) and not w.absent), source)
     copy = next((w for w in after.weights if edit.name in (w.name, w.id)), None)
+    home = after.by_id.get(written.renamed.get(edit.source, edit.source))
     if copy is None or copy.storage is None:
         result.problems.append(f"{edit.name}: expected a stored copy of {edit.source}, found none")
-    elif not same_value(source, copy):
+    elif not same_value(named, copy):
         result.problems.append(f"{edit.name}: its bytes are not those of {edit.source}")
+    elif home is not None and home.storage is not None and home.storage.region == copy.storage.region:
+        result.problems.append(f"{edit.name}: expected a storage of its own, found that of {edit.source}")
     else:
         result.n_bytes += copy.n_bytes
 

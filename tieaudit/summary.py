@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tieaudit.equality import Equality, can_declare, n_bytes_covered, n_bytes_extra, region_of
+from tieaudit.equality import Equality, n_bytes_covered, n_bytes_extra, region_of, tells_ties
 from tieaudit.model import Model, Weight, classes
 from tieaudit.verdict import Found, Summary
 
@@ -30,7 +30,7 @@ def summary(model: Model, found: Found) -> Summary:
 def one_parameter(model: Model, found: Found) -> list[tuple[str, ...]]:
     """Classes of ids that are one parameter of the live model."""
     groups: list[tuple[str, ...]] = [tie.ids for tie in found.ties if tie.origin in ("aliased", "absent")]
-    if not can_declare(model):
+    if not tells_ties(model):
         groups += [tie.ids for tie in found.ties if tie.origin == "measured"]
         # an alias map beside bare weights: the live module had one tensor where the file has one and a note
         groups += [tuple(_documented(model, declaration.members)) for declaration in model.declarations]
@@ -56,6 +56,8 @@ def _parameters(model: Model, found: Found) -> tuple[int | None, int | None, str
         because = f"cannot tell whether {len(unknown):,} weights are parameters or buffers ({reason})"
         return (int(live) if live.isdigit() else None), None, because
     once, named = _count(model, found)
+    if live.isdigit() and int(live) != once and model.format == "torch_module":
+        return int(live), named, f"equal or aliased names in separate Parameter objects count apart; as one, {once:,}"
     if live.isdigit() and int(live) != once:
         return int(live), named, f"the class itself counts {live}; the names in the files add up to {once}"
     return once, named, ""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tieaudit.change import Plan, SetConfig, Unshare, Written
-from tieaudit.formats import carried
+from tieaudit.formats import KEY_GIVEN, carried
 from tieaudit.model import Model
 from tieaudit.storage import BLOCK_BYTES
 from tieaudit.structural import Check
@@ -20,9 +20,36 @@ def differences(before: Model, after: Model, plan: Plan, written: Written, check
     """What differs between the two besides what the plan says, in sentences. Cost: linear; files in blocks."""
     if before.format == "onnx" and after.format == "onnx":
         return _graphs(before, after, plan, written, check)
+    if before.format == "torch_export" and after.format == "torch_export":
+        from tieaudit.formats.torch_export import compare
+
+        return compare.differences(before, after, plan)
+    problems = []
     if Path(before.path).is_dir() and Path(after.path).is_dir():
-        return list(_files(before, after, plan))
-    return []
+        problems = list(_files(before, after, plan))
+    if plan.into is not None:  # a container of its own, which holds the weights and nothing else
+        return problems
+    if not problems and before.format == after.format and before.format in ("torch_checkpoint", "huggingface"):
+        problems = list(_pickled(before, after, written))
+    return problems
+
+
+def _pickled(before: Model, after: Model, written: Written) -> Iterator[str]:
+    """Everything in checkpoint files besides the weights: optimizers, averages, what other classes left there."""
+    from tieaudit.formats.torch_checkpoint import beside, discover
+
+    names = [[path for part in model.parts for path in part.paths] for model in (before, after)]
+    theirs = {Path(path).name: Path(path) for path in names[1]}
+    held = [{weight.name for weight in model.weights if not weight.absent} for model in (before, after)]
+    gone, new = frozenset(held[0] - held[1]), frozenset(held[1] - held[0])
+    key = before.metadata.get(KEY_GIVEN, "")
+    for one in map(Path, names[0]):
+        other = theirs.get(written.placed.get(one.name, one.name))
+        if len(names[0]) == len(names[1]) == 1:
+            other = Path(names[1][0])
+        if other is not None and not one.name.endswith((".json", ".safetensors")) and discover.what_is(one)[0]:
+            for problem in beside.differences(one, other, key, gone, new):
+                yield f"{one.name}: {problem}"
 
 
 def _graphs(before: Model, after: Model, plan: Plan, written: Written, check: Check) -> list[str]:
@@ -60,6 +87,10 @@ def _around(scope: str) -> list[str]:
 def _files(before: Model, after: Model, plan: Plan) -> Iterator[str]:
     one, other = Path(before.path), Path(after.path)
     weights = {Path(path).name for model in (before, after) for part in model.parts for path in part.paths}
+    if plan.into is not None:  # the weights of the other container, compared tensor by tensor
+        left = {Path(path).name for part in before.parts for path in part.paths[1:]} | {*plan.into.left_out}
+    else:
+        left = set()
     planned: dict[str, list[SetConfig]] = {}
     for edit in plan.edits:
         if isinstance(edit, SetConfig):
@@ -68,7 +99,9 @@ def _files(before: Model, after: Model, plan: Plan) -> Iterator[str]:
     for name in names:
         if name in planned:
             yield from _planned_json(one / name, other / name, planned[name])
-        elif name in weights and name.endswith(".safetensors") or name.endswith(_INDEX):
+        elif name in left:
+            continue
+        elif name in weights and name.endswith((".safetensors", ".bin")) or name.endswith(_INDEX):
             continue  # compared tensor by tensor
         elif not (other / name).is_file():
             yield f"{name}: missing afterwards"

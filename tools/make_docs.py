@@ -121,7 +121,8 @@ def formats() -> str:
     for one in discover("formats", Format).values():
         writes = "yes" if one.edit is not None else "no"
         lines.append(f"| {one.name} | {one.summary} | {writes} | {', '.join(one.targets)} |")
-    lines += ["", "More of them: [ONNX](onnx.md), [PyTorch checkpoints](checkpoints.md).", ""]
+    pages = ("[ONNX](onnx.md)", "[PyTorch checkpoints](checkpoints.md)", "[exported programs](exported.md)")
+    lines += ["", f"More of them: {', '.join(pages)}.", ""]
     lines += ["# Report formats", "", "| `--format` | what it is |", "|---|---|"]
     lines += [f"| {one.name} | {one.summary} |" for one in discover("reports", ReportFormat).values()]
     lines += ["", "The JSON of `scan` is described by [schema/scan-1.schema.json](schema/scan-1.schema.json).", ""]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tieaudit.load import load_one, locate
 from tieaudit.model import Member
 from tieaudit.scan import scan
 from tieaudit.storage import MemoryStorage
+from tieaudit.verify import prove
 
 torch = pytest.importorskip("torch")
 
@@ -83,25 +85,137 @@ def test_a_tie_in_a_pickled_folder_is_one_storage_and_wastes_nothing(tmp_path: P
     assert report.subject.model.metadata["weights"] == "pickled"
 
 
-def test_a_pickled_folder_is_read_only_and_says_how_to_convert(tmp_path: Path) -> None:
-    folder = pickled(tmp_path / "m", {EMBED: copied(TABLE), HEAD: copied(TABLE)}, tied=True)
-    result = CliRunner().invoke(main, ["apply", str(folder), "--to", str(tmp_path / "out")])
-    assert result.exit_code == 2
-    assert "pickled weights are read only" in " ".join(result.output.split())
-    assert "save_pretrained(out)" in result.output
-    assert not (tmp_path / "out").exists()
-    share = Share((Member(EMBED), Member(HEAD)), because="a test")
+def load(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(path, weights_only=True)
+    return found
+
+
+@pytest.fixture
+def _nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written is looked at; running it is for the tests with transformers."""
+    stage = importlib.import_module("tieaudit.apply")
+    monkeypatch.setattr(stage, "prove_apart", lambda one: prove(one.before, one.after, one.plan, one.written))
+    monkeypatch.setattr(importlib.import_module("tieaudit.verify"), "runner_for", lambda _: "not in this test")
+
+
+def applied(folder: Path, out: Path, *words: str) -> str:
+    done = CliRunner().invoke(main, ["apply", str(folder), "--to", str(out), "--require", "structural", *words])
+    assert done.exit_code == 0, done.output
+    return " ".join(done.output.split())
+
+
+@pytest.mark.usefixtures("_nothing_runs")
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tie_within_one_pickle_becomes_one_storage_and_both_names_stay(tmp_path: Path, tied: bool) -> None:
+    """transformers would load one storage under two untied parameters as shared memory: the setting goes with it."""
+    folder = pickled(tmp_path / "m", {EMBED: copied(TABLE), "x": copied(OTHER), HEAD: copied(TABLE)}, tied)
+    applied(folder, tmp_path / "out")
+    found = load(tmp_path / "out" / "pytorch_model.bin")
+    assert list(found) == [EMBED, "x", HEAD]
+    assert found[EMBED].data_ptr() == found[HEAD].data_ptr()
+    assert np.array_equal(found["x"].numpy(), OTHER)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
+    applied(tmp_path / "out", tmp_path / "apart", "--scheme", "untie")
+    apart = load(tmp_path / "apart" / "pytorch_model.bin")
+    assert apart[EMBED].data_ptr() != apart[HEAD].data_ptr()
+    assert np.array_equal(apart[HEAD].numpy(), TABLE)
+    assert json.loads((tmp_path / "apart" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def sharded(folder: Path, *shards: dict[str, np.ndarray]) -> Path:
+    """Shards as transformers writes them, with their index, of a tied Llama."""
+    folder_of(folder, tied=True)
+    weight_map = {}
+    for n, arrays in enumerate(shards, 1):
+        name = f"pytorch_model-0000{n}-of-0000{len(shards)}.bin"
+        torch.save({key: copied(array) for key, array in arrays.items()}, folder / name)
+        weight_map.update(dict.fromkeys(arrays, name))
+    total = sum(array.nbytes for arrays in shards for array in arrays.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return folder
+
+
+@pytest.mark.usefixtures("_nothing_runs")
+def test_a_tie_across_shards_drops_the_name_that_the_class_restores_and_the_index_follows(tmp_path: Path) -> None:
+    folder = sharded(tmp_path / "m", {EMBED: TABLE}, {"x": OTHER, HEAD: TABLE})
+    applied(folder, tmp_path / "out")
+    first, second = (f"pytorch_model-0000{n}-of-00002.bin" for n in (1, 2))
+    assert list(load(tmp_path / "out" / second)) == ["x"]
+    assert (tmp_path / "out" / first).read_bytes() == (folder / first).read_bytes()
+    text = (tmp_path / "out" / "pytorch_model.bin.index.json").read_text()
+    assert json.loads(text) == {
+        "metadata": {"total_size": 2 * TABLE.nbytes},
+        "weight_map": {EMBED: first, "x": second},
+    }
+    assert text.startswith('{\n  "metadata"') and text.endswith("}\n")
+    applied(tmp_path / "out", tmp_path / "apart", "--scheme", "untie")
+    assert np.array_equal(load(tmp_path / "apart" / first)[HEAD].numpy(), TABLE)
+    index = json.loads((tmp_path / "apart" / "pytorch_model.bin.index.json").read_text())
+    assert index["weight_map"] == {EMBED: first, "x": second, HEAD: first}
+    assert index["metadata"]["total_size"] == 3 * TABLE.nbytes
+
+
+@pytest.mark.usefixtures("_nothing_runs")
+def test_a_shard_of_which_nothing_is_left_is_not_written(tmp_path: Path) -> None:
+    applied(sharded(tmp_path / "m", {EMBED: TABLE}, {HEAD: TABLE}), tmp_path / "out")
+    names = sorted(path.name for path in (tmp_path / "out").glob("*.bin*"))
+    assert names == ["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"]
+
+
+def test_a_tie_that_the_class_does_not_make_is_refused_as_it_would_be_hidden_in_memory(tmp_path: Path) -> None:
+    state = {EMBED: copied(OTHER), HEAD: copied(OTHER + 1), "a.weight": copied(TABLE), "b.weight": copied(TABLE)}
+    folder = pickled(tmp_path / "m", state, tied=False)
     assert huggingface.can_realise is not None
-    assert "read only" in str(huggingface.can_realise(load_one(folder), share, "transformers-5"))
+    share = Share((Member("a.weight"), Member("b.weight")), because="a test")
+    because = str(huggingface.can_realise(load_one(folder), share, "transformers-5"))
+    assert "an optimizer would change it twice" in because
 
 
-def test_a_finding_of_a_pickled_folder_recommends_no_command_that_would_be_refused(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("_nothing_runs")
+def test_names_that_share_a_storage_though_the_class_ties_nothing_are_untied(tmp_path: Path) -> None:
+    table = copied(TABLE)
+    folder = pickled(tmp_path / "m", {EMBED: table, HEAD: table}, tied=False)
+    applied(folder, tmp_path / "out", "--scheme", "untie")
+    found = load(tmp_path / "out" / "pytorch_model.bin")
+    assert found[EMBED].data_ptr() != found[HEAD].data_ptr()
+    assert (tmp_path / "out" / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+
+
+def test_a_finding_of_a_pickled_folder_recommends_the_command_that_mends_it(tmp_path: Path) -> None:
     report = scan(load_one(pickled(tmp_path / "m", {EMBED: copied(TABLE), HEAD: copied(TABLE)}, tied=True)))
     (finding,) = report.findings
     assert finding.code == "TIE102"
     assert finding.fix is not None
-    assert finding.fix.safety == "manual"
-    assert "save_pretrained(out)" in finding.fix.command
+    assert finding.fix.safety == "safe"
+    assert finding.fix.command.startswith("tieaudit apply")
+
+
+@pytest.mark.usefixtures("_nothing_runs")
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_loads_a_rewritten_pickled_folder_with_the_same_values(tmp_path: Path, tied: bool) -> None:
+    """Under the version that is installed; tied by the class, one Parameter; untied, two of their own."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        n_layer=1, n_head=2, n_embd=8, vocab_size=32, n_positions=16, bos_token_id=0, eos_token_id=0,
+        architectures=["GPT2LMHeadModel"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    module = transformers.GPT2LMHeadModel(config)
+    (tmp_path / "m").mkdir()
+    config.save_pretrained(tmp_path / "m")
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    torch.save(state, tmp_path / "m" / "pytorch_model.bin")
+    applied(tmp_path / "m", tmp_path / "tied")
+    out = tmp_path / "tied"
+    if not tied:
+        out = tmp_path / "apart"
+        applied(tmp_path / "tied", out, "--scheme", "untie")
+    loaded = transformers.GPT2LMHeadModel.from_pretrained(out)
+    assert (loaded.lm_head.weight is loaded.transformer.wte.weight) is tied
+    assert (loaded.lm_head.weight.data_ptr() == loaded.transformer.wte.weight.data_ptr()) is tied
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
 
 
 def test_shards_and_index_of_pickled_weights_all_mean_their_folder(tmp_path: Path) -> None:
@@ -159,3 +273,20 @@ def test_verify_runs_a_pickled_folder_and_finds_it_equal_bit_for_bit(tmp_path: P
     result = CliRunner().invoke(main, ["verify", str(tmp_path / "s"), str(tmp_path / "b"), "--device", "cpu"])
     assert result.exit_code == 0, result.output
     assert "equal bit for bit" in result.output
+
+
+def test_all_three_levels_of_proof_hold_for_a_rewritten_pickled_folder(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        n_layer=1, n_head=2, n_embd=8, vocab_size=32, n_positions=16, bos_token_id=0, eos_token_id=0,
+        architectures=["GPT2LMHeadModel"],
+    )  # fmt: skip
+    module = transformers.GPT2LMHeadModel(config)
+    (tmp_path / "m").mkdir()
+    config.save_pretrained(tmp_path / "m")
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    torch.save(state, tmp_path / "m" / "pytorch_model.bin")
+    words = ["apply", str(tmp_path / "m"), "--to", str(tmp_path / "out"), "--device", "cpu", "--require", "end-to-end"]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    assert [done.output.count(one) for one in ("structural  held", "regional    held", "end to end  held")] == [1, 1, 1]

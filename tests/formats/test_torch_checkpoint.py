@@ -282,9 +282,8 @@ def test_the_command_line_chooses_a_key_and_says_what_else_there_is(tmp_path: Pa
     wrong = CliRunner().invoke(main, ["scan", path, "--key", "nothing"])
     assert wrong.exit_code == 2
     assert "there: generator, critic" in wrong.stderr
-    refused = CliRunner().invoke(main, ["plan", path])
-    assert refused.exit_code == 2
-    assert "torch_checkpoint can be read but not written yet" in refused.output
+    assert "generator.w ← critic.w" in CliRunner().invoke(main, ["plan", path]).output
+    assert "nothing to do" in CliRunner().invoke(main, ["plan", path, "--key", "critic"]).output
 
 
 def test_a_model_beside_a_second_one_is_not_taken_for_the_whole(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
 from tests.torch_modules import Autoencoder, TiedLM, Twice, Universal  # noqa: E402
 from tieaudit.apply import apply  # noqa: E402
+from tieaudit.depth import Repeated, shared_across_depth  # noqa: E402
 from tieaudit.errors import RewriteRefused, UnreadableModel  # noqa: E402
 from tieaudit.formats.torch_module import tensors  # noqa: E402
 from tieaudit.formats.torch_module.answer import built  # noqa: E402
@@ -307,24 +308,6 @@ def test_something_that_is_no_module_is_refused() -> None:
         read_module({})  # type: ignore[arg-type]
 
 
-def test_a_distributed_tensor_is_known_by_what_lies_inside_and_not_read(tmp_path: Path) -> None:
-    from torch import distributed
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        one = nn.Parameter(distribute_tensor(torch.randn(4, 6), mesh, [Shard(0)]))
-        other = nn.Parameter(distribute_tensor(torch.randn(4, 6), mesh, [Shard(0)]))
-        module = of(a=one, b=one, c=other)
-        report = scan(read_module(module))
-    finally:
-        distributed.destroy_process_group()
-    assert aliased(report) == {frozenset({"a", "b"})}
-    assert any("DTensor" in note for note in report.subject.model.notes)
-
-
 def test_sparse_parameters_are_reported_not_read() -> None:
     value = torch.eye(3).to_sparse()
     module = nn.Module()
@@ -341,8 +324,8 @@ def test_calls_of_one_module_are_counted_in_the_exported_graph_only() -> None:
     assert alone.subject.found.ties == ()
     assert "how often a module is called is not known" in alone.subject.model.metadata["uses"]
     traced = scan(read_module(module, torch.zeros(2, 6)))
-    counts = {tie.ids[0]: len(tie.members) for tie in traced.subject.found.ties}
-    assert counts == {"layer.weight": 3, "layer.bias": 3}  # not last.*, which is called once
+    assert traced.subject.found.ties == ()  # the same operation three times: no second role, and no second name
+    assert shared_across_depth(traced.subject.model) == (Repeated("layer", 3, ("layer.weight", "layer.bias")),)
     assert traced.subject.model.metadata["uses"] == "from torch.export with the given inputs"
 
 
@@ -401,7 +384,7 @@ def test_values_are_compared_across_the_process_that_holds_them() -> None:
 def test_sample_inputs_of_a_factory_give_the_uses() -> None:
     model = load("tests.torch_modules:universal_with_inputs")
     assert model.metadata["uses"] == "from torch.export with the given inputs"
-    assert {tie.ids for tie in scan(model).subject.found.ties} == {("layer.weight",), ("layer.bias",)}
+    assert shared_across_depth(model) == (Repeated("layer", 3, ("layer.weight", "layer.bias")),)
 
 
 @pytest.mark.parametrize(

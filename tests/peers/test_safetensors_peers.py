@@ -98,16 +98,19 @@ def test_ST_13_a_deep_copy_is_measured_as_a_duplicate_and_not_as_one_storage(tmp
     assert sorted(map(sorted, groups(model, "measured"))) == [["a.bias", "b.bias"], ["a.weight", "b.weight"]]
 
 
-def test_HUB_4_a_shard_s_alias_map_is_read_through_its_index(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["index", "shard", "both"])
+def test_HUB_4_an_alias_map_is_read_wherever_a_sharded_checkpoint_has_it(tmp_path: Path, where: str) -> None:
+    # huggingface_hub writes it into the index only, and the name that it dropped is in no shard
     shared, unique = random(8, 4), random(8, 4, seed=1)
     shards = {
         "model-00001-of-00002.safetensors": {"shared_2": shared},
         "model-00002-of-00002.safetensors": {"u": unique},
     }
     for name, tensors in shards.items():
-        write(tmp_path / name, tensors, {"shared_1": "shared_2"} if "shared_2" in tensors else None)
+        aliases = {"shared_1": "shared_2"} if "shared_2" in tensors and where != "index" else None
+        write(tmp_path / name, tensors, aliases)
     index = {
-        "metadata": {"total_size": 256, "shared_1": "shared_2"},
+        "metadata": {"total_size": 256} | ({"shared_1": "shared_2"} if where != "shard" else {}),
         "weight_map": {tensor: name for name, tensors in shards.items() for tensor in tensors},
     }
     path = tmp_path / "model.safetensors.index.json"
@@ -116,6 +119,8 @@ def test_HUB_4_a_shard_s_alias_map_is_read_through_its_index(tmp_path: Path) -> 
     (one,) = model.declarations
     assert one.members == ("shared_2", "shared_1")
     assert model.by_id["shared_1"].absent
+    assert scan(model).summary.n_parameters == 2 * 32
+    assert "TIE105" in {one.code for one in scan(model).cannot_tell}  # nothing restores it
 
 
 def test_IS_6_an_alias_map_alone_is_documented_and_restores_nothing(tmp_path: Path) -> None:

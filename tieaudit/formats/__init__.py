@@ -12,11 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tieaudit.change import Edit, Plan, SetConfig, Written
+    from tieaudit.change import Edit, Kind, Plan, SetConfig, Written
     from tieaudit.model import Model
 
 NOT_CARRIED = frozenset({".git", ".cache", ".huggingface", "__pycache__", ".ipynb_checkpoints"})
 """Folders that belong to a tool and not to the model: a rewrite leaves them where they are."""
+
+RECEIPT_NAME = "tieaudit.receipt.json"
+"""The receipt of a delivered folder. A rewrite of that folder is another delivery, with a receipt of its own."""
+
+KEY_GIVEN = "key_given"
+"""Metadata of a model: the key that the user chose in a file, so that what is written is read back in the same way."""
 
 NEEDS_SETTING = "needs flag: "
 """How a reason of `can_realise` begins when a setting would lift it; `switch` then names the setting."""
@@ -41,12 +47,23 @@ class Format:
     """(model, edit, target) → why this edit cannot be made, or None. None instead of a function: read only."""
     edit: Callable[[Model, Plan, Path], Written] | None = None
     """Write the planned model into the new folder `dest`; every other file of the model comes along."""
+    create: Callable[[Model, Plan, Path], Written] | None = None
+    """Write a model of another container, changed as planned, as the new file or folder `plan.into` in `dest`."""
+    can_create: Callable[[Model, Edit, Kind, str], str | None] | None = None
+    """As `can_realise`, of an edit to a model that becomes this container."""
     switch: Callable[[Model, tuple[str, ...], bool, str], tuple[SetConfig, ...] | str] | None = None
     """(model, ids, tied, target) → the settings that make the loader tie (or not tie) these ids, or why not."""
     load_key: Callable[[Path, tuple[Path, ...], str], Model] | None = None
     """As `load`, of what a file that holds several models keeps under a key; UsageError if it has no such key."""
+    load_inputs: Callable[[Path, tuple[Path, ...], Path], Model] | None = None
+    """As `load`, with an .npz of sample inputs, from which the uses then come."""
     named: Callable[[str], bool] | None = None
     """Whether a text that is no path names a model of this format (`package.module:factory`)."""
+    notes: Callable[[Model, Sequence[Edit]], tuple[str, ...]] | None = None
+    """(model, edits) → what making them means for other contents of the files, in sentences for the plan."""
+    has_program: bool = True
+    """Whether a model of this format can be run, alone or by the library that knows its class; else the structural
+    proof is all that there can be."""
     precedence: int = 0
     """Among formats that own one path the highest wins (a Hugging Face folder over the safetensors inside)."""
 
@@ -60,5 +77,5 @@ def carried(folder: Path) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if name not in NOT_CARRIED)
         for name in sorted(names):
             path = Path(home) / name
-            if path.is_file():
+            if path.is_file() and path != folder / RECEIPT_NAME:
                 yield path

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 
 from tieaudit import __version__
+from tieaudit.depth import n_calls, shared_across_depth
 from tieaudit.equality import of_buffers
 from tieaudit.model import Member, Role, Tie, Weight
 from tieaudit.plain import plain
@@ -47,6 +48,7 @@ def _setting(value: object) -> object:
 
 def _model(report: Report) -> dict[str, object]:
     model, found = report.subject.model, report.subject.found
+    calls = n_calls(model, found)
     return {
         "path": model.path,
         "format": model.format,
@@ -55,9 +57,15 @@ def _model(report: Report) -> dict[str, object]:
         "metadata": dict(model.metadata),
         "notes": list(model.notes),
         "summary": asdict(report.summary),
-        "weights": [_weight(report, weight, weight.id in found.constants) for weight in model.weights],
+        "weights": [
+            {**_weight(report, weight, weight.id in found.constants), "n_calls": calls.get(weight.id)}
+            for weight in model.weights
+        ],
         "groups": [_group(tie, of_buffers(model, tie)) for tie in found.ties],
         "overlaps": [{"ids": list(one.ids), "because": one.because} for one in found.overlaps],
+        "shared_across_depth": [
+            {"module": one.module, "n_calls": one.n_calls, "ids": list(one.ids)} for one in shared_across_depth(model)
+        ],
         "constant_groups": [list(ids) for ids in found.constant_classes],
         "candidates": [_candidate(candidate) for candidate in report.candidates],
         "findings": [_finding(finding) for finding in report.findings],

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tieaudit.config import DEFAULTS, Settings
+from tieaudit.depth import shared_across_depth
 from tieaudit.equality import of_buffers
 from tieaudit.model import Member, Model, Origin, Role, Tie
 from tieaudit.printable import columns, counted, printable, shorten, size
@@ -134,9 +135,10 @@ def _totals(report: Report, page: _Page) -> list[str]:
     if not total.n_bytes_duplicate:
         rows[2] = (*rows[2][:2], "nothing stored twice")
     lines = ["  " + line for line in columns(rows, "<><")]
-    return lines + (
-        page.wrap(printable(total.n_parameters_because, _LONGEST), "  ") if total.n_parameters_because else []
-    )
+    if total.n_parameters_because:
+        lines += page.wrap(printable(total.n_parameters_because, _LONGEST), "  ")
+    uses = report.subject.model.metadata.get("uses", "")
+    return lines + (page.wrap(f"uses come {printable(uses, _LONGEST)}", "  ") if uses else [])
 
 
 def _ties(report: Report, page: _Page) -> list[str]:
@@ -159,7 +161,26 @@ def _ties(report: Report, page: _Page) -> list[str]:
             title = page.paint(f"Ties, {origin}", "title") + f" ({len(ties):,}): {_MEANING[origin]}"
             lines += [title, *_tie_lines(report, ties[: page.most.n_most_ties], page)]
             lines += _more(len(ties) - page.most.n_most_ties, "  ")
-    return [*(lines or ["No tie of any origin."]), *_buffer_lines(report, buffers, page), *_slices(report, page)]
+    lines = lines or ["No tie of any origin."]
+    return [*lines, *_repeated(report, page), *_buffer_lines(report, buffers, page), *_slices(report, page)]
+
+
+def _repeated(report: Report, page: _Page) -> list[str]:
+    """Modules called several times: sharing that no name and no memory shows."""
+    model, found = report.subject.model, shared_across_depth(report.subject.model)
+    if not found:
+        return []
+    lines = ["", page.paint("Shared across depth", "title") + f" ({len(found):,}): one module, called several times"]
+    rows = [
+        (
+            printable(one.module),
+            counted(len(one.ids), "weight"),
+            size(sum(model.by_id[id].n_bytes for id in one.ids)),
+            f"used in {one.n_calls:,} calls",
+        )
+        for one in found[: page.most.n_most_ties]
+    ]
+    return [*lines, *("  " + line for line in columns(rows, "<>><")), *_more(len(found) - len(rows), "  ")]
 
 
 def _slices(report: Report, page: _Page) -> list[str]:

@@ -6,9 +6,14 @@ from collections.abc import Iterator
 
 from tieaudit.equality import Declared, Equality, declared, stored
 from tieaudit.printable import listed, printable, size
-from tieaudit.remedy import can_edit, command
+from tieaudit.remedy import LIVE, can_edit, command
 from tieaudit.rules import Examples, rule
 from tieaudit.verdict import CannotTell, Finding, Fix, Subject
+
+_LIVE_FIX = (
+    "in Python: switch the flag off in module.config before saving, or make the tie true with "
+    'tieaudit.tie(module, scheme="io", allow_lossy=True, merge="keep:embedding")'
+)
 
 
 def _examples() -> Examples:
@@ -103,7 +108,9 @@ def _finding(subject: Subject, claimed: Declared, groups: list[list[str]]) -> Fi
     message += _by_loader(claimed, listed(rest), printable(same[0]))
     keep_both = command(model, "--scheme", "declare")
     fix = Fix("unsafe", keep_both)
-    if not claimed.condition or not can_edit(model):
+    if model.format == LIVE:
+        fix = Fix("manual", _LIVE_FIX)
+    elif not claimed.condition or not can_edit(model):
         fix = Fix("manual", "nothing switches this tie off: decide which tensor was meant, and store that one only")
     evidence = {
         "claimed_by": claimed.claimed_by,

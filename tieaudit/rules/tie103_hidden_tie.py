@@ -7,12 +7,17 @@ from collections.abc import Iterator
 from tieaudit.equality import Duplicate, can_declare, class_known, duplicates
 from tieaudit.model import classes
 from tieaudit.printable import listed, size
+from tieaudit.remedy import LIVE
 from tieaudit.rules import Examples, rule
 from tieaudit.verdict import CannotTell, Finding, Fix, Subject
 
 BY_HAND = (
     "keep both: transformers initialises a dropped, undeclared weight randomly; to tie them, "
     "declare it in the model class (_tied_weights_keys) first"
+)
+IN_PYTHON = (
+    "in Python: tieaudit.tie(module) makes them one parameter; "
+    "from_pretrained makes them one again only if the class declares it"
 )
 
 
@@ -87,11 +92,11 @@ def check(subject: Subject) -> Iterator[Finding | CannotTell]:
         if not class_known(subject.model):
             yield CannotTell(f"{listed(same.ids)} are equal; whether the class ties them is not known", same.ids)
         else:
-            yield _finding(same, tuple(sorted(apart.values(), key=same.ids.index)))
+            yield _finding(same, tuple(sorted(apart.values(), key=same.ids.index)), subject.model.format != LIVE)
 
 
-def _finding(same: Duplicate, apart: tuple[str, ...]) -> Finding:
+def _finding(same: Duplicate, apart: tuple[str, ...], folder: bool) -> Finding:
     how = "equal up to a transpose" if same.kind == "transposed" else "equal bit for bit"
     message = f"{listed(apart)} are {how}, stored {len(same.copies)} times ({size(same.n_bytes)}), and nowhere declared"
     evidence = {"views": dict(zip(same.ids, map(str, same.views), strict=True))}
-    return Finding(same.ids, message, Fix("manual", BY_HAND), evidence, same.n_bytes)
+    return Finding(same.ids, message, Fix("manual", BY_HAND if folder else IN_PYTHON), evidence, same.n_bytes)

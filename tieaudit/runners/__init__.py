@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from numpy.typing import NDArray
@@ -42,6 +42,8 @@ class Signature:
 
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
+    ranges: Mapping[str, tuple[int | None, int | None]] = field(default_factory=dict)
+    """Symbol of a free size → the least and the largest one that the model takes, where it says so."""
 
     def to_json(self) -> dict[str, Any]:
         """As JSON can hold it; `from_json` is the inverse."""
@@ -54,7 +56,8 @@ class Signature:
             tuple(Port(p["name"], p["dtype"], tuple(p["dims"]), p.get("limit")) for p in value[side])
             for side in ("inputs", "outputs")
         )
-        return cls(inputs, outputs)
+        ranges = {symbol: (least, most) for symbol, (least, most) in value.get("ranges", {}).items()}
+        return cls(inputs, outputs, ranges)
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tieaudit.class_inputs import class_inputs
 from tieaudit.runners import Answer, Array, Params, Port, Runner, Signature, Verb, processor_name
 
 if TYPE_CHECKING:
     import torch
-
-_FRAMES = 64
-"""Length of generated sound features where the class does not fix it."""
 
 
 def _start(device: str) -> Mapping[str, Verb]:
@@ -171,49 +169,7 @@ def _as_stored() -> dict[str, str]:
 
 def signature_of(model: Any) -> Signature:
     """Inputs by the class's forward and main input, sizes by its configuration."""
-    import inspect
-
-    taken = inspect.signature(model.forward).parameters
-    config = model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    limit = getattr(table, "num_embeddings", None) or getattr(text, "vocab_size", None)
-    main = getattr(model, "main_input_name", "input_ids")
-    ports = [_main_port(main, model, limit)]
-    if main != "input_ids" and main.startswith("pixel") and "input_ids" in taken and not config.is_encoder_decoder:
-        ports.append(Port("input_ids", "int64", ("batch", "sequence"), limit))
-    if main == "input_ids" and "attention_mask" in taken:
-        ports.append(Port("attention_mask", "int64", ("batch", "sequence")))
-    if "decoder_input_ids" in taken:
-        decoder = getattr(config, "decoder", None)
-        size = getattr(decoder, "vocab_size", None) or getattr(config, "vocab_size", None) or limit
-        ports.append(Port("decoder_input_ids", "int64", ("batch", "decoder_sequence"), size))
-    return Signature(tuple(ports), ())
-
-
-def _main_port(name: str, model: Any, limit: int | None) -> Port:
-    config = model.config
-    if name == "pixel_values":
-        vision = getattr(config, "vision_config", None) or getattr(config, "encoder", None) or config
-        side = getattr(vision, "image_size", 32)
-        height, width = side if isinstance(side, (list, tuple)) else (side, side)
-        return Port(name, "float32", ("batch", getattr(vision, "num_channels", 3), height, width))
-    if name == "input_features":
-        sound = getattr(config, "audio_config", None) or config
-        n_bins = getattr(sound, "num_mel_bins", None)
-        if n_bins and getattr(sound, "max_source_positions", None) and not hasattr(sound, "conv_kernel_sizes"):
-            return Port(
-                name, "float32", ("batch", n_bins, 2 * sound.max_source_positions)
-            )  # Whisper: two frames a position
-        width = (
-            getattr(sound, "input_feat_per_channel", None)
-            or n_bins
-            or getattr(sound, "feature_projection_input_dim", 80)
-        )
-        return Port(name, "float32", ("batch", _FRAMES, width))
-    if name == "input_values":
-        return Port(name, "float32", ("batch", 4000))
-    return Port(name, "int64", ("batch", "sequence"), limit)
+    return Signature(tuple(Port(one.name, one.dtype, one.dims, one.limit) for one in class_inputs(model)), ())
 
 
 def _run(model: Any, arrays: Mapping[str, Array], device: str) -> dict[str, Array]:

@@ -20,7 +20,7 @@ def _propose(subject: Subject, argument: str) -> Iterator[Candidate | Refusal]:
         worth_it = tie.n_bytes_saved >= MIN_CONSTANT_BYTES or not of_buffers(model, tie)
         if tie.origin == "measured" and worth_it:
             yield Candidate("dedup", tie.members, tie.n_bytes_saved, True, tie.because)
-        elif tie.origin == "aliased" and model.has_graph and _twice_in_a_part(model, tie.ids):
+        elif tie.origin == "aliased" and _loses_names(model) and _twice_in_a_part(model, tie.ids):
             because = f"{tie.because}: one name survives a plain load and save, several come back as copies"
             yield Candidate("dedup", tie.members, 0, True, because)
     declared = {id: index for index, claim in enumerate(model.declarations) if claim.active for id in claim.members}
@@ -30,6 +30,11 @@ def _propose(subject: Subject, argument: str) -> Iterator[Candidate | Refusal]:
     for id, uses in folded_apart(model, measured).items():
         because = f"{len(uses)} of its uses go through a Transpose that a runtime folds into a second copy"
         yield Candidate("dedup", (Member(id),), 0, True, because, action="respell")
+
+
+def _loses_names(model: Model) -> bool:
+    """Whether names are the graph's own business: in an exported program they are parameters, which may be trained."""
+    return model.has_graph and model.format != "torch_export"
 
 
 def _twice_in_a_part(model: Model, ids: tuple[str, ...]) -> bool:
@@ -43,7 +48,7 @@ def _constants(subject: Subject, ids: tuple[str, ...], declared: dict[str, int])
     model = subject.model
     groups: dict[int, list[str]] = {}
     for id in ids:
-        if model.has_graph or id in declared:
+        if _loses_names(model) or id in declared:
             groups.setdefault(declared.get(id, -1), []).append(id)
     for group in groups.values():
         saved = sum(model.by_id[id].n_bytes for id in group[1:])

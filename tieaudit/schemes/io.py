@@ -23,8 +23,8 @@ def _propose(subject: Subject, argument: str) -> Iterator[Candidate | Refusal]:
     for head in heads:
         fitting = [(weight, view) for weight in embeddings if (view := _view(weight, head)) is not None]
         if not fitting:
-            shapes = ", ".join(f"{weight.id} {list(weight.shape)}" for weight in embeddings[:3])
-            because = f"the output head {head.id} {list(head.shape)} fits no token embedding ({shapes})"
+            tables = ", ".join(map(_described, embeddings[:3]))
+            because = f"the output head {_described(head)} fits no token embedding ({tables})"
             yield Refusal("io", (head.id,), because)
             continue
         tied = [pair for pair in fitting if one_value.get(pair[0].id, pair[0].id) == one_value.get(head.id, head.id)]
@@ -41,6 +41,11 @@ def _propose(subject: Subject, argument: str) -> Iterator[Candidate | Refusal]:
         because = f"{head.id} scores the vocabulary that {weight.id} embeds"
         members = (Member(weight.id), Member(head.id, view))
         yield Candidate("io", members, head.n_bytes, bool(tied), because)
+
+
+def _described(weight: Weight) -> str:
+    """With its element type: tensors of one shape in two types do not fit, either."""
+    return f"{weight.id} {weight.dtype} {list(weight.shape)}"
 
 
 def _of_kind(subject: Subject, kind: str) -> list[Weight]:

@@ -9,7 +9,10 @@ from tieaudit.verdict import Candidate, Refusal, Subject
 
 
 def _propose(subject: Subject, argument: str) -> Iterator[Candidate | Refusal]:
+    several = {id for tie in subject.found.ties if tie.origin == "aliased" and len(tie.ids) > 1 for id in tie.ids}
     for tie in subject.found.ties:
+        if len(tie.ids) == 1 and tie.ids[0] in several and any(use.call for use in subject.model.uses_of[tie.ids[0]]):
+            continue  # the graph reads a tie of several names through one of them; each name gets its own operations
         if tie.origin in ("aliased", "absent"):
             stored = subject.model.by_id[tie.members[0].id]
             added = stored.n_bytes * (len(tie.members) - 1)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tieaudit.formats import Format
 
 if TYPE_CHECKING:
-    from tieaudit.change import Edit, Plan, SetConfig, Written
+    from tieaudit.change import Edit, Kind, Plan, SetConfig, Written
     from tieaudit.model import Model
 
 
@@ -44,6 +44,18 @@ def _edit(model: Model, plan: Plan, dest: Path) -> Written:
     return edit(model, plan, dest)
 
 
+def _can_create(model: Model, edit: Edit, kind: Kind, target: str) -> str | None:
+    from tieaudit.formats.huggingface.create import can_create
+
+    return can_create(model, edit, kind, target)
+
+
+def _create(model: Model, plan: Plan, dest: Path) -> Written:
+    from tieaudit.formats.huggingface.create import create
+
+    return create(model, plan, dest)
+
+
 def _switch(model: Model, ids: tuple[str, ...], tied: bool, target: str) -> tuple[SetConfig, ...] | str:
     from tieaudit.formats.huggingface.realise import switch
 
@@ -52,13 +64,15 @@ def _switch(model: Model, ids: tuple[str, ...], tied: bool, target: str) -> tupl
 
 huggingface = Format(
     name="huggingface",
-    summary="Hugging Face folders: config.json with safetensors, or pytorch_model.bin (read only)",
+    summary="Hugging Face folders: config.json with safetensors or pytorch_model.bin",
     targets=("transformers-5", "transformers-4"),
     owns=_owns,
     group=_group,
     load=_load,
     can_realise=_can_realise,
     edit=_edit,
+    can_create=_can_create,
+    create=_create,
     switch=_switch,
     precedence=20,
 )

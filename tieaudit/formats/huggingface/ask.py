@@ -60,7 +60,7 @@ def answer_question(question: dict[str, Any]) -> dict[str, Any]:
 
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     torch.set_grad_enabled(False)
-    config = {k: _floats(v) for k, v in question["config"].items() if k not in ("quantization_config", "auto_map")}
+    config = plain_config(question["config"])
     shapes: dict[str, list[int]] = question["shapes"]
     config_class = _config_class(config)
     config, left_out = accepted(config_class, config)
@@ -85,6 +85,11 @@ def answer_question(question: dict[str, Any]) -> dict[str, Any]:
         **_roles(model),
         **ties(model_class, config_class, config, model),
     }
+
+
+def plain_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as its class takes it, without what points to a quantiser or to code of a repository."""
+    return {key: _floats(value) for key, value in config.items() if key not in ("quantization_config", "auto_map")}
 
 
 def _floats(value: Any) -> Any:
@@ -271,7 +276,9 @@ def with_flags(config: dict[str, Any], values: dict[tuple[str, ...], bool]) -> d
     return changed
 
 
-def ties(model_class: Any, config_class: Any, config: dict[str, Any], model: Any) -> dict[str, Any]:
+def ties(
+    model_class: Any, config_class: Any, config: dict[str, Any], model: Any, *, seconds: float = BUDGET_SECONDS
+) -> dict[str, Any]:
     """What is tied as configured, with every flag off, with every flag on, and how each single flag changes that.
 
     `levels`: dotted path → {"value": the flag as this class reads it, "on": groups, "off": groups}.
@@ -285,7 +292,7 @@ def ties(model_class: Any, config_class: Any, config: dict[str, Any], model: Any
         changed = with_flags(config, values)
         key = json.dumps(changed, sort_keys=True)
         if key not in cache:
-            if time.monotonic() - started > BUDGET_SECONDS:
+            if time.monotonic() - started > seconds:
                 return None
             try:
                 changed_model = build(model_class, config_class, changed)

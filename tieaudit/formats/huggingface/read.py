@@ -41,7 +41,7 @@ def load(path: Path, files: tuple[Path, ...]) -> Model:
     known = know(config, checkpoint)
     weights = {weight.id: weight for weight in stored_weights(checkpoint)}
     weights = {id: _classified(weight, known.best, config) for id, weight in weights.items()}
-    declarations, absent, notes = _declared(known, weights)
+    claims, absent, notes = declarations(known, weights)
     extra, documented_ties = documented(checkpoint, {**weights, **absent})
     absent.update({weight.id: weight for weight in extra})
     weights.update(absent)
@@ -53,7 +53,7 @@ def load(path: Path, files: tuple[Path, ...]) -> Model:
         format="huggingface",
         parts=(Part("", tuple(str(file) for file in (path / CONFIG, *checkpoint.files))),),
         weights=tuple(weights.values()),
-        declarations=(*declarations, *documented_ties),
+        declarations=(*claims, *documented_ties),
         hints=_hints(known.best, weights),
         dimensions=dict(_dimensions(config)),
         metadata={**_metadata(config, known, checkpoint, chosen.others), **pickled},
@@ -115,9 +115,9 @@ def _classified(weight: Weight, facts: ClassFacts, config: Mapping[str, Any]) ->
     return replace(weight, parameter=False, because=because if parameter is False else ignored)
 
 
-def _declared(known: Known, weights: Mapping[str, Weight]) -> tuple[list[Declaration], dict[str, Weight], list[str]]:
+def declarations(known: Known, weights: Mapping[str, Weight]) -> tuple[list[Declaration], dict[str, Weight], list[str]]:
     """Class ties as declarations over stored names, with an absent weight for every member that is not stored."""
-    declarations: list[Declaration] = []
+    found: list[Declaration] = []
     absent: dict[str, Weight] = {}
     notes: list[str] = []
     converted = {name for stored in known.best.converted for name in known.best.live.get(stored, ())}
@@ -133,8 +133,8 @@ def _declared(known: Known, weights: Mapping[str, Weight]) -> tuple[list[Declara
         for name, live in zip(names, tie.members, strict=True):
             if make_id(name) not in weights:
                 absent[make_id(name)] = _absent(name, live, stored[0], tie, known.best)
-        declarations.append(_declaration(names, tie, known))
-    return declarations, absent, notes
+        found.append(_declaration(names, tie, known))
+    return found, absent, notes
 
 
 def _absent(name: str, live: str, like: Weight, tie: ClassTie, facts: ClassFacts) -> Weight:

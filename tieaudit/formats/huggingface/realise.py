@@ -10,6 +10,7 @@ import re
 
 from tieaudit.change import Edit, Respell, SetConfig, Share, Unshare
 from tieaudit.formats import NEEDS_SETTING
+from tieaudit.formats.huggingface import write_pickled
 from tieaudit.formats.huggingface.facts import FLAG
 from tieaudit.formats.huggingface.folder import CONFIG
 from tieaudit.formats.huggingface.pickled import WHAT as PICKLED
@@ -29,11 +30,15 @@ _COMPANION = re.compile(r"scale|zero|qzeros|g_idx|absmax|quant|SCB|meta$|lut|per
 def can_realise(model: Model, edit: Edit, target: str) -> str | None:
     """Why this edit cannot be made for the target, in one sentence, or None. Begins with `needs flag: ` if a setting
     (see `switch`) would lift it."""
-    if model.metadata.get("weights") == PICKLED:
-        return (
-            "pickled weights are read only: `AutoModel.from_pretrained(folder).save_pretrained(out)` writes the same "
-            "model as safetensors, which can be rewritten"
-        )
+    reason = of_class(model, edit, target)
+    if model.metadata.get("weights") == PICKLED and isinstance(edit, (Share, Unshare)):
+        if reason is None or reason.startswith(NEEDS_SETTING):
+            return write_pickled.reason(model, edit) or reason
+    return reason
+
+
+def of_class(model: Model, edit: Edit, target: str) -> str | None:
+    """Reasons that lie in what the class makes of the folder, whatever the weights are kept in."""
     if isinstance(edit, Share):
         return _unknown(model) or _share(model, edit, target)
     if isinstance(edit, Unshare):
@@ -54,7 +59,7 @@ def _unknown(model: Model) -> str | None:
 def _share(model: Model, edit: Share, target: str) -> str | None:
     ids = tuple(dict.fromkeys(member.id for member in edit.members))
     if any(member.view != AS_STORED for member in edit.members):
-        return "a safetensors folder cannot hold a transposed tie: transformers ties parameters as they are"
+        return "a Hugging Face folder cannot hold a transposed tie: transformers ties parameters as they are"
     stored = [model.by_id[id] for id in ids if not model.by_id[id].absent]
     if not stored:
         return f"none of {', '.join(ids)} is stored"
@@ -118,6 +123,11 @@ def _undeclared(model: Model, ids: tuple[str, ...], target: str) -> str:
     declared = [one for one in model.declarations if set(ids) <= set(one.members) and one.active and one.honoured_by]
     if declared:
         return f"{LOADERS[target]} does not tie {dropped} to {kept}: {declared[0].because}"
+    if model.metadata.get("weights") == PICKLED:
+        return (
+            f"the class {name} does not tie {dropped} to {kept}: transformers would load one storage as two parameters "
+            "that share their memory, and an optimizer would change it twice"
+        )
     return (
         f"transformers would initialise {dropped} randomly: the class {name} does not tie it to {kept} "
         "(a dropped name that the class does not declare comes back random)"
@@ -128,10 +138,11 @@ def _unshare(model: Model, edit: Unshare) -> str | None:
     weight = next((one for one in model.weights if one.name == edit.name), None)
     if weight is None:
         return f"{model.metadata.get('architecture') or 'the class'} has no tensor {edit.name}"
-    if not weight.absent:
-        return f"{edit.name} is stored already"
     source = model.by_id.get(edit.source)
-    return f"{edit.source} is not stored" if source is None or source.absent else None
+    if source is None or source.storage is None:
+        return f"{edit.source} is not stored"
+    shared = weight.storage is not None and weight.storage.region == source.storage.region
+    return None if weight.absent or shared else f"{edit.name} is stored already"
 
 
 def switch(model: Model, ids: tuple[str, ...], tied: bool, target: str) -> tuple[SetConfig, ...] | str:
@@ -142,6 +153,8 @@ def switch(model: Model, ids: tuple[str, ...], tied: bool, target: str) -> tuple
     if unknown := _unknown(model):
         return unknown
     covering = [one for one in model.declarations if set(ids) <= set(one.members) and _is_of_class(one)]
+    if not covering and not tied and not any(model.by_id[id].absent for id in ids):
+        return ()  # names of one storage in a pickle, which no class ties
     if not covering:
         return f"no setting of {model.metadata.get('architecture') or 'the class'} ties {' and '.join(ids)}"
     wrong = [one for one in covering if one.active != tied]

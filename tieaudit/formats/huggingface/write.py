@@ -12,7 +12,9 @@ from tieaudit.change import Plan, SetConfig, Share, Unshare, Written
 from tieaudit.copying import copy_file
 from tieaudit.errors import CorruptFile, RewriteRefused
 from tieaudit.formats import carried
+from tieaudit.formats.huggingface import write_pickled
 from tieaudit.formats.huggingface.folder import CONFIG, weight_set
+from tieaudit.formats.huggingface.pickled import WHAT as PICKLED
 from tieaudit.formats.huggingface.realise import can_realise
 from tieaudit.formats.huggingface.spell import with_value
 from tieaudit.formats.safetensors.sharded import Checkpoint, read_checkpoint, read_index_json
@@ -41,10 +43,14 @@ def edit(model: Model, plan: Plan, dest: Path) -> Written:
     if the source changed since it was read. Cost: one copy of the folder, in blocks.
     """
     folder = Path(model.path)
-    checkpoint = read_checkpoint(weight_set(folder).main)
+    main = weight_set(folder).main
+    if model.metadata.get("weights") == PICKLED:
+        return _edit_pickled(model, plan, folder, main, dest)
+    checkpoint = read_checkpoint(main)
     _check_unchanged(model, checkpoint)
     changes = _changes(model, plan)
-    _check_nothing_random(model, changes)
+    copied = {name for copies in changes.copies.values() for name, _ in copies}
+    _check_nothing_random(model, changes.settings, set(changes.dropped), copied)
     shards = {name: _entries(checkpoint, name, changes) for name in checkpoint.headers}
     written = []
     for source in carried(folder):
@@ -68,6 +74,32 @@ def edit(model: Model, plan: Plan, dest: Path) -> Written:
     return Written(tuple(written), renamed)
 
 
+def _edit_pickled(model: Model, plan: Plan, folder: Path, main: Path, dest: Path) -> Written:
+    """As `edit`, for a folder of `pytorch_model.bin`."""
+    settings, _ = _accepted(model, plan)
+    pickled = write_pickled.changes(model, plan.edits, plan.lossless)
+    _check_nothing_random(model, settings, set(pickled.dropped), pickled.copied)
+    shards = {Path(path) for path in model.parts[0].paths if path.endswith(".bin")}
+    written, index = [], None
+    for source in carried(folder):
+        relative = source.relative_to(folder)
+        target = dest / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source in shards:
+            if not write_pickled.write_shard(model, source, pickled.orders.get(source), target):
+                continue  # nothing is left in this shard
+        elif str(relative) == CONFIG and settings:
+            target.write_text(_configured(source, settings), encoding="utf-8", newline="")
+        elif source == main and pickled.orders:
+            index = target
+        else:
+            copy_file(source, target)
+        written.append(str(relative))
+    if index is not None:
+        index.write_text(write_pickled.new_index(main, dest, pickled), encoding="utf-8", newline="")
+    return Written(tuple(written), {make_id(gone): make_id(kept) for gone, kept in pickled.dropped.items()})
+
+
 def _check_unchanged(model: Model, checkpoint: Checkpoint) -> None:
     for name, (_, entry) in checkpoint.entries.items():
         weight = model.by_id.get(make_id(name))
@@ -75,9 +107,11 @@ def _check_unchanged(model: Model, checkpoint: Checkpoint) -> None:
             raise CorruptFile(f"{checkpoint.main}: tensor {name!r} moved since it was read; nothing was written")
 
 
-def _changes(model: Model, plan: Plan) -> _Changes:
-    changes = _Changes(settings=[edit for edit in plan.edits if isinstance(edit, SetConfig)])
-    switched_on = {f"{edit.file}:{'.'.join(edit.key)}" for edit in changes.settings if edit.value is True}
+def _accepted(model: Model, plan: Plan) -> tuple[list[SetConfig], list[Share | Unshare]]:
+    """The settings of a plan, and its other edits. RewriteRefused if the folder cannot hold one of these."""
+    settings = [edit for edit in plan.edits if isinstance(edit, SetConfig)]
+    switched_on = {f"{edit.file}:{'.'.join(edit.key)}" for edit in settings if edit.value is True}
+    found: list[Share | Unshare] = []
     for one in plan.edits:
         if isinstance(one, SetConfig) and one.file == CONFIG:
             continue
@@ -85,9 +119,18 @@ def _changes(model: Model, plan: Plan) -> _Changes:
         lifted = reason is not None and any(reason.endswith(condition) for condition in switched_on)
         if reason is not None and not lifted:
             raise RewriteRefused(reason)
+        if isinstance(one, (Share, Unshare)):
+            found.append(one)
+    return settings, found
+
+
+def _changes(model: Model, plan: Plan) -> _Changes:
+    settings, edits = _accepted(model, plan)
+    changes = _Changes(settings=settings)
+    for one in edits:
         if isinstance(one, Share):
             _plan_share(model, one, changes)
-        elif isinstance(one, Unshare):
+        else:
             weight = next(w for w in model.weights if w.name == one.name)
             changes.copies.setdefault(model.by_id[one.source].name, []).append((one.name, weight))
     return changes
@@ -109,16 +152,15 @@ def _plan_share(model: Model, share: Share, changes: _Changes) -> None:
             changes.dropped[weight.name] = kept.name
 
 
-def _check_nothing_random(model: Model, changes: _Changes) -> None:
+def _check_nothing_random(model: Model, settings: list[SetConfig], dropped: set[str], copied: set[str]) -> None:
     """No absent member may lose the tie that restores it, unless a copy of it is being written."""
-    off = {f"{edit.file}:{'.'.join(edit.key)}" for edit in changes.settings if edit.value is False}
-    copied = {name for copies in changes.copies.values() for name, _ in copies}
+    off = {f"{edit.file}:{'.'.join(edit.key)}" for edit in settings if edit.value is False}
     for declaration in model.declarations:
         if not declaration.active or declaration.condition not in off:
             continue
         for id in declaration.members:
             weight = model.by_id[id]
-            gone = weight.absent or weight.name in changes.dropped
+            gone = weight.absent or weight.name in dropped
             if gone and weight.name not in copied and not _restored_otherwise(model, id, off):
                 raise RewriteRefused(
                     f"without {declaration.condition} transformers would initialise {weight.name} randomly, "

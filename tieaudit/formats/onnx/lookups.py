@@ -44,7 +44,7 @@ _CARRIES: dict[str, tuple[int, ...]] = {
 }
 _MAKES_POSITIONS = frozenset("Range Shape Size CumSum NonZero".split())
 _INTEGER_TYPES = frozenset({2, 3, 4, 5, 6, 7, 12, 13})  # TensorProto.DataType
-_NOT_IDS = re.compile(r"position|mask|past|length|seq_?len|cache", re.IGNORECASE)
+NOT_IDS = re.compile(r"position|mask|past|length|seq_?len|cache", re.IGNORECASE)
 
 _PASSES = frozenset(
     "Add Sub Mul Div Neg Abs Exp Log Sqrt Pow Mod Cast CastLike Tanh Sigmoid Relu LeakyRelu Softplus Erf Gelu Identity "
@@ -169,7 +169,7 @@ class Lookups:
         # inputs of a body need no type: what is used as an index and not declared otherwise is an integer
         if elem_type not in _INTEGER_TYPES and not (elem_type == 0 and scope.parent is not None):
             return Kind.OTHER
-        return Kind.POSITIONS if _NOT_IDS.search(value.name) else Kind.IDS
+        return Kind.POSITIONS if NOT_IDS.search(value.name) else Kind.IDS
 
     def _counts(self, scope: Scope, name: str) -> bool:
         """Whether a Loop body's input is its iteration number, or a state that only grows by addition."""

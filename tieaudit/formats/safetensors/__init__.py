@@ -1,6 +1,7 @@
-"""safetensors without a config.json beside it: a lone file, or shards with their index. Read only.
+"""safetensors without a config.json beside it: a lone file, or shards with their index. Not rewritten as it is.
 
-Such a file has no class that would restore a dropped tensor, so no tie can be realised in it.
+Such a file has no class that would restore a dropped tensor, so no tie can be made in it; one that a checkpoint or a
+module already has is carried over as `safetensors.torch.save_model` does (`create.py`).
 Source of the format: https://github.com/huggingface/safetensors, README "Format".
 """
 
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 from tieaudit.formats import Format
 
 if TYPE_CHECKING:
-    from tieaudit.change import Edit
+    from tieaudit.change import Edit, Kind, Plan, Written
     from tieaudit.model import Model
 
 
@@ -42,12 +43,27 @@ def _can_realise(model: Model, edit: Edit, target: str) -> str | None:
     )
 
 
+def _can_create(model: Model, edit: Edit, kind: Kind, target: str) -> str | None:
+    from tieaudit.formats.safetensors.create import can_create
+
+    return can_create(model, edit)
+
+
+def _create(model: Model, plan: Plan, dest: Path) -> Written:
+    from tieaudit.formats.safetensors.create import create
+
+    return create(model, plan, dest)
+
+
 safetensors = Format(
     name="safetensors",
-    summary="safetensors files, alone or sharded with an index (read only: no class to restore a tie)",
+    summary="safetensors files, alone or sharded with an index (ties are carried over, never made: no class restores)",
     targets=("safetensors",),
     owns=_owns,
     group=_group,
     load=_load,
     can_realise=_can_realise,
+    can_create=_can_create,
+    create=_create,
+    has_program=False,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tieaudit.errors import CorruptFile
@@ -26,6 +26,8 @@ class Checkpoint:
     """File name → header, in the order of the index."""
     entries: Mapping[str, tuple[str, Entry]]
     """Tensor name → (file name, entry)."""
+    in_index: Mapping[str, str] = field(default_factory=dict)
+    """Texts of the index's own `metadata`: huggingface_hub writes {dropped: kept} there and not into the shards."""
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -48,7 +50,8 @@ def read_checkpoint(main: Path) -> Checkpoint:
     if not main.name.endswith(INDEX_SUFFIX):
         header = read_header(main)
         return Checkpoint(main, {main.name: header}, {e.name: (main.name, e) for e in header.entries})
-    weight_map = read_index(main)
+    index = read_index_json(main)
+    weight_map = _weight_map(main, index)
     headers: dict[str, Header] = {}
     for name in dict.fromkeys(weight_map.values()):
         if not (main.parent / name).is_file():
@@ -72,7 +75,9 @@ def read_checkpoint(main: Path) -> Checkpoint:
         if tensor not in entries or entries[tensor][0] != name:
             where = f"it in {entries[tensor][0]}" if tensor in entries else "no such tensor there"
             raise CorruptFile(f"{main}: expected tensor {tensor!r} in {name}, found {where}")
-    return Checkpoint(main, headers, {tensor: entries[tensor] for tensor in weight_map})
+    said = index.get("metadata")
+    texts = {key: text for key, text in said.items() if isinstance(text, str)} if isinstance(said, dict) else {}
+    return Checkpoint(main, headers, {tensor: entries[tensor] for tensor in weight_map}, texts)
 
 
 def siblings_of(path: Path) -> tuple[Path, ...]:
@@ -108,8 +113,11 @@ def read_shards(files: Sequence[Path]) -> Checkpoint:
 
 def read_index(path: Path) -> dict[str, str]:
     """weight_map of an index: tensor → plain file name. CorruptFile for anything else, path escapes included."""
-    found = read_index_json(path)
-    weight_map = found.get("weight_map")
+    return _weight_map(path, read_index_json(path))
+
+
+def _weight_map(path: Path, index: Mapping[str, object]) -> dict[str, str]:
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptFile(f"{path}: expected an object weight_map (tensor → file), found {type(weight_map).__name__}")
     for tensor, name in weight_map.items():

@@ -82,29 +82,27 @@ def documented(
 ) -> tuple[tuple[Weight, ...], tuple[Declaration, ...]]:
     """Names that `__metadata__` maps to a stored one: `safetensors.torch.save_model` writes {dropped: kept}.
 
+    Of a sharded checkpoint the map is in the index: huggingface_hub, serialization/_torch.py `save_torch_state_dict`.
+
     It documents the tie and restores nothing by itself: transformers ignores it and initialises the dropped name
     randomly; `safetensors.torch.load_model` relies on the live module's own sharing.
     """
-    absent: list[Weight] = []
+    absent: dict[str, Weight] = {}
     declarations: list[Declaration] = []
-    for file, header in checkpoint.headers.items():
+    known: set[tuple[str, str]] = set()
+    maps = [(f"{file} __metadata__", header.metadata) for file, header in checkpoint.headers.items()]
+    for where, texts in (*maps, (f"{checkpoint.main.name} metadata", checkpoint.in_index)):
         by_kept: dict[str, list[str]] = {}
-        for dropped, kept in header.metadata.items():
+        for dropped, kept in texts.items():
             weight = stored.get(make_id(kept))
-            if weight is None or dropped == kept:
+            if weight is None or dropped == kept or (dropped, kept) in known:
                 continue
-            if make_id(dropped) not in stored:
-                because = f"{file} __metadata__ says that it was dropped for {kept}"
-                absent.append(
-                    Weight(
-                        make_id(dropped),
-                        dropped,
-                        weight.shape,
-                        weight.dtype,
-                        None,
-                        parameter=weight.parameter,
-                        because=because,
-                    )
+            known.add((dropped, kept))
+            id = make_id(dropped)
+            if id not in stored and id not in absent:
+                because = f"{where} says that it was dropped for {kept}"
+                absent[id] = Weight(
+                    id, dropped, weight.shape, weight.dtype, None, parameter=weight.parameter, because=because
                 )
             by_kept.setdefault(kept, []).append(dropped)
         for kept, names in by_kept.items():
@@ -112,11 +110,11 @@ def documented(
             declarations.append(
                 Declaration(
                     members,
-                    f"{file} __metadata__",
+                    where,
                     active=True,
                     restores=False,
                     honoured_by=("safetensors.torch.load_model, into a module that shares them itself",),
                     because="the alias map documents a tie; it restores nothing by itself",
                 )
             )
-    return tuple(absent), tuple(declarations)
+    return tuple(absent.values()), tuple(declarations)

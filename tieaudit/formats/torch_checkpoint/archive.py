@@ -39,16 +39,19 @@ class Member:
     n_bytes: int
     header: int
     """Where its local header begins."""
+    crc: int = 0
+    """CRC-32 of its content, as the directory says."""
 
 
 class Archive:
     """The members of one archive by their names below its top folder."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, within: FileStorage | None = None) -> None:
+        """The archive that a file is, or that lies `within` one, stored in another archive."""
         self.where = str(path)
         self.path = str(path.resolve())
-        n_file = os.stat(self.path).st_size
-        self._file = FileStorage(self.path, 0, n_file)
+        self._file = FileStorage(self.path, 0, os.stat(self.path).st_size) if within is None else within
+        n_file = self._file.n_bytes
         begin, n_bytes = self._directory(n_file)
         members = self._members(begin, n_bytes)
         self._check_apart(members, begin)
@@ -56,7 +59,10 @@ class Archive:
         self.members: Mapping[str, Member] = {
             member.name.removeprefix(self.top): member for member in members if member.name.startswith(self.top)
         }
+        self.all = tuple(sorted(members, key=lambda one: one.header))
+        """Every member, those beside the top folder too, in the order of the file."""
         self._n_inflated = 0
+        self._inflated: dict[int, Storage] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self.members
@@ -73,17 +79,25 @@ class Archive:
         member = self.members.get(name)
         if member is None:
             raise CorruptFile(f"{self.where}: expected {self.top}{name} in the archive, found no such member")
+        return self.content(member)
+
+    def content(self, member: Member) -> Storage:
+        """As `storage`, for one of `all`."""
         data = self._data_of(member)
         if member.method == _STORED:
             return data
+        if member.header in self._inflated:
+            return self._inflated[member.header]
         self._n_inflated += member.n_bytes
         if self._n_inflated > MAX_INFLATED_BYTES:
             raise CorruptFile(
-                f"{self.where}, {name}: expected weights that are stored, found deflated ones of more than "
+                f"{self.where}, {member.name}: expected weights that are stored, found deflated ones of more than "
                 f"{MAX_INFLATED_BYTES} bytes",
                 hint="PyTorch never deflates them: unpack the archive and pack it again with `zip -0 -r`",
             )
-        return MemoryStorage(self._inflate(member, data), f"{self.path}!{member.name}")
+        found = MemoryStorage(self._inflate(member, data), f"{self.path}!{member.name}")
+        self._inflated[member.header] = found
+        return found
 
     def _inflate(self, member: Member, data: FileStorage) -> bytes:
         machine = zlib.decompressobj(-15)
@@ -111,7 +125,7 @@ class Archive:
                 f"{self.where}, {member.name}: expected {member.n_packed} bytes at byte {begin}, found the end of the "
                 f"file at byte {self._file.n_bytes}: truncated"
             )
-        return FileStorage(self.path, begin, member.n_packed)
+        return FileStorage(self.path, self._file.offset + begin, member.n_packed)
 
     def _directory(self, n_file: int) -> tuple[int, int]:
         """Begin and length of the central directory."""
@@ -153,8 +167,8 @@ class Archive:
         found: dict[str, Member] = {}
         at = 0
         while at + 46 <= len(text) and text[at : at + 4] == _CENTRAL:
-            flags, method, packed, plain, n_name, n_extra, n_comment, header = struct.unpack(
-                "<8xHH8xIIHHH8xI", text[at : at + 46]
+            flags, method, crc, packed, plain, n_name, n_extra, n_comment, header = struct.unpack(
+                "<8xHH4xIIIHHH8xI", text[at : at + 46]
             )
             name = text[at + 46 : at + 46 + n_name].decode("utf-8", "replace")
             extra = text[at + 46 + n_name : at + 46 + n_name + n_extra]
@@ -164,7 +178,7 @@ class Archive:
                 raise CorruptFile(
                     f"{self.where}: expected every name once, found {name[:200]!r} twice: readers disagree"
                 )
-            found[name] = Member(name, method, packed, plain, header)
+            found[name] = Member(name, method, packed, plain, header, crc)
             at += 46 + n_name + n_extra + n_comment
         if at != len(text) or not found:
             raise CorruptFile(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from tieaudit.errors import CorruptFile, UsageError
 from tieaudit.formats.torch_checkpoint.pickles import Made
@@ -30,7 +31,20 @@ _MAX_DEPTH = 100
 _MAX_VISITS = 1_000_000
 
 Leaf = Tensor | Parts | Embedded
-Names = list[tuple[str, Leaf]]
+
+
+class Named(NamedTuple):
+    """A tensor under its dotted name."""
+
+    name: str
+    leaf: Leaf
+    holder: object = None
+    """The container that it lies in; None for a value that is a tensor itself."""
+    inner: str = ""
+    """Its name there."""
+
+
+Names = list[Named]
 
 
 @dataclass(frozen=True)
@@ -70,7 +84,7 @@ class Contents:
         if not isinstance(found, dict):
             return Chosen("", list(self._leaves(found)), ())
         read = list(self._unlike_training(found))
-        kept = [one for name, child in read for one in self._below(name, child)]
+        kept = [one for name, child in read for one in self._below(found, name, child)]
         if not kept:  # nothing but the state of an optimizer
             return Chosen("", list(self._leaves(found)), ())
         return Chosen("", kept, tuple(self._beside(*(name for name, _ in read))))
@@ -106,7 +120,7 @@ class Contents:
         heads = {name.partition(".")[0] if name not in dict(self.children(self.value)) else name for name in read}
         for name, child in self.children(self.value):
             if name not in heads:
-                count = sum(1 for _ in self._below(name, child))
+                count = sum(1 for _ in self._below(self.value, name, child))
                 yield f"{name} ({count:,} tensor{'s' if count != 1 else ''})"
 
     def _at(self, key: str) -> object:
@@ -125,27 +139,28 @@ class Contents:
             found, rest = named[name], rest[len(name) + 1 :]
         return found
 
-    def _below(self, name: str, child: object) -> Iterator[tuple[str, Leaf]]:
+    def _below(self, holder: object, name: str, child: object) -> Iterator[Named]:
         if isinstance(child, (Tensor, Parts, Embedded)):
-            yield name, child
+            yield Named(name, child, holder, name)
             return
-        for inner, leaf in self._leaves(child):
-            yield f"{name}.{inner}", leaf
+        for found in self._leaves(child):
+            yield found._replace(name=f"{name}.{found.name}")
 
-    def _leaves(self, value: object) -> Iterator[tuple[str, Leaf]]:
+    def _leaves(self, value: object) -> Iterator[Named]:
         """Every tensor below by its dotted name, in the order of the file. CorruptFile beyond `_MAX_VISITS`."""
         if isinstance(value, (Tensor, Parts, Embedded)):
-            yield "tensor", value
+            yield Named("tensor", value)
             return
         stack: list[Iterator[tuple[str, object]]] = [iter(self.children(value))]
         names: list[str] = []
-        path = [id(value)]
+        path = [value]
+        inside = {id(value)}
         n_visits = 0
         while stack:
             name, child = next(stack[-1], ("", None))
             if child is None:
                 stack.pop()
-                path.pop()
+                inside.discard(id(path.pop()))
                 names = names[:-1]
                 continue
             n_visits += 1
@@ -153,11 +168,12 @@ class Contents:
                 what = f"at most {_MAX_VISITS:,} tensors" if n_visits > _MAX_VISITS else f"at most {_MAX_DEPTH} levels"
                 raise CorruptFile(f"{self.where}: expected {what} of names, found more: nested beyond reason")
             if isinstance(child, (Tensor, Parts, Embedded)):
-                yield ".".join([*names, name]), child
-            elif id(child) not in path:  # else a container that holds itself
+                yield Named(".".join([*names, name]), child, path[-1], name)
+            elif id(child) not in inside:  # else a container that holds itself
                 stack.append(iter(self.children(child)))
                 names.append(name)
-                path.append(id(child))
+                path.append(child)
+                inside.add(id(child))
 
     def _prune(self) -> None:
         """Children that hold tensors, for every container once: shared ones are not walked again."""
@@ -222,6 +238,36 @@ def _inside(container: object) -> Iterator[tuple[str, object]]:
                 yield from ((name, child) for name, child in _inside(held) if name != _FLAT)
             elif held is not None:
                 yield "state", held
+
+
+def holder_of(named: Named) -> tuple[object, object]:
+    """The dictionary or list that a tensor was put into, and its key or index there; (None, None) if there is none."""
+    holder = named.holder
+    held: list[object] = [holder]
+    if isinstance(holder, Made):
+        state = holder.state
+        parts = (state.get(part) for part in ("_parameters", "_buffers")) if isinstance(state, dict) else ()
+        held = [holder.items, holder.entries, state]
+        held += [part.items if isinstance(part, Made) else part for part in parts]
+    for one in held:
+        if isinstance(one, dict) and _same(one.get(named.inner), named.leaf):
+            return one, named.inner
+        if isinstance(one, dict):
+            for key, value in one.items():
+                if _same(value, named.leaf) and _name(key) == named.inner:
+                    return one, key
+        elif isinstance(one, list):
+            for index, value in enumerate(one):
+                if str(index) == named.inner and _same(value, named.leaf):
+                    return one, index
+    return None, None
+
+
+def _same(value: object, leaf: Leaf) -> bool:
+    """Whether a value is the one that was found; buffers of modules are marked as such when they are."""
+    return value is leaf or (
+        isinstance(value, Tensor) and isinstance(leaf, Tensor) and value.stored is leaf.stored is not None
+    )
 
 
 def _as_buffer(value: object) -> object:

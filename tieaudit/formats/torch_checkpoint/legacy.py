@@ -28,7 +28,7 @@ _PROTOCOL = 1001
 class LegacyFile:
     """A file of this layout: its value, and where its storages are."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, machine: type[Machine] = Machine) -> None:
         self.path = str(path.resolve())
         file = FileStorage(self.path, 0, os.stat(self.path).st_size)
         self.where = str(path)
@@ -43,9 +43,9 @@ class LegacyFile:
         if protocol != _PROTOCOL:
             raise CorruptFile(f"{path}: expected protocol {_PROTOCOL}, found {str(protocol)[:40]}")
         Machine(stream, rebuilder.persistent, rebuilder.call).load()
-        machine = Machine(stream, self._persistent(rebuilder), rebuilder.call)
-        self.value = machine.load()
-        self.placeholders = machine.placeholders
+        self.machine = machine(stream, self._persistent(rebuilder), rebuilder.call)
+        self.value = self.machine.load()
+        self.placeholders = self.machine.placeholders
         keys = Machine(stream, rebuilder.persistent, rebuilder.call).load()
         self.storage_of_file = file
         self._storages = self._located(keys, stream.at, file.n_bytes)
@@ -82,6 +82,11 @@ class LegacyFile:
             found[key] = FileStorage(self.path, at + 8, n_bytes)
             at += 8 + n_bytes
         return found
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys of the storages in the order of the file."""
+        return tuple(self._storages)
 
     def storage(self, key: str) -> FileStorage:
         """Where a storage's bytes are. CorruptFile if the file names it but does not hold it."""

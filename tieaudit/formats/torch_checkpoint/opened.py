@@ -13,8 +13,10 @@ from tieaudit.formats.torch_checkpoint.discover import what_is
 from tieaudit.formats.torch_checkpoint.legacy import LegacyFile
 from tieaudit.formats.torch_checkpoint.pickles import Machine
 from tieaudit.formats.torch_checkpoint.rebuild import Bytes, Rebuilder
+from tieaudit.formats.torch_checkpoint.script import constant, mark
 from tieaudit.formats.torch_checkpoint.stream import Stream
-from tieaudit.storage import Storage
+from tieaudit.formats.torch_checkpoint.tracing import Tracer
+from tieaudit.storage import FileStorage, Storage
 
 _PICKLE, _CONSTANTS = "data.pkl", "constants.pkl"
 _IN_CONSTANTS = "constants:"
@@ -40,6 +42,9 @@ class Opened:
     placeholders: Counter[str]
     pickle: Storage
     """The pickle itself, in which arrays of numpy lie."""
+    container: Archive | LegacyFile
+    trace: Tracer | None = None
+    """Which bytes of the pickle say what, where that was asked for."""
 
 
 class _InArchive:
@@ -56,19 +61,31 @@ class _InArchive:
         return self._found[key]
 
 
-def open_file(path: Path) -> Opened:
-    """Read the pickles of one file. CorruptFile, UnreadableModel. Cost: the pickles; no tensor is read."""
+def open_file(path: Path, *, traced: bool = False) -> Opened:
+    """Read the pickles of one file; `traced`: for a rewrite. CorruptFile, UnreadableModel.
+
+    Cost: the pickles; no tensor is read.
+    """
     kind, said = what_is(path)
+    machine = Tracer if traced else Machine
     if kind == "zip":
-        return _zip(path)
+        return _zip(path, machine)
     if kind == "legacy":
-        file = LegacyFile(path)
-        return Opened(str(path), "legacy", file.value, file, False, file.placeholders, file.storage_of_file)
+        file = LegacyFile(path, machine)
+        trace = file.machine if isinstance(file.machine, Tracer) else None
+        return Opened(
+            str(path), "legacy", file.value, file, False, file.placeholders, file.storage_of_file, file, trace
+        )
     raise UnreadableModel(f"{path}: expected a PyTorch checkpoint, found {said}")
 
 
-def _zip(path: Path) -> Opened:
-    archive = Archive(path)
+def open_within(path: Path, storage: FileStorage) -> Opened:
+    """What `torch.save` wrote into a stored member of another archive."""
+    return _zip(path, Machine, storage)
+
+
+def _zip(path: Path, kind: type[Machine], within: FileStorage | None = None) -> Opened:
+    archive = Archive(path, within)
     if _PICKLE not in archive:
         raise UnreadableModel(f"{path}: expected data.pkl in the archive, found {_without_pickle(archive)}")
     order = archive.read("byteorder", 16).strip() if "byteorder" in archive else b"little"
@@ -76,17 +93,23 @@ def _zip(path: Path) -> Opened:
         raise CorruptFile(f"{path}, byteorder: expected little or big, found {order!r}")
     placeholders: Counter[str] = Counter()
     pickle = archive.storage(_PICKLE)
-    value = _value(path, _PICKLE, pickle, "", placeholders)
+    value, machine = _value(path, _PICKLE, pickle, "", placeholders, kind)
     layout = "zip"
     if _CONSTANTS in archive:
         layout = "torchscript"
-        constants = _value(path, _CONSTANTS, archive.storage(_CONSTANTS), _IN_CONSTANTS, placeholders)
+        learned = mark(value, archive)
+        constants, _ = _value(path, _CONSTANTS, archive.storage(_CONSTANTS), _IN_CONSTANTS, placeholders, Machine)
         if isinstance(constants, (tuple, list)):
-            value = {"": value, "CONSTANTS": {f"c{n}": one for n, one in enumerate(constants)}}
-    return Opened(str(path), layout, value, _InArchive(archive), order == b"big", placeholders, pickle)
+            known = [constant(one) if learned else one for one in constants]
+            value = {"": value, "CONSTANTS": {f"c{n}": one for n, one in enumerate(known)}}
+    trace = machine if isinstance(machine, Tracer) else None
+    located = _InArchive(archive)
+    return Opened(str(path), layout, value, located, order == b"big", placeholders, pickle, archive, trace)
 
 
-def _value(path: Path, name: str, pickle: Storage, prefix: str, placeholders: Counter[str]) -> object:
+def _value(
+    path: Path, name: str, pickle: Storage, prefix: str, placeholders: Counter[str], kind: type[Machine]
+) -> tuple[object, Machine]:
     rebuilder = Rebuilder(f"{path}, {name}")
 
     def persistent(saved: object) -> object:
@@ -95,10 +118,10 @@ def _value(path: Path, name: str, pickle: Storage, prefix: str, placeholders: Co
             return Bytes(prefix + found.key, found.dtype, found.n_elements, found.begin)
         return found
 
-    machine = Machine(Stream(pickle, f"{path}, {name}"), persistent, rebuilder.call)
+    machine = kind(Stream(pickle, f"{path}, {name}"), persistent, rebuilder.call)
     value = machine.load()
     placeholders.update(machine.placeholders)
-    return value
+    return value, machine
 
 
 def _without_pickle(archive: Archive) -> str:

@@ -64,7 +64,13 @@ class Made:
         return self.function.name if isinstance(self.function, Global) else "?"
 
 
-class _Key:
+class Ordered(dict[Any, Any]):
+    """An `OrderedDict`, which may have attributes: PyTorch keeps the versions of modules in `_metadata`."""
+
+    state: object = None
+
+
+class UnhashedKey:
     """Stands for a dictionary key that is no plain value: hashing a nested tuple may take forever."""
 
     __slots__ = ("value",)
@@ -94,7 +100,7 @@ class Machine:
 
     def load(self) -> object:
         """The value that the pickle describes. CorruptFile names the byte where it makes no sense."""
-        stream, table = self._stream, _OPERATIONS
+        stream, table = self._stream, OPERATIONS
         byte = stream.byte
         for _ in range(MAX_STEPS):
             code = byte()
@@ -257,6 +263,8 @@ class Machine:
                 self._stack[-1] = finished
             else:
                 made.state = state
+        elif isinstance(made, Ordered):
+            made.state = state
 
     def persistent(self) -> None:
         self._stack[-1] = self._persistent(self._stack[-1])
@@ -279,7 +287,7 @@ def _key(value: object) -> object:
         return value
     if isinstance(value, tuple) and len(value) < 9 and all(isinstance(one, (str, int, float, bool)) for one in value):
         return value
-    return _Key(value)
+    return UnhashedKey(value)
 
 
 def _operations() -> Mapping[int, Callable[[Machine], object]]:
@@ -327,7 +335,7 @@ def _operations() -> Mapping[int, Callable[[Machine], object]]:
         "a": lambda s: s.append([s._stack.pop()]),
         "e": lambda s: s.append(s._since_mark()),
         "\x90": lambda s: s.append(s._since_mark()),
-        "s": Machine.set_item,
+        "s": lambda s: s.set_item(),
         "u": lambda s: s._set(s._since_mark()),
         "c": lambda s: s.name_of(s._stream.line(), s._stream.line()),
         "\x93": Machine.stack_global,
@@ -337,7 +345,7 @@ def _operations() -> Mapping[int, Callable[[Machine], object]]:
         "\x81": Machine.reduce,
         "\x92": Machine.new_object_with_keywords,
         "b": Machine.build,
-        "Q": Machine.persistent,
+        "Q": lambda s: s.persistent(),
         "p": lambda s: s.put(int(s._stream.line())),
         "q": lambda s: s.put(s._stream.byte()),
         "r": lambda s: s.put(s._stream.number(4)),
@@ -349,6 +357,7 @@ def _operations() -> Mapping[int, Callable[[Machine], object]]:
     return {ord(code): operation for code, operation in found.items()}
 
 
-_OPERATIONS = _operations()
+OPERATIONS = _operations()
+"""Opcode → what it does to a machine."""
 
-__all__ = ["MAX_STEPS", "RUNS_CODE", "Blob", "Global", "Machine", "Made"]
+__all__ = ["MAX_STEPS", "OPERATIONS", "RUNS_CODE", "Blob", "Global", "Machine", "Made", "UnhashedKey"]

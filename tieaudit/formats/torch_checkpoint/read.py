@@ -8,9 +8,10 @@ from pathlib import Path
 
 from tieaudit.dtypes import TABLE, dtype
 from tieaudit.errors import CorruptFile
+from tieaudit.formats import KEY_GIVEN
 from tieaudit.formats.safetensors.sharded import read_index
 from tieaudit.formats.safetensors.weights import by_convention
-from tieaudit.formats.torch_checkpoint.contents import Contents, Leaf
+from tieaudit.formats.torch_checkpoint.contents import Chosen, Contents, Named
 from tieaudit.formats.torch_checkpoint.discover import INDEX_SUFFIX
 from tieaudit.formats.torch_checkpoint.opened import Opened, open_file
 from tieaudit.formats.torch_checkpoint.rebuild import Bytes, Embedded, Parts, Tensor
@@ -27,11 +28,14 @@ _PRESENT = 8
 
 
 @dataclass
-class _Found:
+class Collected:
     """The weights of one file as they are collected."""
 
     opened: Opened
+    chosen: Chosen = field(default_factory=lambda: Chosen("", [], ()))
     weights: dict[str, Weight] = field(default_factory=dict)
+    sources: dict[str, tuple[Tensor, Named]] = field(default_factory=dict)
+    """Name of a weight → the tensor in the pickle, and what was found there under which name (several parts: one)."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Name → why it is no weight."""
 
@@ -102,15 +106,24 @@ def read(main: Path, key: str = "") -> Pickled:
     return Pickled(main, by_file, metadata, tuple(all_notes))
 
 
+def collect(opened: Opened, key: str = "") -> Collected:
+    """The weights under a key of a file that is open, each with where it comes from."""
+    chosen = Contents(opened.value, opened.where).choose(key)
+    found = Collected(opened, chosen)
+    for named in chosen.tensors:
+        _add(found, named.name.lstrip(".") if opened.layout == "torchscript" else named.name, named)
+    return found
+
+
 def _read_one(path: Path, key: str) -> tuple[tuple[Weight, ...], dict[str, str], tuple[str, ...]]:
     opened = open_file(path)
-    chosen = Contents(opened.value, str(path)).choose(key)
-    found = _Found(opened)
-    for name, leaf in chosen.tensors:
-        _add(found, name.lstrip(".") if opened.layout == "torchscript" else name, leaf)
+    found = collect(opened, key)
+    chosen = found.chosen
     metadata = {"layout": opened.layout}
     if chosen.key:
         metadata["key"] = chosen.key
+    if key:
+        metadata[KEY_GIVEN] = key
     if chosen.beside:
         metadata["beside"] = ", ".join(chosen.beside)
     if opened.placeholders:
@@ -125,14 +138,15 @@ def _read_one(path: Path, key: str) -> tuple[tuple[Weight, ...], dict[str, str],
     return tuple(found.weights.values()), metadata, tuple(notes)
 
 
-def _add(found: _Found, name: str, leaf: Leaf) -> None:
-    for full, tensor, kind in _single(name, leaf):
+def _add(found: Collected, name: str, named: Named) -> None:
+    for full, tensor, kind in _single(name, named.leaf):
         while full in found.weights:  # a name with a dot in it, beside the nesting that it spells
             full += "'"
         if isinstance(tensor, Embedded):
             weight = _embedded(found, full, tensor)
         else:
-            weight = _weight(found, full, tensor, kind)
+            weight = weight_of(found, full, tensor, kind)
+            found.sources[full] = (tensor, named)
         if weight is not None:
             found.weights[full] = weight
 
@@ -145,7 +159,11 @@ def _single(name: str, leaf: object, kind: str = "") -> Iterator[tuple[str, Tens
         yield name, leaf, kind
 
 
-def _weight(found: _Found, name: str, tensor: Tensor, kind: str) -> Weight | None:
+def weight_of(found: Collected, name: str, tensor: Tensor, kind: str = "") -> Weight | None:
+    """One tensor as a weight; None, and a line in `found.left_out`, where its bytes are not its values.
+
+    CorruptFile if it steps beyond what is stored.
+    """
     if tensor.dtype not in TABLE or TABLE[tensor.dtype].item_bytes is None:
         found.left_out[name] = f"elements of type {tensor.dtype[:40]}, which is not known here; not compared"
         return None
@@ -167,7 +185,7 @@ def _weight(found: _Found, name: str, tensor: Tensor, kind: str) -> Weight | Non
     return replace(weight, held_as="sparse_initializer") if kind == "sparse" else weight
 
 
-def _storage(found: _Found, name: str, tensor: Tensor, stored: Bytes) -> Storage | None:
+def _storage(found: Collected, name: str, tensor: Tensor, stored: Bytes) -> Storage | None:
     """Where a tensor's bytes are. CorruptFile if it steps beyond what it says is stored."""
     opened, item = found.opened, dtype(tensor.dtype).item_bytes or 1
     whole = opened.located.storage(stored.key)
@@ -204,7 +222,7 @@ def _swap(name: str, item: int) -> int:
     return width if width > 1 else 0
 
 
-def _embedded(found: _Found, name: str, array: Embedded) -> Weight | None:
+def _embedded(found: Collected, name: str, array: Embedded) -> Weight | None:
     """A numpy array in the pickle itself."""
     item = dtype(array.dtype).item_bytes or 1
     n_bytes = item

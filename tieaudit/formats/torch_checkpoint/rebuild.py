@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tieaudit.errors import CorruptFile
-from tieaudit.formats.torch_checkpoint.pickles import Global, Made
+from tieaudit.formats.torch_checkpoint.pickles import Global, Made, Ordered
 from tieaudit.formats.torch_checkpoint.stream import Blob
 
 _STORAGES = (
@@ -26,6 +26,7 @@ _OTHER_NAMES = {
     "cdouble": "complex128", "cfloat": "complex64", "qint8": "int8", "quint8": "uint8", "qint32": "int32",
     "float4_e2m1fn_x2": "uint8",
 }  # fmt: skip
+_ONLY_BYTES = frozenset({"qint8", "quint8", "qint32", "float4_e2m1fn_x2"})
 _PARAMETERS = ("torch.nn.parameter.Parameter", "torch.nn.parameter.UninitializedParameter")
 _BUFFERS = ("torch.nn.parameter.Buffer", "torch.nn.Buffer")
 _MAX_AXES = 64
@@ -56,6 +57,8 @@ class Tensor:
     parameter: bool | None = None
     """True: saved as a Parameter; False: as a Buffer; None: a plain tensor."""
     because: str = ""
+    spelt: str = ""
+    """Its element type as PyTorch calls it, where `dtype` only says how its bytes are compared."""
     odd: str = ""
     """Why its bytes are not its values, e.g. a lazy conjugation; empty for nearly all."""
 
@@ -126,11 +129,15 @@ class Rebuilder:
         self, stored: object, offset: object, size: object, stride: object, grad: object, hooks: object, dtype: object,
         metadata: object = None,
     ) -> object:  # fmt: skip
-        return self._tensor(stored, offset, size, stride, dtype_name(dtype), metadata)
+        spelt = dtype.name.removeprefix("torch.") if isinstance(dtype, Global) else ""
+        return self._tensor(
+            stored, offset, size, stride, dtype_name(dtype), metadata, spelt if spelt in _ONLY_BYTES else ""
+        )
 
     def _tensor(
-        self, stored: object, offset: object, size: object, stride: object, dtype: str | None, metadata: object
-    ) -> Tensor:
+        self, stored: object, offset: object, size: object, stride: object, dtype: str | None, metadata: object,
+        spelt: str = "",
+    ) -> Tensor:  # fmt: skip
         if not isinstance(stored, Bytes):
             raise TypeError
         shape, strides = _sizes(size), _sizes(stride)
@@ -145,7 +152,7 @@ class Rebuilder:
         if isinstance(metadata, dict) and any(metadata.get(bit) for bit in ("conj", "neg")):
             odd = "its values are stored as their conjugates or negatives"
         assert isinstance(offset, int)
-        return Tensor(stored, dtype or stored.dtype, offset, shape, strides, odd=odd)
+        return Tensor(stored, dtype or stored.dtype, offset, shape, strides, spelt=spelt, odd=odd)
 
     def parameter(self, data: object, grad: object = None, *more: object) -> object:
         if isinstance(data, Parts):
@@ -258,8 +265,9 @@ def _sizes(value: object) -> tuple[int, ...] | None:
 def _ordered(self: Rebuilder, pairs: Any = (), *more: object) -> object:
     """An OrderedDict, Counter or defaultdict: a dictionary. Python 2 gave the items as a list of pairs."""
     if isinstance(pairs, dict):
-        return dict(pairs)
-    return {pair[0]: pair[1] for pair in pairs if isinstance(pair[0], (str, int))} if isinstance(pairs, list) else {}
+        return Ordered(pairs)
+    named = [pair for pair in pairs if isinstance(pair[0], (str, int))] if isinstance(pairs, list) else []
+    return Ordered((pair[0], pair[1]) for pair in named)
 
 
 def _first(self: Rebuilder, value: object, *more: object) -> object:

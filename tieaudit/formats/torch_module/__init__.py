@@ -35,6 +35,12 @@ def _load(path: Path, files: tuple[Path, ...]) -> Model:
     return load(str(path))
 
 
+def _load_inputs(path: Path, files: tuple[Path, ...], inputs: Path) -> Model:
+    from tieaudit.formats.torch_module.factory import load
+
+    return load(str(path), inputs)
+
+
 def _can_realise(model: Model, edit: Edit, target: str) -> str | None:
     """Two names can be one `Parameter`, as they are or, behind a parametrization, transposed."""
     if isinstance(edit, Unshare):
@@ -67,6 +73,8 @@ torch_module = Format(
     named=_named,
     group=_group,
     load=_load,
+    load_inputs=_load_inputs,
     can_realise=_can_realise,
     edit=_edit,
+    has_program=False,
 )

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from tieaudit.errors import TieAuditError, UnreadableModel
@@ -32,7 +33,9 @@ def main() -> None:
                 from tieaudit.formats.torch_module.read import read_module
 
                 module, inputs = built(question["describe"])
-                model = read_module(module, inputs, path=question["describe"])
+                if question.get("inputs"):
+                    inputs = _stored(question["inputs"], module)
+                model = read_module(module, inputs, path=question["describe"], whole=True)
                 answer: dict[str, Any] = _described(model)
             else:
                 data = _read(model, question)
@@ -72,6 +75,19 @@ def built(name: str) -> tuple[Any, Any]:
     return found, inputs
 
 
+def _stored(path: str, module: Any) -> Any:
+    """Arrays of an .npz as arguments: by position where numpy named them itself, else by name."""
+    import numpy as np
+    import torch
+
+    first = next(iter(module.parameters()), None)
+    device = first.device if first is not None else torch.device("cpu")
+    with np.load(path, allow_pickle=False) as file:
+        tensors = {name: torch.from_numpy(file[name]).to(device) for name in file.files}
+    numbered = [f"arr_{index}" for index in range(len(tensors))]
+    return tuple(tensors[name] for name in numbered) if set(tensors) == set(numbered) else tensors
+
+
 def _read(model: Model | None, question: Mapping[str, Any]) -> bytes:
     storage = model.weights[question["read"]].storage if model is not None else None
     if storage is None:
@@ -97,6 +113,7 @@ def _described(model: Model) -> dict[str, Any]:
             for weight in model.weights
         ],
         "uses": [_use(use) for use in model.uses],
+        "declarations": [asdict(claim) for claim in model.declarations],
         "hints": dict(model.hints),
         "metadata": dict(model.metadata),
         "notes": list(model.notes),
@@ -107,5 +124,5 @@ def _use(use: Use) -> dict[str, Any]:
     perms = [list(step.perm) for step in use.view.steps if isinstance(step, Transpose)]
     return {
         "weight": use.weight, "op": use.op, "node": use.node, "slot": use.slot, "chain": list(use.chain),
-        "perms": perms,
+        "perms": perms, "call": list(use.call),
     }  # fmt: skip

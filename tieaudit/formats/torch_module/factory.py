@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tieaudit.errors import MissingPackage, UnreadableModel
-from tieaudit.model import Model, Part, Use, Weight
+from tieaudit.model import Declaration, Model, Part, Use, Weight
 from tieaudit.storage import Region
 from tieaudit.view import AS_STORED, Transpose, View
 
@@ -127,11 +127,12 @@ def _close_all() -> None:
         _builders.popitem()[1].close()
 
 
-def load(name: str) -> Model:
+def load(name: str, inputs: Path | None = None) -> Model:
     """The module that `package.module:factory` makes. UnreadableModel in one line if it makes none.
 
     The attribute is a module, or a callable without arguments that returns a module or a pair of a module and sample
-    inputs (a tuple, or a dict of keyword arguments), from which the uses then come.
+    inputs (a tuple, or a dict of keyword arguments), from which the uses then come. `inputs`: an .npz that takes their
+    place, with an array for each argument by its name, or in order where numpy named them itself (`arr_0` …).
     """
     import importlib.util
 
@@ -143,7 +144,7 @@ def load(name: str) -> Model:
         _builders.pop(name).close()
     builder = Builder(name)
     try:
-        answer, _ = builder.ask({"describe": name})
+        answer, _ = builder.ask({"describe": name, "inputs": str(inputs.absolute()) if inputs is not None else ""})
     except BaseException:
         builder.close()
         raise
@@ -154,6 +155,7 @@ def load(name: str) -> Model:
         parts=(Part("", ()),),
         weights=tuple(_weight(name, index, row) for index, row in enumerate(answer["weights"])),
         uses=tuple(_use(row) for row in answer["uses"]),
+        declarations=tuple(_declaration(row) for row in answer["declarations"]),
         hints=answer["hints"],
         metadata=answer["metadata"],
         notes=tuple(answer["notes"]),
@@ -170,9 +172,14 @@ def _weight(name: str, index: int, row: Mapping[str, Any]) -> Weight:
     )  # fmt: skip
 
 
+def _declaration(row: Mapping[str, Any]) -> Declaration:
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+    return Declaration(**fields)
+
+
 def _use(row: Mapping[str, Any]) -> Use:
     view = View(tuple(Transpose(tuple(perm)) for perm in row["perms"])) if row["perms"] else AS_STORED
     return Use(
         row["weight"], row["op"], row["node"], row["slot"], view, chain=tuple(row["chain"]),
-        transposes=bool(row["perms"]),
+        transposes=bool(row["perms"]), call=tuple(row["call"]),
     )  # fmt: skip

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tieaudit.errors import UnreadableModel
+from tieaudit.formats.torch_module.declared import Declared, declared
+from tieaudit.formats.torch_module.samples import samples
 from tieaudit.formats.torch_module.tensors import dtype_name, locate
 from tieaudit.formats.torch_module.uses import hints, uses_by_export, uses_by_type
 from tieaudit.model import Model, Part, Use, Weight, make_id
+from tieaudit.printable import counted
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +22,10 @@ if TYPE_CHECKING:
     from tieaudit.formats.torch_module.tensors import TensorStorage
 
 _N_NAMED = 3
+SECONDS = 10.0
+"""For tracing a module with generated inputs, looked at whenever a module is entered: GPT-2 xl (48 layers) takes 8."""
+_BY_TYPE = "from the types of the modules"
+_DISTRIBUTED = ("torch.nn.parallel.", "torch.distributed.")
 
 
 @dataclass(frozen=True)
@@ -61,8 +69,8 @@ def _saved_buffers(module: torch.nn.Module) -> frozenset[str]:
     return frozenset(
         f"{path}.{name}" if path else name
         for path, one in module.named_modules(remove_duplicate=False)
-        for name in one._buffers
-        if name not in one._non_persistent_buffers_set
+        for name, _ in one.named_buffers(recurse=False, remove_duplicate=False)
+        if name not in getattr(one, "_non_persistent_buffers_set", ())  # TorchScript saves all of them
     )
 
 
@@ -82,12 +90,13 @@ def live_count(module: torch.nn.Module) -> int | None:
     return None if any(is_lazy(one) for one in parameters) else sum(one.numel() for one in parameters)
 
 
-def read_module(module: torch.nn.Module, inputs: Any = None, *, path: str = "") -> Model:
+def read_module(module: torch.nn.Module, inputs: Any = None, *, path: str = "", whole: bool = False) -> Model:
     """The parameter graph of a live module. Nothing is copied: bytes are read from its tensors when they are needed.
 
     `inputs`: a tuple of positional arguments, a mapping of keyword arguments, or one tensor. With them the uses of
     every parameter come from torch.export, how often a module is called included; without them from the types of
-    the modules. `metadata["uses"]` says which, and why an export failed.
+    the modules. `metadata["uses"]` says which, and why an export failed. `whole`: generate inputs where none are
+    given, for at most `SECONDS`, and ask a transformers class which ties it declares.
     """
     import torch
 
@@ -96,8 +105,9 @@ def read_module(module: torch.nn.Module, inputs: Any = None, *, path: str = "") 
     members = held(module)
     storages = locate(one.tensor for one in members)
     weights = tuple(_weight(one, storage) for one, storage in zip(members, storages, strict=True))
-    uses, source = _uses(module, inputs, frozenset(weight.name for weight in weights))
+    uses, source = _uses(module, inputs, frozenset(weight.name for weight in weights), whole)
     kind = type(module)
+    said = declared(module, {weight.id: weight for weight in weights}) if whole else Declared()
     live = live_count(module)
     kinds, because = hints(module, members)
     return Model(
@@ -106,15 +116,17 @@ def read_module(module: torch.nn.Module, inputs: Any = None, *, path: str = "") 
         parts=(Part("", ()),),
         weights=weights,
         uses=uses,
+        declarations=said.declarations,
         hints=kinds,
         metadata={
             "architecture": kind.__qualname__,
             "torch": str(torch.__version__),
             "uses": source,
             "roles": because,
+            **({"transformers": said.version} if said.version else {}),
             **({"n_parameters_live": str(live)} if live is not None else {}),
         },
-        notes=tuple(_notes(module, weights, storages)),
+        notes=(*said.notes, *_notes(module, weights, storages)),
     )
 
 
@@ -126,14 +138,53 @@ def _weight(one: Held, storage: TensorStorage) -> Weight:
     )
 
 
-def _uses(module: torch.nn.Module, inputs: Any, names: frozenset[str]) -> tuple[tuple[Use, ...], str]:
+def _uses(module: torch.nn.Module, inputs: Any, names: frozenset[str], generate: bool) -> tuple[tuple[Use, ...], str]:
     if inputs is None:
-        said = "from the types of the modules: how often a module is called is not known without sample inputs"
-        return uses_by_type(module, names), said
+        made, why = _generated(module, names) if generate else (None, "without sample inputs")
+        if made is not None:
+            return made, why
+        return uses_by_type(module, names), f"{_BY_TYPE}: how often a module is called is not known {why}"
     found = uses_by_export(module, inputs, names)
     if isinstance(found, str):
-        return uses_by_type(module, names), f"from the types of the modules: torch.export could not be used: {found}"
+        return uses_by_type(module, names), f"{_BY_TYPE}: torch.export could not be used: {found}"
     return found, "from torch.export with the given inputs"
+
+
+def _generated(module: torch.nn.Module, names: frozenset[str]) -> tuple[tuple[Use, ...] | None, str]:
+    """Uses from the first made-up inputs that the module takes, and which; or None, and why."""
+    apart = _not_traced(module)
+    if apart:
+        return None, f"without sample inputs: it holds {apart}, which is not traced unasked"
+    until = time.monotonic() + SECONDS
+    n_tried, found = 0, "none could be made up"
+    try:
+        for sample in samples(module):
+            if time.monotonic() > until:
+                break
+            n_tried += 1
+            answer = uses_by_export(module, sample.inputs, names, until=until)
+            if not isinstance(answer, str):
+                return answer, f"from torch.export with generated inputs: {sample.said}"
+            found = answer if n_tried == 1 else found
+    except Exception as error:  # a class whose configuration does not say what it takes
+        found = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if time.monotonic() > until:
+        return None, f"without sample inputs: tracing with generated ones takes more than {SECONDS:g} s"
+    return None, f"without sample inputs: {counted(n_tried, 'generated one')} did not fit: {found}" if n_tried else (
+        f"without sample inputs: {found}"
+    )
+
+
+def _not_traced(module: torch.nn.Module) -> str:
+    """What would talk to other processes in a forward pass, and so wait for them; or what torch.export never takes."""
+    import torch
+
+    for one in module.modules():
+        if isinstance(one, torch.jit.ScriptModule):
+            return "TorchScript"
+        if type(one).__module__.startswith(_DISTRIBUTED):
+            return f"a {type(one).__name__}"
+    return "a DTensor" if any(type(one).__name__ == "DTensor" for one in module.parameters()) else ""
 
 
 def _notes(module: torch.nn.Module, weights: Sequence[Weight], storages: Sequence[TensorStorage]) -> Iterator[str]:
@@ -145,9 +196,21 @@ def _notes(module: torch.nn.Module, weights: Sequence[Weight], storages: Sequenc
     for reason, names in by_reason.items():
         what = f"{names[0]} has" if len(names) == 1 else f"{len(names):,} tensors ({_some(names)}) have"
         yield (f"{what} no values to compare ({reason}): ties by identity are known, equal copies cannot be told")
+    packed = [path for path, one in module.named_modules() if _holds_packed(one)]
+    if packed:
+        yield f"{_some(packed)}: weights packed for a kernel are no tensors, so neither compared nor counted"
     lazy = lazy_names(module)
     if lazy:
         yield f"{_some(lazy)}: not made before the lazy module is called once, so not counted"
+
+
+def _holds_packed(module: torch.nn.Module) -> bool:
+    """Whether an attribute is an object of TorchScript's: how quantised modules hold weights and biases together."""
+    import torch
+
+    return not isinstance(module, torch.jit.ScriptModule) and any(
+        isinstance(value, torch.ScriptObject) for value in vars(module).values()
+    )
 
 
 def _some(names: Sequence[str]) -> str:

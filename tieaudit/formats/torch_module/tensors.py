@@ -39,6 +39,21 @@ class TensorStorage:
             raise UnreadableModel(f"expected the values of a tensor, found none: {self.no_values}")
         return [self._read(begin, length) for begin, length in ranges]
 
+    def stretch(self, begin: int, end: int) -> TensorStorage | None:
+        """The bytes from `begin` to `end` as they lie in memory, both as in `region`; None where this memory ends
+        earlier, or where values are not as they are stored (lazy conjugates)."""
+        import torch
+
+        tensor = self.tensor.detach()
+        if self.no_values or tensor.is_conj() or tensor.is_neg():
+            return None
+        first = tensor.storage_offset() * tensor.element_size() + begin - self.region[1]
+        memory = tensor.untyped_storage()
+        if first < 0 or first + end - begin > memory.nbytes():
+            return None
+        plain = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(memory, first, (end - begin,), (1,))
+        return TensorStorage(plain, (self.region[0], begin, end), end - begin)
+
     def _read(self, begin: int, length: int) -> bytes:
         if length <= 0:
             return b""
@@ -118,6 +133,33 @@ def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [inner for part in parts if isinstance(part, torch.Tensor) for inner in inner_tensors(part)]
 
 
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The local tensor of a DTensor that this process holds whole; any other tensor as it is.
+
+    Of a part of a tensor equality says nothing about the rest, and what another wrapper makes of one tensor inside
+    (a scale, a mask) only its class knows.
+    """
+    if type(tensor).__name__ != "DTensor":
+        return tensor
+    inner = inner_tensors(tensor)
+    whole = len(inner) == 1 and inner[0].shape == tensor.shape and inner[0].dtype == tensor.dtype
+    return inner[0] if whole and _replicated(tensor) else tensor
+
+
+def _replicated(tensor: Any) -> bool:
+    """Whether the local tensor is the value: a partial sum has the shape of the whole, and is not it."""
+    return not any(placement.is_partial() for placement in tensor.placements)
+
+
+def _wrapping(tensor: torch.Tensor) -> tuple[str, str]:
+    """The class of a wrapper, and what it knows besides the tensors inside: another scale is another value."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    if not is_traceable_wrapper_subclass(tensor):
+        return "", ""
+    return type(tensor).__qualname__, repr(tensor.__tensor_flatten__()[1])
+
+
 Identity = tuple[Any, ...]
 
 
@@ -128,7 +170,8 @@ def identity(tensor: torch.Tensor) -> Identity:
     """
     import torch
 
-    found: list[Any] = [str(tensor.dtype), tuple(tensor.shape)]
+    tensor = plain(tensor)
+    found: list[Any] = [str(tensor.dtype), tuple(tensor.shape), _wrapping(tensor)]
     for inner in inner_tensors(tensor):
         if inner.layout != torch.strided:
             found.append(id(inner))
@@ -161,7 +204,7 @@ def locate(tensors: Iterable[torch.Tensor]) -> list[TensorStorage]:
 
     Containers are numbered in the order of first appearance, so that equal modules have equal regions.
     """
-    held = list(tensors)
+    held = [plain(tensor) for tensor in tensors]
     reasons = [reason_without_values(tensor) for tensor in held]
     blocks = [_block(tensor, reason) for tensor, reason in zip(held, reasons, strict=True)]
     together = {index: group for group in overlapping(blocks) for index in group}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tieaudit.model import Use, make_id
@@ -30,32 +32,32 @@ def uses_by_type(module: torch.nn.Module, names: frozenset[str]) -> tuple[Use, .
     found = []
     for path, one in module.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
-        for slot, name in enumerate([*one._parameters, *one._buffers]):
+        own = (one.named_parameters, one.named_buffers)
+        for slot, (name, _) in enumerate(one for named in own for one in named(recurse=False, remove_duplicate=False)):
             if prefix + name in names:
                 found.append(Use(make_id(prefix + name), type(one).__name__, path or "@module", slot))
     return tuple(found)
 
 
-def uses_by_export(module: torch.nn.Module, inputs: Any, names: frozenset[str]) -> tuple[Use, ...] | str:
+def uses_by_export(
+    module: torch.nn.Module, inputs: Any, names: frozenset[str], *, until: float | None = None
+) -> tuple[Use, ...] | str:
     """Every operation that reads a parameter or buffer, in the graph of torch.export; or why there is none.
 
-    The module is traced on fake tensors in eval mode: nothing is computed, and its mode is put back.
+    The module is traced on fake tensors in eval mode: nothing is computed, and everything that its modules hold is
+    put back afterwards. `until`: a time of `time.monotonic` after which no further module is entered.
     """
     import torch
 
     args, kwargs = arguments(inputs)
-    training = {one: one.training for one in module.modules()}
     try:
-        with warnings.catch_warnings():
+        with _unchanged(module), _until(until), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             module.eval()
             program = torch.export.export(module, args, kwargs, strict=False)
     except Exception as error:  # whatever a foreign forward raises while it is traced
         said = " ".join(str(error).split())[:200]
         return f"{type(error).__name__}: {said}"
-    finally:
-        for one, mode in training.items():
-            one.training = mode
     signature = program.graph_signature
     places = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     found: list[Use] = []
@@ -63,6 +65,66 @@ def uses_by_export(module: torch.nn.Module, inputs: Any, names: frozenset[str]) 
         name = places.get(node.name) if node.op == "placeholder" else None
         if name in names:
             _follow(node, make_id(str(name)), AS_STORED, (), found)
+    return tuple(found)
+
+
+@contextmanager
+def _unchanged(module: torch.nn.Module) -> Iterator[None]:
+    """Put back what a traced forward leaves in its modules: an attribute that it sets would be a fake tensor."""
+    kept = [
+        (one, dict(vars(one)), [dict(place) for place in (one._parameters, one._buffers, one._modules)])
+        for one in module.modules()
+        if not isinstance(one, _torch_script())
+    ]
+    modes = {one: one.training for one in module.modules()}
+    try:
+        yield
+    finally:
+        for one, attributes, contents in kept:
+            for place, content in zip((one._parameters, one._buffers, one._modules), contents, strict=True):
+                place.clear()
+                place.update(content)
+            vars(one).clear()
+            vars(one).update(attributes)
+        for one, mode in modes.items():
+            one.training = mode
+
+
+def _torch_script() -> type:
+    """The class of modules that live in TorchScript's own memory and have no attributes of Python's."""
+    import torch
+
+    found: type = torch.jit.ScriptModule
+    return found
+
+
+@contextmanager
+def _until(deadline: float | None) -> Iterator[None]:
+    """Stop a forward pass at its next module once it is late."""
+    import torch
+
+    if deadline is None:
+        yield
+        return
+
+    def look(module: Any, arguments: Any) -> None:
+        if time.monotonic() > deadline:
+            raise TimeoutError("tracing took too long")
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _calls(user: Any) -> tuple[str, ...]:
+    """The calls of modules in which a node runs. torch.export numbers repeated ones: `L__self__layer@2`."""
+    stack: dict[str, tuple[str, Any]] = user.meta.get("nn_module_stack") or {}
+    found = []
+    for key, (path, _) in stack.items():
+        _, at, number = key.rpartition("@")
+        found.append(f"{path}@{number if at and number.isdigit() else 0}")
     return tuple(found)
 
 
@@ -78,7 +140,9 @@ def _follow(node: Any, weight: str, view: View, chain: tuple[str, ...], found: l
             _follow(user, weight, passed, (*chain, user.name), found)
             continue
         for slot in _slots(user.args, node) or [len(user.args)]:
-            found.append(Use(weight, op, user.name, slot, view, chain=chain, transposes=view != AS_STORED))
+            found.append(
+                Use(weight, op, user.name, slot, view, chain=chain, transposes=view != AS_STORED, call=_calls(user))
+            )
 
 
 def _through(op: str, user: Any, view: View) -> View | None:
