@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from tieaudit.change import Plan, Share, Unshare
+from tieaudit.change import Equalise, Plan, Share, Unshare
 from tieaudit.dtypes import dtype
 from tieaudit.errors import RewriteRefused
 from tieaudit.model import Model, Weight
@@ -55,11 +55,33 @@ def arranged(model: Model, plan: Plan) -> Model:
             if whole is not None:
                 common = Apart(whole, f"planned {number}")
                 storages.update({one.id: _seen(common, first, one.view) for one in edit.members})
+        elif isinstance(edit, Equalise):
+            storages.update({by_name[name].id: one for name, one in equal_values(model, edit).items()})
         elif isinstance(edit, Unshare):
             # a name that is stored already may see the common bytes in another order, and keeps what it sees
             source = by_name[edit.name].storage or model.by_id[edit.source].storage
             storages[by_name[edit.name].id] = Apart(source, f"planned {number}") if source is not None else None
     return replace(model, weights=tuple(replace(one, storage=storages[one.id]) for one in model.weights))
+
+
+def equal_values(model: Model, edit: Equalise) -> dict[str, Storage]:
+    """Name of each member → the common value as the member sees it, in a place of its own; nothing is read.
+
+    RewriteRefused for a view that is no step through the common bytes.
+    """
+    first = model.by_id[edit.members[0].id]
+    whole = edit.values if edit.values is not None else first.storage
+    if whole is None:
+        raise RewriteRefused(f"{first.id} is not stored")
+    names = {one.id: model.by_id[one.id].name for one in edit.members}
+    return {names[one.id]: _seen(Apart(whole, f"planned {one.id}"), first, one.view) for one in edit.members}
+
+
+def aliases_of(model: Model, edit: Equalise) -> dict[str, str]:
+    """Name → the name that it has one value with, as the alias map of safetensors notes it. Views cannot be noted."""
+    first = model.by_id[edit.members[0].id].name
+    names = (model.by_id[one.id].name for one in edit.members[1:] if one.view == AS_STORED)
+    return {name: first for name in names if name not in (first, "format")}
 
 
 def _is_one_already(model: Model, share: Share) -> bool:

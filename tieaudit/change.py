@@ -22,6 +22,16 @@ class Share:
 
 
 @dataclass(frozen=True)
+class Equalise:
+    """Give the members one value, each in a stored tensor of its own: nobody would restore a name that is left out."""
+
+    members: tuple[Member, ...]
+    values: Storage | None = None
+    """The common value in the first member's layout; None keeps the first member's own bytes."""
+    because: str = ""
+
+
+@dataclass(frozen=True)
 class Unshare:
     """Give a weight that is tied (aliased, absent, or one initializer with several uses) a stored copy per role."""
 
@@ -52,7 +62,7 @@ class SetConfig:
     because: str = ""
 
 
-Edit = Share | Unshare | Respell | SetConfig
+Edit = Share | Equalise | Unshare | Respell | SetConfig
 
 
 Kind = Literal["safetensors", "torch"]

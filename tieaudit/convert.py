@@ -217,7 +217,7 @@ def _restored(model: Model, declaration: Declaration) -> list[str]:
     Of an alias map (which restores nothing by itself) also the stored ones that are equal, as they were one tensor.
     Cost: reads those.
     """
-    documented = declaration.claimed_by.endswith("__metadata__")
+    documented = declaration.documented
     if not declaration.active or not (declaration.restores or documented):
         return []
     stored = [model.by_id[id] for id in declaration.members if not model.by_id[id].absent]

@@ -182,6 +182,11 @@ class Declaration:
     """The setting that switches it, as `file:key`, e.g. `config.json:text_config.tie_word_embeddings`; or empty."""
     because: str = ""
 
+    @property
+    def documented(self) -> bool:
+        """Whether nobody claims it but an alias map in the metadata of safetensors, by which no loader acts."""
+        return self.claimed_by.endswith(("__metadata__", " metadata"))
+
 
 @dataclass(frozen=True)
 class Role:

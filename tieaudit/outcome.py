@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from tieaudit import __version__
-from tieaudit.change import Edit, Level, Plan, Proof, Respell, SetConfig, Share, Unshare
+from tieaudit.change import Edit, Equalise, Level, Plan, Proof, Respell, SetConfig, Share, Unshare
 from tieaudit.equality import can_declare
 from tieaudit.model import Member, Model
 from tieaudit.plain import plain
@@ -120,6 +120,9 @@ def _edit_line(model: Model, edit: Edit) -> str:
                 return f"share    {names}: stored once{_shape(model, kept.id)}"
             value = "one merged tensor" if values is not None else printable(kept.id)
             return f"share    {value} ← {listed(tuple(_seen(member) for member in rest))}{_shape(model, kept.id)}"
+        case Equalise(members=members, values=values):
+            value = "one merged value" if values is not None else f"the value of {printable(members[0].id)}"
+            return f"equal    {value} → {listed(tuple(_seen(member) for member in members))}: each stored"
         case Unshare(source=source, name=name):
             return f"unshare  {printable(name)} gets its own copy of {printable(source)}{_shape(model, source)}"
         case Respell(weight=weight, because=because):

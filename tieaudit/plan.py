@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from tieaudit.change import Edit, Plan, Respell, Share, Unshare
+from tieaudit.change import Edit, Equalise, Plan, Respell, Share, Unshare
 from tieaudit.damage import likeness
 from tieaudit.errors import RewriteRefused, UsageError
 from tieaudit.formats import NEEDS_SETTING, Format
@@ -46,6 +46,8 @@ class _Draft:
     owners: dict[str, str] = field(default_factory=dict)
     """Weight id → scheme that already decided about it."""
     lossless: bool = True
+    apart: list[str] = field(default_factory=list)
+    """Why classes get one value under each name, and are not one stored tensor."""
 
     @property
     def model(self) -> Model:
@@ -87,6 +89,7 @@ def plan(subject: Subject, choices: Choices, as_format: Format | None = None) ->
             candidates = [one for one in candidates if one.lossless]
         for candidate in candidates:
             _consider(draft, candidate)
+    draft.notes.extend(_of_equal_values(draft))
     if format_.notes is not None:
         draft.notes.extend(format_.notes(draft.model, draft.edits))
     return Plan(
@@ -107,7 +110,7 @@ def _consider(draft: _Draft, candidate: Candidate) -> None:
     decided = {draft.owners[member.id] for member in candidate.members if member.id in draft.owners}
     if decided:
         covered = any(
-            isinstance(edit, Share) and {m.id for m in candidate.members} <= {m.id for m in edit.members}
+            isinstance(edit, (Share, Equalise)) and {m.id for m in candidate.members} <= {m.id for m in edit.members}
             for edit in draft.edits
         )
         if covered and candidate.action == "share":
@@ -129,12 +132,40 @@ def _consider(draft: _Draft, candidate: Candidate) -> None:
 def _share(draft: _Draft, candidate: Candidate) -> list[Edit]:
     if draft.choices.share_files is False and len({draft.model.by_id[one.id].part for one in candidate.members}) > 1:
         return _share_apart(draft, candidate)
-    share = Share(candidate.members, None, candidate.because)
-    if not candidate.lossless:
-        share = _lossy(draft, candidate)
-    edits = _realisable(draft, share)
-    draft.lossless = draft.lossless and candidate.lossless
+    if candidate.lossless:
+        return _realisable(draft, Share(candidate.members, None, candidate.because))
+    share = _lossy(draft, candidate)
+    try:
+        edits = _realisable(draft, share)
+    except RewriteRefused as refused:
+        edits = [_equal(draft, share, refused)]
+    draft.lossless = False
     return edits
+
+
+def _equal(draft: _Draft, share: Share, refused: RewriteRefused) -> Edit:
+    """One value under each name, for a tie that nobody would restore; `refused` again where even that cannot be."""
+    one = Equalise(share.members, share.values, share.because)
+    if not draft.format.equalises or draft.format.can_realise is None:
+        raise refused
+    if draft.format.can_realise(draft.model, one, draft.target) is not None:
+        raise refused
+    draft.apart.append(refused.message)
+    return one
+
+
+def _of_equal_values(draft: _Draft) -> Iterator[str]:
+    """What classes with one value under each name are to whoever loads them."""
+    found = [edit for edit in draft.edits if isinstance(edit, Equalise)]
+    if not found:
+        return
+    n_names = sum(len(edit.members) for edit in found)
+    yield (
+        f"{len(found)} classes of {n_names} weights are written as equal values, each stored: no byte is saved, because "
+        f"{draft.apart[0]}"
+    )
+    if draft.format.held_by is not None:
+        yield draft.format.held_by(draft.model)
 
 
 def _unequal(draft: _Draft, scheme: Scheme, candidates: list[Candidate]) -> Refusal:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tieaudit.change import Level, Plan, Rewritten, SetConfig, Share, Written
+from tieaudit.change import Equalise, Level, Plan, Rewritten, SetConfig, Share, Written
 from tieaudit.dtypes import dtype
 from tieaudit.errors import CorruptFile
 from tieaudit.floor import difference, limit_of, rounding_bound, says_something
@@ -233,11 +233,14 @@ def of_folder(before: Model, after: Model, plan: Plan, sandbox: Sandbox) -> Leve
     changed = _changed(before, after, plan, states[0][1]["digests"], states[1][1]["digests"])
     problems += [f"{name}: loads with other values than before" for name in changed]
     problems += _apart(plan, states[1][1]["tied"], set(states[1][1]["digests"]))
+    problems += _not_as_stored(after, plan, states[1][1]["digests"])
     if problems:
         return Level("regional", "failed", "; ".join(problems[:4]), device=sandbox.device.upper())
     count = len(states[0][1]["digests"])
     which = f"{count} tensors" if plan.lossless else "all but the planned tensors"
     said = f"{states[0][0]['class']} loads both: {which} equal bit for bit, nothing missing, ties are one tensor"
+    if n_equal := sum(len(edit.members) for edit in plan.edits if isinstance(edit, Equalise)):
+        said += f", {n_equal} names that get one value with others load it from their own"
     return Level("regional", "held", said, device=sandbox.device.upper())
 
 
@@ -252,12 +255,23 @@ def _loading_problems(before: Mapping[str, list[str]], after: Mapping[str, list[
     return found
 
 
+def _not_as_stored(after: Model, plan: Plan, digests: Mapping[str, str]) -> list[str]:
+    """Names with a value in common that are loaded with another one than is stored under them."""
+    found = []
+    for edit in plan.edits:
+        for member in edit.members if isinstance(edit, Equalise) else ():
+            weight = after.by_id[member.id]
+            if weight.name in digests and loaded_digest(weight) != digests[weight.name]:
+                found.append(f"{weight.name}: loads with other values than are stored under it")
+    return found
+
+
 def _changed(before: Model, after: Model, plan: Plan, one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
     """Names whose loaded values differ, except those that a lossy plan or a setting changes knowingly."""
     planned: set[str] = set()
     if not plan.lossless:
         for edit in plan.edits:
-            if isinstance(edit, Share) and planned_value(before, edit) is not None:
+            if isinstance(edit, (Share, Equalise)) and planned_value(before, edit) is not None:
                 planned.update(before.by_id[member.id].name for member in edit.members)
     differ = [name for name in one.keys() & other.keys() if name not in planned and one[name] != other[name]]
     if any(isinstance(edit, SetConfig) for edit in plan.edits):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from tieaudit.change import Plan, Respell, Rewritten, Share, Unshare, Written
+from tieaudit.change import Equalise, Plan, Respell, Rewritten, Share, Unshare, Written
 from tieaudit.compare import same_through
 from tieaudit.model import Member, Model, Use, Weight
 from tieaudit.storage import blocks
@@ -59,6 +59,8 @@ def check(before: Model, after: Model, plan: Plan, written: Written) -> Check:
     for edit in plan.edits:
         if isinstance(edit, Share):
             _share(before, after, edit, plan, written, result)
+        elif isinstance(edit, Equalise):
+            _equalise(before, after, edit, result)
         elif isinstance(edit, Respell):
             _kept(before, after, edit.weight, written, result)
         elif isinstance(edit, Unshare):
@@ -72,7 +74,7 @@ def touched_ids(plan: Plan) -> frozenset[str]:
     """Ids of the weights that the plan names."""
     found: set[str] = set()
     for edit in plan.edits:
-        if isinstance(edit, Share):
+        if isinstance(edit, (Share, Equalise)):
             found.update(member.id for member in edit.members)
         elif isinstance(edit, Respell):
             found.add(edit.weight)
@@ -81,8 +83,8 @@ def touched_ids(plan: Plan) -> frozenset[str]:
     return frozenset(found)
 
 
-def planned_value(before: Model, share: Share) -> Weight | None:
-    """The common value of a share, in the first member's layout; None if the first member stores nothing."""
+def planned_value(before: Model, share: Share | Equalise) -> Weight | None:
+    """The common value of a class, in the first member's layout; None if the first member stores nothing."""
     first = before.by_id[share.members[0].id]
     storage = first.storage if share.values is None else share.values
     return None if storage is None else replace(first, storage=storage)
@@ -203,6 +205,27 @@ def _share(before: Model, after: Model, edit: Share, plan: Plan, written: Writte
                 result.problems.append(f"{member.id}: not stored, and no declaration restores it from {kept}")
             home_id = next(iter(stored))
         result.served[member.id] = Serving(home_id, member.view, views[home_id] or AS_STORED)
+
+
+def _equalise(before: Model, after: Model, edit: Equalise, result: Check) -> None:
+    """Every member is stored and holds the common value, which is computed once: the others are held to the first."""
+    common = planned_value(before, edit)
+    if common is None:
+        result.problems.append(f"{edit.members[0].id}: the plan keeps its bytes, but it stores none")
+        return
+    expected = common
+    for member in edit.members:
+        now = after.by_id.get(member.id)
+        if now is None or now.storage is None:
+            result.problems.append(f"{member.id}: expected the planned value under this name, found nothing stored")
+            return
+        if not same_value(expected, now, member.view):
+            result.problems.append(f"{member.id}: its bytes are not the planned ones")
+            return
+        if expected is common and member.view == AS_STORED:
+            expected = now
+        result.n_bytes += now.n_bytes
+        result.served[member.id] = Serving(member.id, member.view, member.view)
 
 
 def _stored_view(common: Weight, home: Weight, members: Iterable[Member]) -> View | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tieaudit.equality import Equality, n_bytes_covered, n_bytes_extra, region_of, tells_ties
+from tieaudit.equality import Equality, can_declare, n_bytes_covered, n_bytes_extra, region_of, tells_ties
 from tieaudit.model import Model, Weight, classes
 from tieaudit.verdict import Found, Summary
 
@@ -36,7 +36,7 @@ def one_parameter(model: Model, found: Found) -> list[tuple[str, ...]]:
         groups += [tuple(_documented(model, declaration.members)) for declaration in model.declarations]
     equality = Equality(model, found)
     for declaration in model.declarations:
-        if declaration.active:
+        if declaration.active and not (declaration.documented and can_declare(model)):  # a class does not read the map
             here = [id for id in declaration.members if id in model.by_id and not model.by_id[id].absent]
             groups += [tuple(group) for group in equality.groups(here)]
     return classes(groups)

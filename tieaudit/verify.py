@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tieaudit import controls, cost, regional, structural
-from tieaudit.change import Level, Plan, Proof, SetConfig, Share, Written
+from tieaudit.change import Equalise, Level, Plan, Proof, SetConfig, Share, Written
 from tieaudit.dtypes import dtype
 from tieaudit.end_to_end import Compared, Pair, on_each_device
 from tieaudit.end_to_end import compare as run_pair
@@ -239,7 +239,7 @@ def _reference(before: Model, plan: Plan) -> Iterator[Overlay]:
     """The original with the planned values in its untied slots. CannotChange."""
     with Overlay(before) as overlay:
         for edit in plan.edits:
-            if not isinstance(edit, Share):
+            if not isinstance(edit, (Share, Equalise)):
                 continue
             common = structural.planned_value(before, edit)
             if common is None or common.storage is None:

@@ -61,6 +61,11 @@ class Format:
     """Whether a text that is no path names a model of this format (`package.module:factory`)."""
     notes: Callable[[Model, Sequence[Edit]], tuple[str, ...]] | None = None
     """(model, edits) → what making them means for other contents of the files, in sentences for the plan."""
+    equalises: bool = False
+    """Whether unequal weights can get one value under each of their names (`Equalise`), where nobody would restore a
+    name that is left out."""
+    held_by: Callable[[Model], str] | None = None
+    """Which loaders make one tensor of equal values, and which hold several, in a sentence for the plan."""
     has_program: bool = True
     """Whether a model of this format can be run, alone or by the library that knows its class; else the structural
     proof is all that there can be."""

@@ -56,6 +56,12 @@ def _create(model: Model, plan: Plan, dest: Path) -> Written:
     return create(model, plan, dest)
 
 
+def _held_by(model: Model) -> str:
+    from tieaudit.formats.huggingface.realise import held_by
+
+    return held_by(model)
+
+
 def _switch(model: Model, ids: tuple[str, ...], tied: bool, target: str) -> tuple[SetConfig, ...] | str:
     from tieaudit.formats.huggingface.realise import switch
 
@@ -74,5 +80,7 @@ huggingface = Format(
     can_create=_can_create,
     create=_create,
     switch=_switch,
+    equalises=True,
+    held_by=_held_by,
     precedence=20,
 )

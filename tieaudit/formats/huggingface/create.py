@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tieaudit.arrange import arranged
-from tieaudit.change import Container, Edit, Kind, Plan, SetConfig, Share, Unshare, Written
+from tieaudit.arrange import aliases_of, arranged
+from tieaudit.change import Container, Edit, Equalise, Kind, Plan, SetConfig, Share, Unshare, Written
 from tieaudit.copying import copy_file
 from tieaudit.errors import CorruptFile, RewriteRefused
 from tieaudit.formats import carried
@@ -74,6 +74,9 @@ def create(model: Model, plan: Plan, dest: Path) -> Written:
     files = _files(model, plan, stored)
     written = _carry(folder, dest, {path.name for path in chosen.files} - {CONFIG} | {*plan.into.left_out}, plan)
     aliases = {**safetensors.dropped_names(model, plan), **plan.into.doubled}
+    for edit in plan.edits:
+        if isinstance(edit, Equalise):
+            aliases.update(aliases_of(model, edit))
     for file, weights in files.names.items():
         if plan.into.form == "torch":
             versions = None if files.index else torch_checkpoint.versions_of(model)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 
-from tieaudit.change import Edit, Respell, SetConfig, Share, Unshare
+from tieaudit.change import Edit, Equalise, Respell, SetConfig, Share, Unshare
 from tieaudit.formats import NEEDS_SETTING
 from tieaudit.formats.huggingface import write_pickled
 from tieaudit.formats.huggingface.facts import FLAG
 from tieaudit.formats.huggingface.folder import CONFIG
 from tieaudit.formats.huggingface.pickled import WHAT as PICKLED
 from tieaudit.model import Declaration, Model, Weight
+from tieaudit.printable import listed
 from tieaudit.storage import same_bytes
 from tieaudit.view import AS_STORED
 
@@ -31,7 +32,7 @@ def can_realise(model: Model, edit: Edit, target: str) -> str | None:
     """Why this edit cannot be made for the target, in one sentence, or None. Begins with `needs flag: ` if a setting
     (see `switch`) would lift it."""
     reason = of_class(model, edit, target)
-    if model.metadata.get("weights") == PICKLED and isinstance(edit, (Share, Unshare)):
+    if model.metadata.get("weights") == PICKLED and isinstance(edit, (Share, Equalise, Unshare)):
         if reason is None or reason.startswith(NEEDS_SETTING):
             return write_pickled.reason(model, edit) or reason
     return reason
@@ -41,6 +42,8 @@ def of_class(model: Model, edit: Edit, target: str) -> str | None:
     """Reasons that lie in what the class makes of the folder, whatever the weights are kept in."""
     if isinstance(edit, Share):
         return _unknown(model) or _share(model, edit, target)
+    if isinstance(edit, Equalise):
+        return _equalise(model, edit)
     if isinstance(edit, Unshare):
         return _unshare(model, edit)
     if isinstance(edit, Respell):
@@ -74,6 +77,31 @@ def _share(model: Model, edit: Share, target: str) -> str | None:
         name = model.metadata.get("architecture", "the class")
         return f"{NEEDS_SETTING}{name} ties these only with {switched[0].condition}"
     return _undeclared(model, ids, target)
+
+
+def _equalise(model: Model, edit: Equalise) -> str | None:
+    """Why the members cannot hold one value each: of a name that is not stored only its class decides the value."""
+    weights = [model.by_id[member.id] for member in edit.members]
+    absent = [weight.name for weight in weights if weight.absent]
+    if absent:
+        return f"{', '.join(absent)} is not stored"
+    first = weights[0]
+    for weight, member in zip(weights, edit.members, strict=True):
+        if weight.dtype != first.dtype or member.view.shape(first.shape) != weight.shape:
+            return (
+                f"{first.id} is {first.dtype} {list(first.shape)} and {weight.id} is {weight.dtype} "
+                f"{list(weight.shape)}: they cannot hold one value"
+            )
+    return _quantised(model, weights)
+
+
+def held_by(model: Model) -> str:
+    """Who makes what of equal values under several names (docs/decisions/ties-without-config.md)."""
+    return (
+        "transformers loads exactly these values, into a parameter for each name, which training moves apart; the alias "
+        "map in the metadata of safetensors notes which names are one, for tieaudit and for people, and no loader reads "
+        "it; for one parameter, tie the live module (tieaudit.tie(model, scheme=…)) and save it as a checkpoint"
+    )
 
 
 def _restorable(declaration: Declaration, target: str) -> bool:
@@ -119,7 +147,7 @@ def _canonical_is_kept(declaration: Declaration, model: Model, target: str) -> s
 
 def _undeclared(model: Model, ids: tuple[str, ...], target: str) -> str:
     name = model.metadata.get("architecture") or "the class"
-    kept, dropped = ids[0], ", ".join(ids[1:])
+    kept, dropped = ids[0], listed(ids[1:])
     declared = [one for one in model.declarations if set(ids) <= set(one.members) and one.active and one.honoured_by]
     if declared:
         return f"{LOADERS[target]} does not tie {dropped} to {kept}: {declared[0].because}"
@@ -179,7 +207,7 @@ def switch(model: Model, ids: tuple[str, ...], tied: bool, target: str) -> tuple
 
 
 def _is_of_class(declaration: Declaration) -> bool:
-    return bool(declaration.condition) or declaration.restores or not declaration.claimed_by.endswith("__metadata__")
+    return bool(declaration.condition) or declaration.restores or not declaration.documented
 
 
 def _on(

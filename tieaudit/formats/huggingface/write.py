@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tieaudit.change import Plan, SetConfig, Share, Unshare, Written
+from tieaudit.arrange import aliases_of, equal_values
+from tieaudit.change import Equalise, Plan, SetConfig, Share, Unshare, Written
 from tieaudit.copying import copy_file
 from tieaudit.errors import CorruptFile, RewriteRefused
 from tieaudit.formats import carried
@@ -34,6 +35,8 @@ class _Changes:
     copies: dict[str, list[tuple[str, Weight]]] = field(default_factory=dict)
     """Name that stays → (new name, weight whose shape and type it gets), written right behind it."""
     settings: list[SetConfig] = field(default_factory=list)
+    aliases: dict[str, str] = field(default_factory=dict)
+    """Name of an equal value → the name that it is one with, for the alias map."""
 
 
 def edit(model: Model, plan: Plan, dest: Path) -> Written:
@@ -62,11 +65,12 @@ def edit(model: Model, plan: Plan, dest: Path) -> Written:
             entries = shards[name] or []
             if not entries:
                 continue  # nothing is left in this shard
-            write_safetensors(entries, checkpoint.headers[name].metadata, target)
+            noted = changes.aliases if checkpoint.main.name == name else {}
+            write_safetensors(entries, {**noted, **checkpoint.headers[name].metadata}, target)
         elif name == CONFIG and changes.settings:
             target.write_text(_configured(source, changes.settings), encoding="utf-8", newline="")
         elif source == checkpoint.main and name not in shards and any(e is not None for e in shards.values()):
-            target.write_text(_index(checkpoint, shards), encoding="utf-8", newline="")
+            target.write_text(_index(checkpoint, shards, changes.aliases), encoding="utf-8", newline="")
         else:
             copy_file(source, target)
         written.append(str(relative))
@@ -107,11 +111,11 @@ def _check_unchanged(model: Model, checkpoint: Checkpoint) -> None:
             raise CorruptFile(f"{checkpoint.main}: tensor {name!r} moved since it was read; nothing was written")
 
 
-def _accepted(model: Model, plan: Plan) -> tuple[list[SetConfig], list[Share | Unshare]]:
+def _accepted(model: Model, plan: Plan) -> tuple[list[SetConfig], list[Share | Equalise | Unshare]]:
     """The settings of a plan, and its other edits. RewriteRefused if the folder cannot hold one of these."""
     settings = [edit for edit in plan.edits if isinstance(edit, SetConfig)]
     switched_on = {f"{edit.file}:{'.'.join(edit.key)}" for edit in settings if edit.value is True}
-    found: list[Share | Unshare] = []
+    found: list[Share | Equalise | Unshare] = []
     for one in plan.edits:
         if isinstance(one, SetConfig) and one.file == CONFIG:
             continue
@@ -119,7 +123,7 @@ def _accepted(model: Model, plan: Plan) -> tuple[list[SetConfig], list[Share | U
         lifted = reason is not None and any(reason.endswith(condition) for condition in switched_on)
         if reason is not None and not lifted:
             raise RewriteRefused(reason)
-        if isinstance(one, (Share, Unshare)):
+        if isinstance(one, (Share, Equalise, Unshare)):
             found.append(one)
     return settings, found
 
@@ -130,6 +134,9 @@ def _changes(model: Model, plan: Plan) -> _Changes:
     for one in edits:
         if isinstance(one, Share):
             _plan_share(model, one, changes)
+        elif isinstance(one, Equalise):
+            changes.values.update(equal_values(model, one))
+            changes.aliases.update(aliases_of(model, one))
         else:
             weight = next(w for w in model.weights if w.name == one.name)
             changes.copies.setdefault(model.by_id[one.source].name, []).append((one.name, weight))
@@ -191,8 +198,10 @@ def _entries(checkpoint: Checkpoint, shard: str, changes: _Changes) -> list[NewE
     return found
 
 
-def _index(checkpoint: Checkpoint, shards: Mapping[str, list[NewEntry] | None]) -> str:
-    """The index with the new weight_map and total_size, everything else and the layout of the text kept."""
+def _index(
+    checkpoint: Checkpoint, shards: Mapping[str, list[NewEntry] | None], aliases: Mapping[str, str]
+) -> str:
+    """The index with the new weight_map, total_size and alias map (where huggingface_hub writes it), everything else and the layout of the text kept."""
     text = checkpoint.main.read_text(encoding="utf-8")
     index = read_index_json(checkpoint.main)
     old_map = {tensor: file for tensor, (file, _) in checkpoint.entries.items()}
@@ -205,7 +214,8 @@ def _index(checkpoint: Checkpoint, shards: Mapping[str, list[NewEntry] | None]) 
         new_map.update((name, file) for name in sorted(names - new_map.keys()))
     index["weight_map"] = new_map
     metadata = index.get("metadata")
-    if isinstance(metadata, dict):
+    if isinstance(metadata, dict) or aliases:
+        metadata = index["metadata"] = {**aliases, **(metadata if isinstance(metadata, dict) else {})}
         n_bytes, n_elements = _totals(checkpoint, shards)
         old_elements = sum(_n_elements(entry.shape) for _, entry in checkpoint.entries.values())
         if "total_size" in metadata:

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tieaudit.change import Edit, Share, Unshare
+from tieaudit.arrange import equal_values
+from tieaudit.change import Edit, Equalise, Share, Unshare
 from tieaudit.copying import copy_file
 from tieaudit.errors import RewriteRefused
 from tieaudit.formats.safetensors.sharded import read_index_json
@@ -42,6 +43,10 @@ def changes(model: Model, edits: Iterable[Edit], lossless: bool) -> PickledChang
     for edit in edits:
         if isinstance(edit, Share):
             _share(model, edit, lossless, found)
+        elif isinstance(edit, Equalise):
+            for name, value in equal_values(model, edit).items():
+                weight = next(one for one in model.weights if one.name == name)
+                found.of(_file(model, weight), lossless).values[name] = value
         elif isinstance(edit, Unshare):
             source = model.by_id[edit.source]
             named = next(weight for weight in model.weights if weight.name == edit.name)
@@ -80,7 +85,7 @@ def _file(model: Model, weight: Weight) -> Path:
     return found
 
 
-def reason(model: Model, edit: Share | Unshare) -> str | None:
+def reason(model: Model, edit: Share | Equalise | Unshare) -> str | None:
     """Why the pickles cannot take this edit, in one sentence, or None."""
     try:
         found = changes(model, (edit,), True)

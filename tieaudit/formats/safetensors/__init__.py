@@ -1,7 +1,7 @@
-"""safetensors without a config.json beside it: a lone file, or shards with their index. Not rewritten as it is.
+"""safetensors without a config.json beside it: a lone file, or shards with their index.
 
-Such a file has no class that would restore a dropped tensor, so no tie can be made in it; one that a checkpoint or a
-module already has is carried over as `safetensors.torch.save_model` does (`create.py`).
+Such a file has no class that would restore a dropped tensor, so a scheme can only give names one value (`equal.py`); a
+tie that a checkpoint or a module already has is carried over as `safetensors.torch.save_model` does (`create.py`).
 Source of the format: https://github.com/huggingface/safetensors, README "Format".
 """
 
@@ -37,10 +37,21 @@ def _load(path: Path, files: tuple[Path, ...]) -> Model:
 
 
 def _can_realise(model: Model, edit: Edit, target: str) -> str | None:
-    return (
-        "a safetensors file without a config.json has no class that would restore a dropped tensor; "
-        "give the folder with its config.json instead"
-    )
+    from tieaudit.formats.safetensors.equal import can_realise
+
+    return can_realise(model, edit)
+
+
+def _edit(model: Model, plan: Plan, dest: Path) -> Written:
+    from tieaudit.formats.safetensors.equal import edit
+
+    return edit(model, plan, dest)
+
+
+def _held_by(model: Model) -> str:
+    from tieaudit.formats.safetensors.equal import HELD_BY
+
+    return HELD_BY
 
 
 def _can_create(model: Model, edit: Edit, kind: Kind, target: str) -> str | None:
@@ -57,12 +68,15 @@ def _create(model: Model, plan: Plan, dest: Path) -> Written:
 
 safetensors = Format(
     name="safetensors",
-    summary="safetensors files, alone or sharded with an index (ties are carried over, never made: no class restores)",
+    summary="safetensors files, alone or sharded with an index (equal values are written, ties carried over: no class restores)",
     targets=("safetensors",),
     owns=_owns,
     group=_group,
     load=_load,
     can_realise=_can_realise,
+    edit=_edit,
+    equalises=True,
+    held_by=_held_by,
     can_create=_can_create,
     create=_create,
     has_program=False,

@@ -82,6 +82,8 @@ torch_checkpoint = Format(
     can_create=_can_create,
     create=_create,
     edit=_edit,
+    equalises=True,
+    held_by=lambda model: "whoever loads the files gets a tensor of its own for each of these names",
     notes=_notes,
     has_program=False,
 )

@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
-from tieaudit.change import Edit, Plan, Share, Unshare, Written
+from tieaudit.arrange import equal_values
+from tieaudit.change import Edit, Equalise, Plan, Share, Unshare, Written
 from tieaudit.copying import NewFile, copy_file
 from tieaudit.errors import CorruptFile, RewriteRefused, TieAuditError
 from tieaudit.formats import KEY_GIVEN
@@ -33,7 +34,7 @@ _PICKLE, _DATA, _ID = "data.pkl", "data/", ".data/serialization_id"
 
 def can_realise(model: Model, edit: Edit, target: str) -> str | None:
     """Why this edit cannot be made in a checkpoint, in one sentence, or None. Cost: once, the pickle of its file."""
-    if not isinstance(edit, (Share, Unshare)):
+    if not isinstance(edit, (Share, Equalise, Unshare)):
         return "a checkpoint holds neither a graph nor settings, so there is nothing to express differently"
     orders = ordered(model, [edit])
     if isinstance(orders, str):
@@ -63,6 +64,12 @@ def ordered(model: Model, edits: Iterable[Edit], lossless: bool = True) -> dict[
                 orders.values[weights[0].name] = edit.values
             for weight, member in zip(weights[1:], edit.members[1:], strict=True):
                 orders.same[weight.name] = (weights[0].name, member.view)
+        elif isinstance(edit, Equalise):
+            for name, value in equal_values(model, edit).items():
+                file = file_of(model, next(one for one in model.weights if one.name == name))
+                if file is None:
+                    return f"{name} is not stored"
+                found.setdefault(file, Orders(lossless=lossless)).values[name] = value
         elif isinstance(edit, Unshare):
             named = next((one for one in model.weights if one.name == edit.name), None)
             file = file_of(model, named) if named is not None else None
