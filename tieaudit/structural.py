@@ -8,14 +8,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from tieaudit.change import Equalise, Plan, Respell, Rewritten, Share, Unshare, Written
+from tieaudit.adjusting import adjusted, factor
+from tieaudit.change import Adjusted, Adjustment, Equalise, Plan, Respell, Rewritten, Share, Unshare, Written
 from tieaudit.compare import same_through
+from tieaudit.dtypes import dtype
 from tieaudit.model import Member, Model, Use, Weight
+from tieaudit.sameness import same_value, same_view
 from tieaudit.storage import blocks
-from tieaudit.view import AS_STORED, TRANSPOSED, Cast, Repack, Reshape, Transpose, View
+from tieaudit.view import AS_STORED, TRANSPOSED, Cast, Repack, Reshape, View
 
 Place = tuple[str, str, str, int]
 """Part, scope, node and slot of a use."""
@@ -23,8 +28,6 @@ _NAMES_AXES = frozenset({"Gather", "Einsum"})
 """Operations that say which axis they read in an attribute, which no view shows."""
 _IN_BLOCKS = "com.microsoft.GatherBlockQuantized"
 _PRODUCTS = frozenset({"MatMul", "Gemm", "com.microsoft.FusedMatMul"})
-_N_MOST_SMALL = 1 << 22
-"""Elements up to which two different chains of steps are compared by what they do to an index."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ def check(before: Model, after: Model, plan: Plan, written: Written) -> Check:
     for edit in plan.edits:
         if isinstance(edit, Share):
             _share(before, after, edit, plan, written, result)
+            _adjustments(before, after, edit, written, result)
         elif isinstance(edit, Equalise):
             _equalise(before, after, edit, result)
         elif isinstance(edit, Respell):
@@ -90,54 +94,23 @@ def planned_value(before: Model, share: Share | Equalise) -> Weight | None:
     return None if storage is None else replace(first, storage=storage)
 
 
-def same_value(a: Weight, b: Weight, view: View = AS_STORED) -> bool:
-    """Whether `view` of `a` is `b`, bit for bit, whatever invertible view it is."""
-    if view == AS_STORED or view.transposes:
-        return same_through(a, b, view)
-    if len(view.steps) == 1 and isinstance(view.steps[0], Repack):
-        return _same_packed(a, b, view.steps[0])
-    if a.storage is None or b.storage is None or a.dtype != b.dtype or view.shape(a.shape) != b.shape:
-        return False
-    if a.n_elements == 0 or not any(isinstance(step, Transpose) for step in view.steps):
-        return same_through(replace(a, shape=b.shape), b, AS_STORED)  # a reshape moves no bytes
-    item = max(a.n_bytes // a.n_elements, 1)
-    one, other = (
-        np.frombuffer(w.storage.read_ranges([(0, w.n_bytes)])[0], np.dtype((np.void, item)))
-        for w in (a, b)
-        if w.storage is not None
-    )
-    return bool(np.array_equal(view.apply(one.reshape(a.shape)).ravel(), other))
+def planned_values(before: Model, share: Share | Equalise) -> Iterator[tuple[Weight, NDArray[Any]]]:
+    """Each stored member with what it is to see, adjusted, in its own layout; codes and strings as plain bytes.
 
-
-def _same_packed(a: Weight, b: Weight, step: Repack) -> bool:
-    """Whether the bytes of `b` are those of `a`, with the bits that another packing flips."""
-    if a.storage is None or b.storage is None or a.n_bytes != b.n_bytes:
-        return False
-    if step.before != (a.dtype, a.shape) or step.after != (b.dtype, b.shape):
-        return False
-    return all(
-        np.array_equal(np.frombuffer(one, np.uint8) ^ np.uint8(step.flip), np.frombuffer(other, np.uint8))
-        for one, other in zip(blocks(a.storage), blocks(b.storage), strict=True)
-    )
-
-
-def same_view(shape: tuple[int, ...], a: View, b: View) -> bool:
-    """Whether two chains of steps do the same to a tensor of `shape`."""
-    if a == b:
-        return True
-    parts = [view.values_first() for view in (a, b)]
-    if parts[0] is None or parts[1] is None or parts[0][0] != parts[1][0]:
-        return False
-    moves = (parts[0][1], parts[1][1])
-    if moves[0] == moves[1]:
-        return True
-    if np.prod(shape) > _N_MOST_SMALL:
-        return False
-    try:
-        one, other = (view.apply(np.arange(int(np.prod(shape))).reshape(shape)) for view in moves)
-    except ValueError:
-        return False
-    return one.shape == other.shape and bool(np.array_equal(one, other))
+    Cost: the common value, held in memory.
+    """
+    common = planned_value(before, share)
+    if common is None or common.storage is None:
+        return
+    values = np.frombuffer(common.storage.read_ranges([(0, common.n_bytes)])[0], np.uint8)
+    kind = dtype(common.dtype)
+    whole: NDArray[Any] = values if kind.item_bytes is None else values.view(kind.numpy()).reshape(common.shape)
+    for member in share.members:
+        if before.by_id[member.id].storage is None:
+            continue
+        adjustment = share.adjustments.get(member.id) if isinstance(share, Share) else None
+        seen = whole if adjustment is None else adjusted(whole, adjustment)
+        yield before.by_id[member.id], member.view.apply(seen) if kind.item_bytes is not None else seen
 
 
 def _untouched_weights(before: Model, after: Model, touched: frozenset[str], result: Check) -> None:
@@ -226,6 +199,42 @@ def _equalise(before: Model, after: Model, edit: Equalise, result: Check) -> Non
             expected = now
         result.n_bytes += now.n_bytes
         result.served[member.id] = Serving(member.id, member.view, member.view)
+
+
+def _adjustments(before: Model, after: Model, edit: Share, written: Written, result: Check) -> None:
+    """Every use of an adjusted member is one that the format adjusted, by factors with exactly the planned bytes.
+
+    What the operations around them compute is the regional proof's business.
+    """
+    known = {(one.weight, (one.part, one.scope, one.node, one.slot)): one for one in written.adjusted}
+    for id, adjustment in edit.adjustments.items():
+        for use in before.uses_of.get(id, ()):
+            if use.op in ("Shape", "Size"):
+                continue
+            found = known.get((id, _place(use)))
+            sides = {"right", "left"} if adjustment.left is not None else {"right"}
+            if found is None or {one.side for one in found.factors} != sides:
+                result.problems.append(f"{use.op} @ {use.node} (input {use.slot}): expected {id} corrected, it is not")
+                continue
+            result.problems.extend(_factors(after, found, adjustment, result))
+    for one in written.adjusted:
+        if one.weight in {member.id for member in edit.members} - edit.adjustments.keys():
+            result.problems.append(f"{one.weight}: corrected at {one.node}, which the plan does not say")
+
+
+def _factors(after: Model, found: Adjusted, adjustment: Adjustment, result: Check) -> Iterator[str]:
+    for one in found.factors:
+        planned = factor(adjustment, one.side)
+        planned = np.ascontiguousarray(planned.T) if one.transposed else planned
+        stored = after.by_id.get(one.id)
+        if stored is None or stored.storage is None:
+            yield f"{one.id}: expected the {one.side} factor of {found.weight}, found nothing"
+        elif (stored.dtype, stored.shape) != (adjustment.dtype, planned.shape) or b"".join(
+            blocks(stored.storage)
+        ) != planned.tobytes():
+            yield f"{one.id}: its bytes are not those of the {one.side} factor of {found.weight}"
+        else:
+            result.n_bytes += stored.n_bytes
 
 
 def _stored_view(common: Weight, home: Weight, members: Iterable[Member]) -> View | None:
