@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from tieaudit.change import Edit, Plan, Share, Unshare
+from tieaudit.change import Adjustment, Edit, Plan, Share, Unshare
 from tieaudit.errors import RewriteRefused, UsageError
 from tieaudit.find import find
 from tieaudit.formats.torch_module.read import held, read_module
 from tieaudit.formats.torch_module.tensors import identity
-from tieaudit.model import Model, make_id
+from tieaudit.model import Member, Model, make_id
 from tieaudit.plan import Choices
 from tieaudit.plan import plan as make_plan
 from tieaudit.roles import roles
@@ -39,7 +39,8 @@ class Change:
     def undo(self) -> None:
         """Put back the very tensors that were there before, under their names. Safe to call twice.
 
-        Values that a lossy merge wrote or that training changed since stay in the tensors that were kept.
+        A tensor that a lossy merge wrote into has its old values again, bit for bit; what training has changed since in
+        one that was kept as it was stays.
         """
         while self._undo:
             self._undo.pop()()
@@ -50,7 +51,9 @@ def tie(module: torch.nn.Module, choices: Choices | None = None) -> Change:
 
     A tied name becomes the *same* `Parameter` object, so that an optimizer made afterwards sees it once; a transposed
     one is the same object behind a parametrization, which moves its name to `….parametrizations.<name>.original`.
-    Names of one memory in separate `Parameter` objects become one object, too. Cost: that of `scan`.
+    Names of one memory in separate `Parameter` objects become one object, too. What a merge policy corrects at one name
+    is a parametrization as well, whose factors are parameters of the module. Cost: that of `scan`, and what the policy
+    reads where values differ; the kept tensors that get merged values are held twice until `undo` is forgotten.
     """
     _expect_module(module)
     model = read_module(module)
@@ -188,45 +191,79 @@ def _check(slots: _Slots, edits: Sequence[Edit]) -> None:
 
 
 def _share(slots: _Slots, edit: Share, change: Change) -> None:
-    kept = slots.tensor(edit.members[0].id)
+    holder = _holder(edit)
+    kept = slots.tensor(holder.id)
     if edit.values is not None:
-        _write(kept, edit.values, change)
+        _write(kept, edit.values, holder.view.transposes, change)
     done: set[tuple[int, str]] = set()
-    for member in edit.members[1:]:
+    for member in edit.members:
         owner, leaf = slots.owner(member.id)
-        if (id(owner), leaf) in done or slots.tensor(member.id) is kept:
+        steps = _steps(edit, holder, member, kept)
+        if (id(owner), leaf) in done or not steps and slots.tensor(member.id) is kept:
             continue
         done.add((id(owner), leaf))
-        if member.view.transposes:
+        if steps:
             slots.remember(owner, change)
-            _put_transposed(owner, leaf, kept)
+            _put_behind(owner, leaf, kept, steps)
         else:
             slots.put(member.id, kept, change)
 
 
-def _put_transposed(owner: torch.nn.Module, leaf: str, kept: torch.Tensor) -> None:
+def _holder(edit: Share) -> Member:
+    """The member whose parameter holds the common value: the first one that sees it as it is."""
+    return next((one for one in edit.members if one.id not in edit.adjustments), edit.members[0])
+
+
+def _steps(edit: Share, holder: Member, member: Member, kept: torch.Tensor) -> list[torch.nn.Module]:
+    """What the member's weight is computed by from the kept parameter: swaps of its axes, and its correction."""
+    from tieaudit.transposition import Transposition  # imports torch
+
+    adjustment = edit.adjustments.get(member.id)
+    swaps = (holder.view.transposes, member.view.transposes)
+    if adjustment is None:
+        return [Transposition()] if swaps[0] != swaps[1] else []
+    before, after = ([Transposition()] if swap else [] for swap in swaps)
+    return [*before, _correction(adjustment, kept), *after]
+
+
+def _correction(adjustment: Adjustment, kept: torch.Tensor) -> torch.nn.Module:
+    """The factors as new parameters beside the kept one, and what they do to it."""
+    import torch
+
+    from tieaudit.corrected import Mapped, Residual, Scaled  # imports torch
+
+    def parameter(storage: Storage, shape: tuple[int, ...]) -> torch.Tensor:
+        data = bytearray().join(blocks(storage))
+        return torch.frombuffer(data, dtype=torch.uint8).view(kept.dtype).reshape(shape).to(kept.device)
+
+    right = parameter(adjustment.right, adjustment.right_shape)
+    if adjustment.left is not None:
+        left = parameter(adjustment.left, adjustment.left_shape)
+        return Residual(left, right, kept.requires_grad)
+    return (Scaled if adjustment.kind == "scale" else Mapped)(right, kept.requires_grad)
+
+
+def _put_behind(owner: torch.nn.Module, leaf: str, kept: torch.Tensor, steps: Sequence[torch.nn.Module]) -> None:
+    """The slot reads `kept` through the steps; its name moves to `….parametrizations.<leaf>.original`."""
     import torch
     from torch.nn.utils import parametrize
 
     # a stand-in: registering changes the parameter object that it finds, and `undo` wants the old one unchanged
-    owner._parameters[leaf] = torch.nn.Parameter(kept.detach().mT, kept.requires_grad)
-    parametrize.register_parametrization(owner, leaf, _transposition(), unsafe=True)
+    owner._parameters[leaf] = torch.nn.Parameter(owner._parameters[leaf].detach(), kept.requires_grad)
+    for step in steps:
+        parametrize.register_parametrization(owner, leaf, step, unsafe=True)
     parametrized: Any = owner.parametrizations
     parametrized[leaf]._parameters["original"] = kept
 
 
-def _transposition() -> torch.nn.Module:
-    from tieaudit.transposition import Transposition  # imports torch
-
-    return Transposition()
-
-
-def _write(tensor: torch.Tensor, values: Storage, change: Change) -> None:
-    """Put merged values into a tensor in place; the old ones come back with `undo`."""
+def _write(tensor: torch.Tensor, values: Storage, transposed: bool, change: Change) -> None:
+    """Put merged values into a tensor in place, where it lies transposed too; the old ones come back with `undo`."""
     import torch
 
     data = bytearray().join(blocks(values))
-    new = torch.frombuffer(data, dtype=torch.uint8).view(tensor.dtype).reshape(tensor.shape)
+    shape = tensor.shape[::-1] if transposed else tensor.shape
+    new = torch.frombuffer(data, dtype=torch.uint8).view(tensor.dtype).reshape(shape)
+    new = new.mT if transposed else new
     old = tensor.detach().clone()
 
     def back() -> None:

@@ -16,7 +16,11 @@ from tieaudit.propose import propose, schemes
 from tieaudit.registry import choose, discover
 from tieaudit.schemes import Scheme
 from tieaudit.verdict import Candidate, Refusal, Subject
-from tieaudit.view import AS_STORED
+from tieaudit.view import AS_STORED, View
+
+
+_N_MOST_CLASSES = 4
+"""Classes that are named one by one in the notes."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class _Draft:
     owners: dict[str, str] = field(default_factory=dict)
     """Weight id → scheme that already decided about it."""
     lossless: bool = True
+    merged: dict[str, list[tuple[str, ...]]] = field(default_factory=dict)
+    """Policy → the classes of unequal weights that get one value by it."""
     apart: list[str] = field(default_factory=list)
     """Why classes get one value under each name, and are not one stored tensor."""
 
@@ -89,6 +95,7 @@ def plan(subject: Subject, choices: Choices, as_format: Format | None = None) ->
             candidates = [one for one in candidates if one.lossless]
         for candidate in candidates:
             _consider(draft, candidate)
+    draft.notes.extend(_of_merged(draft))
     draft.notes.extend(_of_equal_values(draft))
     if format_.notes is not None:
         draft.notes.extend(format_.notes(draft.model, draft.edits))
@@ -133,14 +140,40 @@ def _share(draft: _Draft, candidate: Candidate) -> list[Edit]:
     if draft.choices.share_files is False and len({draft.model.by_id[one.id].part for one in candidate.members}) > 1:
         return _share_apart(draft, candidate)
     if candidate.lossless:
-        return _realisable(draft, Share(candidate.members, None, candidate.because))
-    share = _lossy(draft, candidate)
+        return _realisable(draft, _with_other_names(draft, Share(candidate.members, None, candidate.because)))
+    share = _with_other_names(draft, _lossy(draft, candidate))
     try:
         edits = _realisable(draft, share)
     except RewriteRefused as refused:
         edits = [_equal(draft, share, refused)]
     draft.lossless = False
     return edits
+
+
+def _with_other_names(draft: _Draft, share: Share) -> Share:
+    """The share with every other name of its members' memory, which would stay behind with the old value.
+
+    In a graph nothing stays behind: what reads a weight reads it under the one name that the graph knows.
+    """
+    views = {member.id: member.view for member in share.members}
+    adjustments = dict(share.adjustments)
+    aliased = [tie for tie in draft.subject.found.ties if tie.origin == "aliased" and len(tie.ids) > 1]
+    for tie in aliased if not draft.model.has_graph else ():
+        inside = next((one for one in tie.members if one.id in views), None)
+        if inside is None or not all(_swaps(one.view) for one in tie.members):
+            continue
+        back = views[inside.id].compose(inside.view)  # from the common value to that of the tie: a swap is its inverse
+        for other in tie.members:
+            views.setdefault(other.id, back.compose(other.view))
+            if inside.id in adjustments:
+                adjustments.setdefault(other.id, adjustments[inside.id])
+    more = [Member(id, view) for id, view in views.items() if id not in {one.id for one in share.members}]
+    return replace(share, members=(*share.members, *more), adjustments=adjustments)
+
+
+def _swaps(view: View) -> bool:
+    """Whether a view is its own inverse: as stored, or transposed."""
+    return view == AS_STORED or view.transposes
 
 
 def _equal(draft: _Draft, share: Share, refused: RewriteRefused) -> Edit:
@@ -154,6 +187,16 @@ def _equal(draft: _Draft, share: Share, refused: RewriteRefused) -> Edit:
     return one
 
 
+def _of_merged(draft: _Draft) -> Iterator[str]:
+    """What gets one value, and how: class by class where they are few."""
+    for policy, found in draft.merged.items():
+        if len(found) <= _N_MOST_CLASSES:
+            yield from (f"lossy: {' and '.join(ids)} get one value by {policy}" for ids in found)
+        else:
+            n_weights = sum(len(ids) for ids in found)
+            yield f"lossy: {len(found)} classes of {n_weights} weights get one value each by {policy}"
+
+
 def _of_equal_values(draft: _Draft) -> Iterator[str]:
     """What classes with one value under each name are to whoever loads them."""
     found = [edit for edit in draft.edits if isinstance(edit, Equalise)]
@@ -161,8 +204,8 @@ def _of_equal_values(draft: _Draft) -> Iterator[str]:
         return
     n_names = sum(len(edit.members) for edit in found)
     yield (
-        f"{len(found)} classes of {n_names} weights are written as equal values, each stored: no byte is saved, because "
-        f"{draft.apart[0]}"
+        f"{counted(n_names, 'name')} of {counted(len(found), 'class', 'classes')} are written with equal values, each "
+        f"stored: no byte is saved, because {draft.apart[0]}"
     )
     if draft.format.held_by is not None:
         yield draft.format.held_by(draft.model)
@@ -218,7 +261,7 @@ def _lossy(draft: _Draft, candidate: Candidate) -> Share:
     if common.kept is not None:
         members = _anchored(members, common.kept)
     decided = f" ({common.because})" if common.because else ""
-    draft.notes.append(f"lossy: {' and '.join(w.id for w, _ in weights)} get one value by --merge {policy}{decided}")
+    draft.merged.setdefault(f"--merge {policy}{decided}", []).append(tuple(weight.id for weight, _ in weights))
     return Share(members, common.values, candidate.because, common.adjustments)
 
 
@@ -227,7 +270,7 @@ def _check_adjustments(draft: _Draft, candidate: Candidate, policy: str, common:
     if not draft.format.holds_adjustments:
         raise RewriteRefused(
             f"--merge {policy}: the correction of {', '.join(common.adjustments)} is an operation of its own, and the "
-            f"format {draft.format.name} holds weights only (an ONNX model has a place for it)"
+            f"format {draft.format.name} holds weights only (an ONNX model and a live module have a place for it)"
         )
     n_added = sum(one.n_bytes for one in common.adjustments.values())
     n_saved = _n_bytes_saved(draft.model, [Share(candidate.members)])

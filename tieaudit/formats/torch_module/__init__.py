@@ -53,6 +53,8 @@ def _can_realise(model: Model, edit: Edit, target: str) -> str | None:
     views = {member.view for member in edit.members}
     if not all(view == AS_STORED or view.transposes for view in views):
         return "one of these is seen reshaped, and a module has no way to hold one parameter in two shapes"
+    if edit.adjustments and (kinds == {False} or any(len(model.by_id[one.id].shape) != 2 for one in edit.members)):
+        return "only matrices that are parameters can be corrected"
     if len(views) > 1 and kinds == {False}:
         return "buffers cannot be held transposed"
     return None
@@ -76,5 +78,6 @@ torch_module = Format(
     load_inputs=_load_inputs,
     can_realise=_can_realise,
     edit=_edit,
+    holds_adjustments=True,
     has_program=False,
 )
