@@ -12,12 +12,12 @@ from tieaudit.errors import RewriteRefused, UsageError
 from tieaudit.formats import NEEDS_SETTING, Format
 from tieaudit.merge import Common, aligned, common_value, difference, policy_of
 from tieaudit.model import Member, Model, Use, classes
+from tieaudit.printable import counted
 from tieaudit.propose import propose, schemes
 from tieaudit.registry import choose, discover
 from tieaudit.schemes import Scheme
 from tieaudit.verdict import Candidate, Refusal, Subject
 from tieaudit.view import AS_STORED, View
-
 
 _N_MOST_CLASSES = 4
 """Classes that are named one by one in the notes."""

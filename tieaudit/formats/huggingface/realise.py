@@ -98,9 +98,9 @@ def _equalise(model: Model, edit: Equalise) -> str | None:
 def held_by(model: Model) -> str:
     """Who makes what of equal values under several names (docs/decisions/ties-without-config.md)."""
     return (
-        "transformers loads exactly these values, into a parameter for each name, which training moves apart; the alias "
-        "map in the metadata of safetensors notes which names are one, for tieaudit and for people, and no loader reads "
-        "it; for one parameter, tie the live module (tieaudit.tie(model, scheme=…)) and save it as a checkpoint"
+        "transformers loads exactly these values, into a parameter for each name, which training moves apart; the "
+        "alias map in the metadata of safetensors notes which names are one, for tieaudit and people, and no loader "
+        "reads it; for one parameter, tie the live module (tieaudit.tie(model, scheme=…)) and save it as a checkpoint"
     )
 
 

@@ -198,10 +198,11 @@ def _entries(checkpoint: Checkpoint, shard: str, changes: _Changes) -> list[NewE
     return found
 
 
-def _index(
-    checkpoint: Checkpoint, shards: Mapping[str, list[NewEntry] | None], aliases: Mapping[str, str]
-) -> str:
-    """The index with the new weight_map, total_size and alias map (where huggingface_hub writes it), everything else and the layout of the text kept."""
+def _index(checkpoint: Checkpoint, shards: Mapping[str, list[NewEntry] | None], aliases: Mapping[str, str]) -> str:
+    """The index with the new weight_map, total_size and alias map, everything else and the layout of the text kept.
+
+    The map is where huggingface_hub writes it, in the index's own metadata (serialization/_torch.py).
+    """
     text = checkpoint.main.read_text(encoding="utf-8")
     index = read_index_json(checkpoint.main)
     old_map = {tensor: file for tensor, (file, _) in checkpoint.entries.items()}

@@ -68,7 +68,7 @@ def _create(model: Model, plan: Plan, dest: Path) -> Written:
 
 safetensors = Format(
     name="safetensors",
-    summary="safetensors files, alone or sharded with an index (equal values are written, ties carried over: no class restores)",
+    summary="safetensors files, alone or sharded with an index (a tie becomes equal values: no class restores it)",
     targets=("safetensors",),
     owns=_owns,
     group=_group,
