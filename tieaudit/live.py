@@ -249,7 +249,8 @@ def _put_behind(owner: torch.nn.Module, leaf: str, kept: torch.Tensor, steps: Se
     from torch.nn.utils import parametrize
 
     # a stand-in: registering changes the parameter object that it finds, and `undo` wants the old one unchanged
-    owner._parameters[leaf] = torch.nn.Parameter(owner._parameters[leaf].detach(), kept.requires_grad)
+    with torch.no_grad():
+        owner._parameters[leaf] = torch.nn.Parameter(steps[0](kept.detach()), kept.requires_grad)
     for step in steps:
         parametrize.register_parametrization(owner, leaf, step, unsafe=True)
     parametrized: Any = owner.parametrizations

@@ -170,6 +170,16 @@ def _slots(args: Sequence[Any], node: Any) -> list[int]:
     return [index for index, value in enumerate(flat) if value is node]
 
 
+def _biases_around(module: torch.nn.Module, head: Any, prefix: Mapping[int, str]) -> list[Any]:
+    """The bias of the module that holds the head, if it has one for each score: BERT's `cls.predictions.bias`."""
+    path = prefix.get(id(head), "")
+    weight = getattr(head, "weight", None)
+    if weight is None or "." not in path:
+        return []
+    around = module.get_submodule(path.rpartition(".")[0])._parameters.get("bias")
+    return [around] if around is not None and around.shape == weight.shape[:1] else []
+
+
 def hints(module: torch.nn.Module, members: Sequence[Any]) -> tuple[dict[str, str], str]:
     """Role kinds that the class tells, by weight id, and how it told: by what it calls its embeddings, or by shapes.
 
@@ -195,7 +205,8 @@ def hints(module: torch.nn.Module, members: Sequence[Any]) -> tuple[dict[str, st
             if make_id(name) in found:
                 found[make_id(name)] = kind
     bias = getattr(head, "bias", None)
-    found.update({make_id(name): "output_head_bias" for name in names.get(id(bias), ()) if bias is not None})
+    biases = [bias, *_biases_around(module, head, prefix)]
+    found.update({make_id(name): "output_head_bias" for one in biases for name in names.get(id(one), ())})
     return found, because
 
 
