@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from tieaudit.change import Edit, Equalise, Respell, SetConfig, Share, Unshare
+from tieaudit.change import Edit, Equalise, Pool, Respell, SetConfig, Share, Unshare
 from tieaudit.formats import NEEDS_SETTING
 from tieaudit.formats.huggingface import write_pickled
 from tieaudit.formats.huggingface.facts import FLAG
@@ -46,7 +46,7 @@ def of_class(model: Model, edit: Edit, target: str) -> str | None:
         return _equalise(model, edit)
     if isinstance(edit, Unshare):
         return _unshare(model, edit)
-    if isinstance(edit, Respell):
+    if isinstance(edit, Respell | Pool):
         return "a Hugging Face folder holds no graph, so there is nothing to express differently"
     return None if edit.file == CONFIG else f"only {CONFIG} can be changed, not {edit.file}"
 
