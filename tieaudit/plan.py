@@ -12,12 +12,13 @@ from tieaudit.errors import RewriteRefused, UsageError
 from tieaudit.formats import NEEDS_SETTING, Format
 from tieaudit.merge import Common, aligned, common_value, difference, policy_of
 from tieaudit.model import Member, Model, Use, classes
+from tieaudit.other_names import with_other_names
 from tieaudit.printable import counted
 from tieaudit.propose import propose, schemes
 from tieaudit.registry import choose, discover
 from tieaudit.schemes import Scheme
 from tieaudit.verdict import Candidate, Refusal, Subject
-from tieaudit.view import AS_STORED, View
+from tieaudit.view import AS_STORED
 
 _N_MOST_CLASSES = 4
 """Classes that are named one by one in the notes."""
@@ -140,40 +141,14 @@ def _share(draft: _Draft, candidate: Candidate) -> list[Edit]:
     if draft.choices.share_files is False and len({draft.model.by_id[one.id].part for one in candidate.members}) > 1:
         return _share_apart(draft, candidate)
     if candidate.lossless:
-        return _realisable(draft, _with_other_names(draft, Share(candidate.members, None, candidate.because)))
-    share = _with_other_names(draft, _lossy(draft, candidate))
+        return _realisable(draft, with_other_names(draft.subject, Share(candidate.members, None, candidate.because)))
+    share = with_other_names(draft.subject, _lossy(draft, candidate))
     try:
         edits = _realisable(draft, share)
     except RewriteRefused as refused:
         edits = [_equal(draft, share, refused)]
     draft.lossless = False
     return edits
-
-
-def _with_other_names(draft: _Draft, share: Share) -> Share:
-    """The share with every other name of its members' memory, which would stay behind with the old value.
-
-    In a graph nothing stays behind: what reads a weight reads it under the one name that the graph knows.
-    """
-    views = {member.id: member.view for member in share.members}
-    adjustments = dict(share.adjustments)
-    aliased = [tie for tie in draft.subject.found.ties if tie.origin == "aliased" and len(tie.ids) > 1]
-    for tie in aliased if not draft.model.has_graph else ():
-        inside = next((one for one in tie.members if one.id in views), None)
-        if inside is None or not all(_swaps(one.view) for one in tie.members):
-            continue
-        back = views[inside.id].compose(inside.view)  # from the common value to that of the tie: a swap is its inverse
-        for other in tie.members:
-            views.setdefault(other.id, back.compose(other.view))
-            if inside.id in adjustments:
-                adjustments.setdefault(other.id, adjustments[inside.id])
-    more = [Member(id, view) for id, view in views.items() if id not in {one.id for one in share.members}]
-    return replace(share, members=(*share.members, *more), adjustments=adjustments)
-
-
-def _swaps(view: View) -> bool:
-    """Whether a view is its own inverse: as stored, or transposed."""
-    return view == AS_STORED or view.transposes
 
 
 def _equal(draft: _Draft, share: Share, refused: RewriteRefused) -> Edit:

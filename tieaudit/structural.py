@@ -19,7 +19,6 @@ from tieaudit.compare import same_through
 from tieaudit.dtypes import dtype
 from tieaudit.model import Member, Model, Use, Weight
 from tieaudit.sameness import same_value, same_view
-from tieaudit.storage import blocks
 from tieaudit.view import AS_STORED, TRANSPOSED, Cast, Repack, Reshape, View
 
 Place = tuple[str, str, str, int]
