@@ -15,7 +15,7 @@ safetensors = pytest.importorskip("safetensors.torch")
 from torch import nn  # noqa: E402
 
 import tieaudit  # noqa: E402
-from tieaudit import structural  # noqa: E402
+from tieaudit import regional, structural  # noqa: E402
 from tieaudit.change import Equalise, Share, Written  # noqa: E402
 from tieaudit.errors import RewriteRefused  # noqa: E402
 from tieaudit.load import load_one  # noqa: E402
@@ -324,3 +324,17 @@ def test_unequal_layers_are_refused_without_leave(tmp_path: Path) -> None:
     with pytest.raises(RewriteRefused, match="hold different tensors"):
         tieaudit.apply(tmp_path / "model", to=tmp_path / "tied", scheme="cycle:2")
     assert not (tmp_path / "tied").exists()
+
+
+def test_a_loader_that_gives_a_name_another_value_than_is_stored_under_it_fails_the_regional_proof(
+    tmp_path: Path,
+) -> None:
+    tensors = cycled(state())
+    safetensors.save_file(tensors, tmp_path / "model.safetensors")
+    plan = tieaudit.plan(tmp_path / "model.safetensors", scheme="albert", allow_lossy=True)
+    after = load_one(tmp_path / "model.safetensors")
+    digests = {weight.name: regional.loaded_digest(weight) for weight in after.weights}
+    assert regional.not_as_stored(after, plan, digests) == []
+    wrong = layer(3) + "mlp.up_proj.weight"
+    said = regional.not_as_stored(after, plan, {**digests, wrong: digests[layer(0) + "mlp.up_proj.weight"]})
+    assert said == [f"{wrong}: loads with other values than are stored under it"]

@@ -248,7 +248,7 @@ def of_folder(before: Model, after: Model, plan: Plan, sandbox: Sandbox) -> Leve
     changed = _changed(before, after, plan, states[0][1]["digests"], states[1][1]["digests"])
     problems += [f"{name}: loads with other values than before" for name in changed]
     problems += _apart(plan, states[1][1]["tied"], set(states[1][1]["digests"]))
-    problems += _not_as_stored(after, plan, states[1][1]["digests"])
+    problems += not_as_stored(after, plan, states[1][1]["digests"])
     if problems:
         return Level("regional", "failed", "; ".join(problems[:4]), device=sandbox.device.upper())
     count = len(states[0][1]["digests"])
@@ -270,7 +270,7 @@ def _loading_problems(before: Mapping[str, list[str]], after: Mapping[str, list[
     return found
 
 
-def _not_as_stored(after: Model, plan: Plan, digests: Mapping[str, str]) -> list[str]:
+def not_as_stored(after: Model, plan: Plan, digests: Mapping[str, str]) -> list[str]:
     """Names with a value in common that are loaded with another one than is stored under them."""
     found = []
     for edit in plan.edits:
