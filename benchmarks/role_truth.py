@@ -205,7 +205,9 @@ def _kind(torch: Any, module: Any, owner: str, attribute: str, name: str, is_inp
         return _OWN[name]
     suffix = "_bias" if name == "bias" or name.endswith("_bias") else ""
     if "Norm" in own and not isinstance(module, torch.nn.Linear):
-        return "norm_bias" if name in ("bias", "beta") else "norm_scale" if name in ("weight", "scale", "gamma") else None
+        return (
+            "norm_bias" if name in ("bias", "beta") else "norm_scale" if name in ("weight", "scale", "gamma") else None
+        )
     if isinstance(module, torch.nn.modules.conv._ConvNd):
         return "bias" if suffix else "convolution"
     if isinstance(module, (torch.nn.RNNBase, torch.nn.RNNCellBase)):

@@ -74,6 +74,8 @@ class Flow:
                     self.readers.setdefault(value, []).append((index, slot))
         self.natures: dict[str, Nature] = {}
         self._learned: dict[str, tuple[str, ...]] = {}
+        self._chosen: set[str] = set()
+        """Fixed values of which data chose a part: the weights of some experts."""
         for weight in model.weights:
             self.natures[weight.id] = Nature.FIXED
             self._learned[weight.id] = (weight.id,) if _may_be_learned(weight) else ()
@@ -107,14 +109,18 @@ class Flow:
         return max((self.model.by_id[id].n_elements for id in self.learned(value)), default=0)
 
     def is_vector(self, value: str) -> bool:
-        """A learned value with at most one axis longer than one: a scale or a bias."""
-        return all(
-            sum(size > 1 for size in self.model.by_id[id].shape) <= 1 for id in self.learned(value)
-        ) and bool(self.learned(value))
+        """A learned value with at most one axis longer than one: a scale or a bias, or one of each expert's."""
+        shapes = [self.model.by_id[id].shape for id in self.learned(value)]
+        if value in self._chosen:
+            shapes = [shape[1:] for shape in shapes]
+        return bool(shapes) and all(sum(size > 1 for size in shape) <= 1 for shape in shapes)
 
     def _conclude(self, index: int) -> None:
         operation, meaning = self.operations[index], self.meanings[index]
         nature, learned = self._result(operation, meaning)
+        by_data = meaning.does == "lookup" and any(map(self.is_data, operation.inputs))
+        if learned and (by_data or not self._chosen.isdisjoint(operation.inputs)):
+            self._chosen.update(operation.outputs)
         for value in operation.outputs:
             if value and value not in self.natures:
                 self.natures[value] = nature
@@ -203,14 +209,14 @@ class Flow:
         return Projection(index, weights, others[0], out, (*biases, *added), n_in, n_out)
 
     def _sizes(self, index: int, id: str, slot: int) -> tuple[int, int]:
-        attributes, shape = self.operations[index].attributes, self.shape_at(index, id)
+        attributes, shape = self.operations[index].attributes, tuple(self.shape_at(index, id))
         if isinstance(n := attributes.get("N"), int) and isinstance(k := attributes.get("K"), int):
             return k, n
         if len(shape) < 2:
-            return (0, 0)
-        if self.operations[index].op == "linear":
-            return shape[-1], shape[-2]
-        return (shape[-2], shape[-1]) if slot != 0 else (shape[-1], shape[-2])
+            return 0, 0
+        rows, columns = list(shape)[-2:]
+        turned = slot == 0 or self.operations[index].op == "linear"
+        return (columns, rows) if turned else (rows, columns)
 
     def added_after(self, value: str) -> tuple[str, tuple[str, ...]]:
         """Behind the learned vectors that are added to a value: the last sum, and the vectors."""
@@ -239,7 +245,9 @@ class Flow:
             value = following
         return value, tuple(found)
 
-    def back(self, value: str, through: frozenset[str], stops: frozenset[str] | set[str] = frozenset()) -> Iterator[int]:
+    def back(
+        self, value: str, through: frozenset[str], stops: frozenset[str] | set[str] = frozenset()
+    ) -> Iterator[int]:
         """Operations behind a data value, nearest first; what `through` does not name is given and not passed.
 
         A value in `stops` is not looked behind. Cost: at most 1,500 values.

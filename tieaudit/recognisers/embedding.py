@@ -30,13 +30,10 @@ def _recognise(reading: Reading) -> None:
     by_ids = [table for table in tables if table.from_ids]
     for table in tables:
         if not table.from_ids:
-            reading.tell(
-                [table.id], "position_embedding", f"looked up by positions ({reading.at(table.index)})"
-            )
+            reading.tell([table.id], "position_embedding", f"looked up by positions ({reading.at(table.index)})")
     most = max((table.n_rows for table in by_ids), default=0)
     has_data = any(
-        flow_input.op == "input" and not flow_input.attributes.get("integer")
-        for flow_input in reading.flow.operations
+        flow_input.op == "input" and not flow_input.attributes.get("integer") for flow_input in reading.flow.operations
     )
     for table in by_ids:
         kind, why = _kind(table, by_ids, most, has_data)
