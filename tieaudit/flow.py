@@ -214,14 +214,14 @@ class Flow:
             return k, n
         if len(shape) < 2:
             return 0, 0
-        rows, columns = list(shape)[-2:]
+        columns, rows = shape[::-1][0], shape[::-1][1]
         turned = slot == 0 or self.operations[index].op == "linear"
         return (columns, rows) if turned else (rows, columns)
 
     def added_after(self, value: str) -> tuple[str, tuple[str, ...]]:
         """Behind the learned vectors that are added to a value: the last sum, and the vectors."""
         found: list[str] = []
-        while len(readers := self.readers.get(value, ())) == 1:
+        while len(readers := self.readers.get(value, [])) == 1:
             index, slot = readers[0]
             operation, meaning = self.operations[index], self.meanings[index]
             if meaning.does == "add" and meaning.bias is None and len(operation.inputs) == 2:

@@ -52,8 +52,8 @@ def _words(table: str) -> dict[str, str]:
 PLAIN = _words(_TABLE)
 """Last component of a module's path, in lower case → the kind that it says plainly."""
 TOKEN = frozenset(
-    "embed_tokens wte word_embeddings word_embedding tok_embeddings token_embedding token_embeddings tokens_embed embed_in "
-    "token_embd embed_token shared word_embed embedding_tokens".split()
+    "embed_tokens wte word_embeddings word_embedding tok_embeddings token_embedding token_embeddings tokens_embed "
+    "embed_in token_embd embed_token shared word_embed embedding_tokens".split()
 )
 PERHAPS_TOKEN = frozenset(
     "embeddings embedding embed emb embedder encoder_embed decoder_embed encoder wemb lut".split()

@@ -43,7 +43,7 @@ def _core(reading: Reading, index: int) -> _Core | None:
     operation, meaning = flow.operations[index], flow.meanings[index]
     if meaning.does == "attend":
         given = [operation.inputs[slot] if slot < len(operation.inputs) else "" for slot in meaning.queries]
-        q, k, v = (given + ["", "", ""])[:3]
+        q, k, v = [*given, "", "", ""][:3]
         k, v = k or q, v or k or q
         if not meaning.queries:  # projects its queries, keys and values itself
             return _Core(index, (), (), (), operation.outputs[:1])
