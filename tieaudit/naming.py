@@ -186,10 +186,11 @@ class Names:
 
     def _scores(self, weight: Weight) -> bool:
         """Whether some token table has its shape."""
-        return any(
-            other.id != weight.id and other.shape == weight.shape and self.paths[other.id].leaf in TOKEN
-            for other in self.model.weights
-        )
+        return weight.shape in self._token_shapes
+
+    @cached_property
+    def _token_shapes(self) -> set[tuple[int, ...]]:
+        return {weight.shape for weight in self.model.weights if self.paths[weight.id].leaf in TOKEN}
 
     def _plain(self, weight: Weight, path: Path) -> str | None:
         kind, leaf = PLAIN.get(path.leaf), path.leaf

@@ -10,6 +10,8 @@ from tieaudit.model import Role
 from tieaudit.recognisers import Reading
 from tieaudit.spine import Block
 
+_N_MOST_NESTED = 20
+"""Streams inside a block of another stream, inside a block of another one …"""
 NO_LAYER = ("token_embedding", "position_embedding", "type_embedding", "output_head", "output_head_bias", "buffer")
 """Kinds that belong to no layer."""
 
@@ -66,7 +68,7 @@ def _numbers(reading: Reading) -> dict[int, int | None]:
     found: dict[int, int | None] = {}
     for block in reading.spine.blocks:
         at, steps = block, 0
-        while at.inside is not None and len(streams[at.inside.stream]) > 1 and steps < 20:
+        while at.inside is not None and len(streams[at.inside.stream]) > 1 and steps < _N_MOST_NESTED:
             at, steps = at.inside, steps + 1
         found[block.sum] = outer[at.sum]
     return found
@@ -78,10 +80,10 @@ def _letters(reading: Reading) -> dict[int, str]:
     found: dict[int, set[str]] = {}
 
     def note(index: int, letter: str) -> None:
-        block = spine.block_of.get(index)
-        while block is not None:
+        block, steps = spine.block_of.get(index), 0
+        while block is not None and steps < _N_MOST_NESTED:
             found.setdefault(block.sum, set()).add(letter)
-            block = block.inside
+            block, steps = block.inside, steps + 1
 
     for index, one in flow.projections.items():
         kind = reading.kinds.get(index, "")

@@ -48,6 +48,7 @@ class Spine:
         self._end_normed()
         self._last = self._latest()
         self._nested: set[int] = set()
+        self._ended: dict[Block, list[str]] = {}
         self.block_of = self._assign()
         self._nest()
         if self._nested:  # what leads to a stream inside a block belongs to that block
@@ -132,8 +133,9 @@ class Spine:
         pending, seen, works, found = deque([newer]), {newer}, False, False
         while pending and len(seen) < _N_MOST_STEPS and not (works and found):
             value = pending.popleft()
+            flow.n_left -= 1
             index = flow.maker.get(value)
-            if index is None or index <= first:
+            if index is None or index <= first or flow.n_left < 0:
                 continue
             works = works or flow.does(index) in _WORK
             for one in flow.data_inputs(index):
@@ -244,6 +246,9 @@ class Spine:
 
     def _nest(self) -> None:
         """A stream that begins and ends inside a block of another stream is part of that block."""
+        for value, here in self.on_stream.items():
+            if isinstance(here, Block):
+                self._ended.setdefault(here, []).append(value)
         by_stream: dict[int, list[Block]] = {}
         for block in self.blocks:
             by_stream.setdefault(block.stream, []).append(block)
@@ -260,8 +265,7 @@ class Spine:
 
     def _outer(self, last: Block) -> Block | None:
         flow, best = self.flow, None
-        ended = [value for value, here in self.on_stream.items() if here is last]
-        for value in ended:
+        for value in self._ended.get(last, ()):
             for reader, _ in flow.readers.get(value, ()):
                 block = self.block_of.get(reader)
                 if block is not None and block.stream != last.stream:

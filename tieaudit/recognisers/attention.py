@@ -52,7 +52,7 @@ def _core(reading: Reading, index: int) -> _Core | None:
         return None
     products = [
         i
-        for i in flow.back(operation.inputs[0], _SCORES, set(reading.spine.on_stream))
+        for i in flow.back(operation.inputs[0], _SCORES, reading.spine.on_stream)
         if flow.does(i) == "product" and i not in flow.projections
     ]
     if not products:
