@@ -87,8 +87,10 @@ def test_cross_attention_tells_encoder_from_decoder(tmp_path: Path) -> None:
 def test_position_scores_that_are_added_to_products_begin_no_stream(tmp_path: Path) -> None:
     # T5 looks one bias table up and adds it in every layer; taken for a residual, the second layer lost its roles
     graph = Graph()
-    x = graph.embedded(graph.ids())
-    buckets = graph.op("Range", graph.number(0, np.int64), graph.number(7, np.int64), graph.number(1, np.int64))
+    ids = graph.ids()
+    x = graph.embedded(ids)
+    length = graph.op("Gather", graph.op("Shape", ids), graph.number(1, np.int64))
+    buckets = graph.op("Range", graph.number(0, np.int64), length, graph.number(1, np.int64))
     bias = graph.op("Gather", graph.weight("position_embedding", 8, H), buckets)
     bias = graph.op("Unsqueeze", graph.op("Transpose", bias, perm=[1, 0]), graph.number([0, 2], np.int64))
     for _ in range(2):
