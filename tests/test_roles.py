@@ -56,15 +56,16 @@ def test_post_norm_blocks_keep_their_norms_in_their_layer(tmp_path: Path) -> Non
     assert layers(model, graph.truth, "norm_scale") == [None, 0, 0, 1, 1, None]
 
 
-def test_parallel_attention_and_feed_forward_are_one_block(tmp_path: Path) -> None:
+@pytest.mark.parametrize("n_layers", [1, 2])
+def test_parallel_attention_and_feed_forward_are_one_block(tmp_path: Path, n_layers: int) -> None:
     graph = Graph()
     x = graph.embedded(graph.ids())
-    for _ in range(2):
+    for _ in range(n_layers):
         normed = graph.rms(x)
         x = graph.op("Add", graph.op("Add", x, graph.attention(normed)), graph.plain(normed, biases=False))
     model = graph.model(tmp_path, graph.head(graph.rms(x)))
     assert kinds(model, list(graph.truth)) == graph.truth
-    assert layers(model, graph.truth, "ffn_down") == [0, 1]
+    assert layers(model, graph.truth, "ffn_down") == list(range(n_layers))
 
 
 def test_cross_attention_tells_encoder_from_decoder(tmp_path: Path) -> None:
@@ -374,8 +375,9 @@ def test_names_tell_kind_layer_and_expert(
     assert (role.kind, role.layer, role.expert) == (kind, layer, expert)
 
 
-def test_shapes_decide_between_one_branch_and_two() -> None:
-    names = [("decoder.layers.0.mlp.fc1.weight", (192, 64)), ("decoder.layers.0.mlp.fc2.weight", (64, 96))]
+@pytest.mark.parametrize(("up", "down"), [("fc1", "fc2"), ("input_linear", "output_linear"), ("up_proj", "down_proj")])
+def test_shapes_decide_between_one_branch_and_two(up: str, down: str) -> None:
+    names = [(f"decoder.layers.0.mlp.{up}.weight", (192, 64)), (f"decoder.layers.0.mlp.{down}.weight", (64, 96))]
     assert [role.kind for role in roles_by_name(named_model(names)).values()] == ["ffn_gate_up", "ffn_down"]
     names[0] = (names[0][0], (96, 64))
     assert [role.kind for role in roles_by_name(named_model(names)).values()] == ["ffn_up", "ffn_down"]
