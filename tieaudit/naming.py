@@ -97,14 +97,14 @@ class Names:
     def _kind(self, weight: Weight, path: Path) -> str | None:
         if _BUFFERS.search(weight.name.lower()):
             return "buffer"
-        if path.end == "bias" or path.end.startswith("bias_"):
+        if path.end == "bias" or path.end.startswith(("bias_ih", "bias_hh")):
             return self._bias(weight, path)
         return self._matrix(weight, path)
 
     def _bias(self, weight: Weight, path: Path) -> str | None:
         if _is_norm(path):
             return "norm_bias"
-        if path.end.startswith("bias_"):
+        if path.end.startswith(("bias_ih", "bias_hh")):
             return "recurrent_hidden_bias" if path.end.startswith("bias_hh") else "recurrent_input_bias"
         owner = self.beside.get(path.modules[:-1], {}).get(path.modules[-1]) if path.modules else None
         kind = None
@@ -151,9 +151,7 @@ class Names:
             return None
         if re.search(r"pos(ition(al)?)?_?emb", path.end):
             return "position_embedding"
-        if (path.end.endswith("bias") or re.fullmatch(r"b\d?", path.end)) and len(
-            [size for size in weight.shape if size > 1]
-        ) <= 2:
+        if re.search(r"bias(_[a-z])?$|^b\d?$", path.end) and len([size for size in weight.shape if size > 1]) <= 2:
             return "bias"
         if re.search(r"(_|^)(proj|projection|kernel)(_weight)?$", path.end) and len(weight.shape) >= 2:
             return "projection"
@@ -176,7 +174,8 @@ class Names:
         if in_layer or _ATTENTION.search(path.around) or "emb" in leaf:
             return None
         if n_rows in self.vocabularies if self.vocabularies else leaf in PERHAPS_HEAD and self._scores(weight):
-            return "output_head"
+            named = leaf in HEAD or leaf in PERHAPS_HEAD or not self._has_head
+            return "output_head" if named else "token_embedding"
         if leaf == "decoder" and "predictions" in path.modules:
             return "output_head"
         return None
@@ -187,6 +186,10 @@ class Names:
     def _scores(self, weight: Weight) -> bool:
         """Whether some token table has its shape."""
         return weight.shape in self._token_shapes
+
+    @cached_property
+    def _has_head(self) -> bool:
+        return any(path.leaf in HEAD and path.end == "weight" for path in self.paths.values())
 
     @cached_property
     def _token_shapes(self) -> set[tuple[int, ...]]:
@@ -221,7 +224,7 @@ class Names:
         near = last or around
         attention, mixer, feed = (pattern.search(near) for pattern in (_ATTENTION, _MIXER, _FEED))
         if leaf in ("gate", "wg", "classifier", "layer") and re.search(
-            r"moe|mixer|expert|mlp|router|gat(e|ing)|feed_forward", near
+            r"moe|mixer|ffn|expert|mlp|router|gat(e|ing)|feed_forward", near
         ):
             if leaf != "gate" or weight.shape[0] <= weight.shape[-1]:
                 return "router"

@@ -11,20 +11,23 @@ from dataclasses import dataclass
 from functools import cached_property
 
 _TABLE = """
-attention_query: q_proj query q wq to_q query_proj linear_q q_lin q_head q_a_proj q_b_proj attn_q query_global
-    query_layer q_attn wq_a wq_b attn_q_a attn_q_b queries q_linear fc_q w_q in_proj_q q_proj_weight q_down_proj
-    q_up_proj qproj
-attention_key: k_proj key k wk to_k key_proj linear_k k_lin k_head attn_k key_global key_layer keys k_linear fc_k
-    w_k k_proj_weight kproj
-attention_value: v_proj value v wv to_v value_proj linear_v v_lin v_head attn_v value_global value_layer values
-    v_linear fc_v w_v v_proj_weight vproj
+attention_query: query_net q_proj query q wq to_q query_proj linear_q q_lin q_head q_a_proj q_b_proj attn_q
+    query_global query_layer q_attn wq_a wq_b attn_q_a attn_q_b queries q_linear fc_q w_q in_proj_q q_proj_weight
+    q_down_proj q_up_proj qproj
+attention_key: key_net k_proj key k wk to_k key_proj linear_k k_lin k_head attn_k key_global key_layer keys k_linear
+    fc_k w_k k_proj_weight kproj
+attention_value: value_net v_proj value v wv to_v value_proj linear_v v_lin v_head attn_v value_global value_layer
+    values v_linear fc_v w_v v_proj_weight vproj
 attention_qkv: qkv qkv_proj query_key_value c_attn wqkv in_proj_weight to_qkv attn_qkv qkv_linear qkv_fused
 attention_kv: kv kv_proj to_kv kv_a_proj_with_mqa kv_b_proj wkv_a wkv_b attn_kv_a_mqa attn_kv_b key_value kv_a kv_b
     kv_linear wkv
-attention_output: o_proj attn_output out_lin to_out post_proj o_a_proj o_b_proj attn_out o_net wo_a wo_b
-ffn_gate: gate_proj wi_0 ffn_gate gate_layer ffn_gate_exps ffn_gate_shexp w_gate
-ffn_up: up_proj wi_1 ffn_up c_fc fc_in dense_h_to_4h intermediate_dense ffn_up_exps ffn_up_shexp w_up lin1 fc_up
-ffn_down: down_proj ffn_down fc_out dense_4h_to_h output_dense ffn_down_exps ffn_down_shexp w_down lin2 fc_down
+attention_output: out_projection o_proj attn_output out_lin to_out post_proj o_a_proj o_b_proj attn_out o_net wo_a
+    wo_b
+ffn_gate: linear_gate proj_up_gate gate_proj wi_0 ffn_gate gate_layer ffn_gate_exps ffn_gate_shexp w_gate
+ffn_up: dense_in linear_up proj_up up_proj wi_1 ffn_up c_fc fc_in dense_h_to_4h intermediate_dense ffn_up_exps
+    ffn_up_shexp w_up lin1 fc_up
+ffn_down: dense_out linear_down proj_down down_proj ffn_down fc_out dense_4h_to_h output_dense ffn_down_exps
+    ffn_down_shexp w_down lin2 fc_down
 ffn_gate_up: gate_up_proj gate_up gate_and_up_proj ffn_gate_up
 router: router ffn_gate_inp shared_expert_gate router_proj ffn_gate_inp_shexp
 position_embedding: wpe embed_positions embed_position position_embeddings position_embedding positions_embed
@@ -102,7 +105,7 @@ def path_of(name: str) -> Path:
         parts, end = (parts[:-1], "weight") if parts and parts[-1] == "weight" else (parts, "weight")
     while parts and parts[-1] in _WRAPPERS:
         end = parts.pop() if parts[-1] in ("weight", "bias") else (parts.pop(), end)[1]
-    if end in _WRAPPERS | NORM_SCALES | NORM_BIASES or end.startswith(("bias_", "weight_ih", "weight_hh")):
+    if end in _WRAPPERS | NORM_SCALES | NORM_BIASES or end.startswith(("bias_ih", "bias_hh", "weight_ih", "weight_hh")):
         return Path(tuple(parts), end)
     if end.endswith("_bias") and (end.removesuffix("_bias") in PLAIN or end == "in_proj_bias"):
         stem = end.removesuffix("_bias")
