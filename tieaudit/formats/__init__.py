@@ -5,15 +5,19 @@ Adding a format is one new module here that defines one `Format`; `load.py` find
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
     from tieaudit.change import Edit, Plan, SetConfig, Written
     from tieaudit.model import Model
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 NOT_CARRIED = frozenset({".git", ".cache", ".huggingface", "__pycache__", ".ipynb_checkpoints"})
 """Folders that belong to a tool and not to the model: a rewrite leaves them where they are."""
@@ -62,3 +66,19 @@ def carried(folder: Path) -> Iterator[Path]:
             path = Path(home) / name
             if path.is_file():
                 yield path
+
+
+def later(where: str) -> Callable[P, R]:
+    """The function `package.module:name`, imported when it is first called.
+
+    Asking whose a path is must not cost what reading it costs. What is imported must fit the field of `Format` that it
+    is given to: no type checker sees through a text, so a test compares the two for every format.
+    """
+    module, _, name = where.partition(":")
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        found: Callable[P, R] = getattr(importlib.import_module(module), name)
+        return found(*args, **kwargs)
+
+    call.__qualname__ = where
+    return call

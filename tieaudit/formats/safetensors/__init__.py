@@ -6,33 +6,13 @@ Source of the format: https://github.com/huggingface/safetensors, README "Format
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tieaudit.formats import Format
+from tieaudit.formats import Format, later
 
 if TYPE_CHECKING:
     from tieaudit.change import Edit
     from tieaudit.model import Model
-
-
-def _owns(path: Path) -> bool:
-    from tieaudit.formats.safetensors.discover import owns
-
-    return owns(path)
-
-
-def _group(paths: Sequence[Path]) -> list[tuple[Path, tuple[Path, ...]]]:
-    from tieaudit.formats.safetensors.discover import group
-
-    return group(paths)
-
-
-def _load(path: Path, files: tuple[Path, ...]) -> Model:
-    from tieaudit.formats.safetensors.weights import load
-
-    return load(path, files)
 
 
 def _can_realise(model: Model, edit: Edit, target: str) -> str | None:
@@ -46,8 +26,8 @@ safetensors = Format(
     name="safetensors",
     summary="safetensors files, alone or sharded with an index (read only: no class to restore a tie)",
     targets=("safetensors",),
-    owns=_owns,
-    group=_group,
-    load=_load,
+    owns=later("tieaudit.formats.safetensors.discover:owns"),
+    group=later("tieaudit.formats.safetensors.discover:group"),
+    load=later("tieaudit.formats.safetensors.weights:load"),
     can_realise=_can_realise,
 )

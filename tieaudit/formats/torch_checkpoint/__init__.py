@@ -5,39 +5,13 @@ Read without PyTorch and without executing anything from the file. Source: torch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tieaudit.formats import Format
+from tieaudit.formats import Format, later
 
 if TYPE_CHECKING:
     from tieaudit.change import Edit
     from tieaudit.model import Model
-
-
-def _owns(path: Path) -> bool:
-    from tieaudit.formats.torch_checkpoint.discover import owns
-
-    return owns(path)
-
-
-def _group(paths: Sequence[Path]) -> list[tuple[Path, tuple[Path, ...]]]:
-    from tieaudit.formats.torch_checkpoint.discover import group
-
-    return group(paths)
-
-
-def _load(path: Path, files: tuple[Path, ...]) -> Model:
-    from tieaudit.formats.torch_checkpoint.read import load
-
-    return load(path, files)
-
-
-def _load_key(path: Path, files: tuple[Path, ...], key: str) -> Model:
-    from tieaudit.formats.torch_checkpoint.read import load
-
-    return load(path, files, key)
 
 
 def _can_realise(model: Model, edit: Edit, target: str) -> str | None:
@@ -51,9 +25,9 @@ torch_checkpoint = Format(
     name="torch_checkpoint",
     summary="PyTorch checkpoints (.pt, .pth, .bin, .ckpt, TorchScript), read without PyTorch (read only)",
     targets=("torch",),
-    owns=_owns,
-    group=_group,
-    load=_load,
-    load_key=_load_key,
+    owns=later("tieaudit.formats.torch_checkpoint.discover:owns"),
+    group=later("tieaudit.formats.torch_checkpoint.discover:group"),
+    load=later("tieaudit.formats.torch_checkpoint.read:load"),
+    load_key=later("tieaudit.formats.torch_checkpoint.read:load"),
     can_realise=_can_realise,
 )
