@@ -249,13 +249,22 @@ def test_too_little_room_is_said_before_anything_is_written(tmp_path: Path, monk
     assert not (tmp_path / "out.onnx").exists()
 
 
-@pytest.mark.parametrize("command", ["plan", "apply", "verify"])
+@pytest.mark.parametrize("command", ["plan", "apply", "verify", "receipt-check", "undo"])
 def test_the_json_of_every_command_fits_its_published_schema(tmp_path: Path, command: str) -> None:
     import jsonschema
 
     source, to = tiny_onnx.lost(tmp_path / "m.onnx"), tmp_path / "out.onnx"
-    words = {"plan": (source,), "apply": (source, "--to", to), "verify": (source, source)}[command]
-    result = run(command, *words, "--format", "json")
+    receipt = tmp_path / "out.onnx.receipt.json"
+    if command in ("receipt-check", "undo"):
+        run("apply", source, "--to", to)
+    words = {
+        "plan": ("plan", source),
+        "apply": ("apply", source, "--to", to),
+        "verify": ("verify", source, source),
+        "receipt-check": ("verify", "--receipt", receipt),
+        "undo": ("apply", "--undo", receipt),
+    }[command]
+    result = run(*words, "--format", "json")
     assert result.exit_code == 0, result.output
     schema = Path(__file__).parent.parent / "docs" / "schema" / f"{command}-1.schema.json"
     wanted = json.loads(schema.read_text())

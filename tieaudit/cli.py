@@ -197,9 +197,9 @@ def apply(
     """
     if undo is not None:
         from tieaudit.deliver import undo as take_back
+        from tieaudit.outcome import undone
 
-        removed = take_back(undo)
-        print_result(f"undone: {len(removed)} files and the receipt removed; the input was checked and is unchanged")
+        print_result(undone(undo, take_back(undo), format_name))
         return
     if path is None:
         raise UsageError("expected a PATH, or --undo RECEIPT")
@@ -277,19 +277,19 @@ def verify(
     run.
     """
     if survival:
-        from tieaudit.survival.apart import table
+        from tieaudit.outcome import survived
+        from tieaudit.survival.apart import survival_of
 
         with _spinner("trying everyday operations"):
-            print_result(table(before, after, format_name))
+            found = survival_of(before, after)
+        print_result(survived(str(before), found, format_name))
         return
     if receipt is not None:
         from tieaudit.deliver import check_receipt
+        from tieaudit.outcome import checked
 
         problems = check_receipt(receipt)
-        print_result(
-            "\n".join(printable(problem, None) for problem in problems)
-            or "input and output are exactly what the receipt says"
-        )
+        print_result(checked(receipt, problems, format_name))
         sys.exit(1 if problems else 0)
     if before is None or after is None:
         raise UsageError("expected two models, BEFORE and AFTER, or --receipt RECEIPT")

@@ -61,8 +61,8 @@ def _saved_buffers(module: torch.nn.Module) -> frozenset[str]:
     return frozenset(
         f"{path}.{name}" if path else name
         for path, one in module.named_modules(remove_duplicate=False)
-        for name in one._buffers
-        if name not in one._non_persistent_buffers_set
+        for name, _ in one.named_buffers(recurse=False, remove_duplicate=False)
+        if name not in getattr(one, "_non_persistent_buffers_set", ())
     )
 
 
