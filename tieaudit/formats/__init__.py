@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ R = TypeVar("R")
 
 NOT_CARRIED = frozenset({".git", ".cache", ".huggingface", "__pycache__", ".ipynb_checkpoints"})
 """Folders that belong to a tool and not to the model: a rewrite leaves them where they are."""
+
+_WORKSPACE = re.compile(r"\..*\.tieaudit-", re.DOTALL)
+"""Where `rewrite` writes; one that is left of a killed run is no part of the model it lies in."""
 
 NEEDS_SETTING = "needs flag: "
 """How a reason of `can_realise` begins when a setting would lift it; `switch` then names the setting."""
@@ -54,6 +58,19 @@ class Format:
     precedence: int = 0
     """Among formats that own one path the highest wins (a Hugging Face folder over the safetensors inside)."""
 
+    def settings(self, model: Model, edit: Edit, target: str) -> tuple[SetConfig, ...] | str:
+        """What else must be set so that this edit can be made, mostly nothing; or why it cannot be made."""
+        from tieaudit.change import Share
+
+        if self.can_realise is None:
+            return f"the format {self.name} cannot be rewritten"
+        because = self.can_realise(model, edit, target)
+        if because is None:
+            return ()
+        if because.startswith(NEEDS_SETTING) and self.switch is not None and isinstance(edit, Share):
+            return self.switch(model, tuple(member.id for member in edit.members), True, target)
+        return because.removeprefix(NEEDS_SETTING)
+
 
 def carried(folder: Path) -> Iterator[Path]:
     """Every regular file below a model's folder that comes along when the model is written anew, in order.
@@ -61,7 +78,7 @@ def carried(folder: Path) -> Iterator[Path]:
     Links to files are followed, as in a Hub cache; links to folders are not.
     """
     for home, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name not in NOT_CARRIED)
+        folders[:] = sorted(name for name in folders if name not in NOT_CARRIED and not _WORKSPACE.match(name))
         for name in sorted(names):
             path = Path(home) / name
             if path.is_file():

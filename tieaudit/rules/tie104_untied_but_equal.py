@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from tieaudit.equality import Equality, copies, declared, n_bytes_extra, stored
 from tieaudit.model import classes
 from tieaudit.printable import listed, printable, size
-from tieaudit.remedy import rewrite
+from tieaudit.remedy import rewrite, share
 from tieaudit.rules import Examples, rule
 from tieaudit.verdict import CannotTell, Finding, Subject
 
@@ -80,7 +80,7 @@ def check(subject: Subject) -> Iterator[Finding | CannotTell]:
                 f"{who} says untied, but {listed(tuple(group))} are equal bit for bit: {size(n_bytes)} stored again"
             )
             evidence = {"claimed_by": claimed.claimed_by, "condition": claimed.condition}
-            yield Finding(tuple(group), message, rewrite(model, "dedup", group), evidence, n_bytes)
+            yield Finding(tuple(group), message, rewrite(model, "dedup", [share(group)]), evidence, n_bytes)
         lost = tuple(id for id in ids if id in subject.found.unreadable)
         if lost and len(groups) > 1:
             because = f"whether {listed(ids)} are equal, though declared untied: {listed(lost)} cannot be read"
