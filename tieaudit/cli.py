@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tieaudit import __version__
-from tieaudit.console import Commands, not_negative, on_terminal, print_result
+from tieaudit.console import Commands, not_negative, on_terminal, print_result, say
 from tieaudit.errors import TieAuditError, UsageError, in_one_line
 from tieaudit.printable import N_MOST_MESSAGE, printable
 
@@ -128,7 +128,7 @@ def scan(paths: tuple[str, ...], key: str, format_name: str) -> None:
     if reports or format_name != "text":
         print_result(_report(format_name)(reports, errors, _settings()))
     for _, message in errors:
-        click.echo(f"error: {printable(message, N_MOST_MESSAGE)}", err=True)
+        say(f"error: {printable(message, N_MOST_MESSAGE)}")
     if errors or not reports or any(report.crashed or report.subject.found.unreadable for report in reports):
         sys.exit(2)
 
