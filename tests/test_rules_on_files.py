@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -217,3 +218,36 @@ def test_a_finding_recommends_apply_exactly_where_apply_will_do_it(case: str, tm
     )
     if case == "both are outputs":
         assert finding.fix.command == ("no automatic fix: a and b are both outputs of a graph, so both names must stay")
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (
+            {"architectures": ["NobodyKnowsItForCausalLM"], "model_type": "nobody_knows_it"},
+            "config.json:tie_word_embeddings is not in the file, and the class is not known here, nor what it does "
+            "without, but ",
+        ),
+        (
+            {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+            "config.json:tie_word_embeddings is not in the file, the class default is false, but ",
+        ),
+        (
+            {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False},
+            "config.json:tie_word_embeddings says untied, but ",
+        ),
+    ],
+    ids=["a class that nobody knows", "the key is not written", "the key is written"],
+)
+def test_a_key_that_the_configuration_lacks_is_not_said_to_say_something(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], expected: str
+) -> None:
+    pytest.importorskip("safetensors")
+    from safetensors.numpy import save_file
+
+    # the data files answer at once, and do not change with what is installed
+    monkeypatch.setattr("tieaudit.formats.huggingface.asking.installed", lambda: False)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"model.embed_tokens.weight": E, "lm_head.weight": E.copy()}, tmp_path / "model.safetensors")
+    (finding,) = (one for one in scanned(tmp_path).findings if one.code == "TIE104")
+    assert finding.message.startswith(expected)
