@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tieaudit import __version__
-from tieaudit.console import Commands, not_negative, on_terminal, print_result
+from tieaudit.console import Commands, not_negative, on_terminal, print_result, say
 from tieaudit.console import progress as _progress
 from tieaudit.console import spinner as _spinner
 from tieaudit.errors import TieAuditError, UsageError, in_one_line
@@ -132,7 +132,7 @@ def scan(paths: tuple[str, ...], key: str, inputs: Path | None, format_name: str
     if reports or format_name != "text":
         print_result(_report(format_name)(reports, errors, _settings()))
     for _, message in errors:
-        click.echo(f"error: {printable(message, N_MOST_MESSAGE)}", err=True)
+        say(f"error: {printable(message, N_MOST_MESSAGE)}")
     if errors or not reports or any(report.crashed or report.subject.found.unreadable for report in reports):
         sys.exit(2)
 
@@ -209,9 +209,9 @@ def apply(
     """
     if undo is not None:
         from tieaudit.deliver import undo as take_back
+        from tieaudit.outcome import undone
 
-        removed = take_back(undo)
-        print_result(f"undone: {len(removed)} files and the receipt removed; the input was checked and is unchanged")
+        print_result(undone(undo, take_back(undo), format_name))
         return
     if path is None:
         raise UsageError("expected a PATH, or --undo RECEIPT")
@@ -295,19 +295,19 @@ def verify(
     run.
     """
     if survival:
-        from tieaudit.survival.apart import table
+        from tieaudit.outcome import survived
+        from tieaudit.survival.apart import survival_of
 
         with _spinner("trying everyday operations"):
-            print_result(table(before, after, format_name))
+            found = survival_of(before, after)
+        print_result(survived(str(before), found, format_name))
         return
     if receipt is not None:
         from tieaudit.deliver import check_receipt
+        from tieaudit.outcome import checked
 
         problems = check_receipt(receipt)
-        print_result(
-            "\n".join(printable(problem, None) for problem in problems)
-            or "input and output are exactly what the receipt says"
-        )
+        print_result(checked(receipt, problems, format_name))
         sys.exit(1 if problems else 0)
     if before is None or after is None:
         raise UsageError("expected two models, BEFORE and AFTER, or --receipt RECEIPT")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tieaudit import __version__
@@ -18,6 +19,7 @@ from tieaudit.view import AS_STORED
 
 if TYPE_CHECKING:  # printing a plan needs nothing that runs models
     from tieaudit.apply import Applied
+    from tieaudit.survival.ties import Survival
 
 N_MOST_LINES = 12
 N_MOST_LEFT = 3
@@ -77,6 +79,29 @@ def compared(one: Model, other: Model, proof: Proof, format_name: str) -> str:
     if proof.drift is not None and not proof.failed and ran:
         verdict = f"drift {proof.drift:.3g}, within the limit"
     return "\n".join([*lines, *_proof_lines(proof), verdict])
+
+
+def survived(name: str, found: Survival, format_name: str) -> str:
+    """Which operations break the ties of a live module."""
+    if format_name == "json":
+        return _json("survival", model=name, **{field: getattr(found, field) for field in ("ties", "rows")})
+    return "\n".join(printable(line, None) for line in [name, *str(found).splitlines()])
+
+
+def checked(receipt: Path, problems: Sequence[str], format_name: str) -> str:
+    """What no longer agrees with a receipt."""
+    if format_name == "json":
+        return _json("receipt-check", receipt=str(receipt), problems=problems)
+    lines = [printable(problem, None) for problem in problems]
+    return "\n".join(lines) or "input and output are exactly what the receipt says"
+
+
+def undone(receipt: Path, removed: Sequence[Path], format_name: str) -> str:
+    """A delivery that was taken back."""
+    if format_name == "json":
+        return _json("undo", receipt=str(receipt), removed=[str(file) for file in removed])
+    files = counted(len(removed), "file")
+    return f"undone: {files} and the receipt removed; the input was checked and is unchanged"
 
 
 def _json(command: str, **content: object) -> str:

@@ -1,4 +1,4 @@
-"""JSON Schemas of what plan, apply and verify print, made from the nouns themselves so that they cannot disagree."""
+"""JSON Schemas of what every command but scan prints, made from the nouns themselves so that they cannot disagree."""
 
 from __future__ import annotations
 
@@ -11,13 +11,19 @@ from typing import Any
 
 from tieaudit.change import Plan, Proof
 from tieaudit.storage import Storage
+from tieaudit.survival.ties import Survived
 from tieaudit.view import View
 
 COMMANDS: Mapping[str, Mapping[str, type]] = {
     "plan": {"plan": Plan},
     "apply": {"plan": Plan, "proof": Proof, "output": str, "receipt": str},
     "verify": {"before": str, "after": str, "proof": Proof},
+    "survival": {"model": str, "ties": tuple[tuple[str, ...], ...], "rows": tuple[Survived, ...]},
+    "receipt-check": {"receipt": str, "problems": tuple[str, ...]},
+    "undo": {"receipt": str, "removed": tuple[str, ...]},
 }
+_SPELT = {"survival": "verify --survival", "receipt-check": "verify --receipt", "undo": "apply --undo"}
+"""How a document is asked for, where it has not the name of its command."""
 
 
 def schemas() -> dict[str, str]:
@@ -27,13 +33,14 @@ def schemas() -> dict[str, str]:
 
 def _text(command: str, fields: Mapping[str, type]) -> str:
     nouns: dict[str, Any] = {}
+    spelt = _SPELT.get(command, command)
     tool = {"type": "object", "properties": {"name": {"const": "tieaudit"}, "version": {"type": "string"}}}
     content = {name: _of(kind, nouns) for name, kind in fields.items()}
     schema = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": f"https://tieaudit.invalid/schema/{command}-1.schema.json",
-        "title": f"tieaudit {command}, version 1",
-        "description": f"What `tieaudit {command} --format json` prints. Additive only. Made by tools/make_docs.py.",
+        "title": f"tieaudit {spelt}, version 1",
+        "description": f"What `tieaudit {spelt} --format json` prints. Additive only. Made by tools/make_docs.py.",
         "type": "object",
         "properties": {"schema": {"const": f"tieaudit/{command}/1"}, "tool": tool, **content},
         "required": ["schema", "tool", *fields],
