@@ -321,8 +321,8 @@ def test_outputs_of_every_nesting_are_compared() -> None:
     from tieaudit.calling import outputs
 
     found = outputs(Nested(2, 2), torch.ones(1, 2))
-    assert list(found) == ["scores", "more.pair.0", "more.pair.1.0"]
-    assert np.allclose(found["more.pair.0"], found["scores"] + 1)
+    assert list(found) == ["scores", "more.pair[0]", "more.pair[1][0]"]
+    assert np.allclose(found["more.pair[0]"], found["scores"] + 1)
 
 
 def test_a_path_and_a_module_are_not_compared() -> None:
