@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 Array = NDArray[Any]
+_PLAIN = (bool, int, float, complex, str, np.generic, np.ndarray)
 N_MOST_DEEP = 32
 """Levels of nesting that are looked at; what lies deeper is left out."""
 
@@ -49,9 +50,7 @@ def _walk(value: Any, name: str, depth: int, above: frozenset[int]) -> Iterator[
 
     if value is None or depth > N_MOST_DEEP or id(value) in above:
         return
-    if isinstance(value, torch.Tensor) and not value.is_nested:
-        yield name, value
-    elif isinstance(value, (bool, int, float, complex, str, np.generic, np.ndarray)):
+    if isinstance(value, _PLAIN) or isinstance(value, torch.Tensor) and not value.is_nested:
         yield name, value
     elif not _is_cache(value) and not isinstance(value, torch.nn.Module):
         parts = _parts(value)
