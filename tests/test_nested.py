@@ -17,7 +17,7 @@ from tieaudit.errors import UsageError  # noqa: E402
 from tieaudit.floor import difference  # noqa: E402
 from tieaudit.nested import array_of, arrays_of, tensor_of, tensors_of  # noqa: E402
 
-Pair = collections.namedtuple("Pair", "left right")  # noqa: PYI024 - torch.return_types and PackedSequence are such
+Pair = collections.namedtuple("Pair", "left right")
 
 
 @dataclasses.dataclass
@@ -90,7 +90,9 @@ def test_integers_booleans_and_texts_are_compared_exactly_and_half_precision_by_
     assert difference(one, {**one, "ids": np.array([1, 3])}).problem == "ids: 1 of 2 int64 elements differ"
     assert difference(one, {**one, "ok": np.array([False])}).problem
     assert difference(one, {**one, "name": np.array("b")}).problem
-    assert array_of(torch.ones(1, dtype=torch.bfloat16)).dtype == ml_dtypes.bfloat16  # float32 would get its tight bound
+    assert (
+        array_of(torch.ones(1, dtype=torch.bfloat16)).dtype == ml_dtypes.bfloat16
+    )  # float32 would get its tight bound
 
 
 def test_a_tensor_on_one_side_only_is_a_problem_and_not_skipped() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +15,18 @@ from click.testing import CliRunner
 
 pytest.importorskip("torch")
 
-import jsonschema  # noqa: E402
+import jsonschema
 
-import tieaudit  # noqa: E402
-from tieaudit.change import Proof  # noqa: E402
-from tieaudit.cli import main  # noqa: E402
-from tieaudit.load import load_one  # noqa: E402
-from tieaudit.registry import discover  # noqa: E402
-from tieaudit.runners import Runner  # noqa: E402
-from tieaudit.running import opened  # noqa: E402
-from tieaudit.sandbox import Sandbox  # noqa: E402
-from tieaudit.strangers import compare  # noqa: E402
+import tieaudit
+from tieaudit.change import Proof
+from tieaudit.cli import main
+from tieaudit.load import load_one
+from tieaudit.model import Model
+from tieaudit.registry import discover
+from tieaudit.runners import Runner
+from tieaudit.running import opened
+from tieaudit.sandbox import Sandbox
+from tieaudit.strangers import compare
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = Path(__file__).resolve().parent
@@ -34,8 +38,26 @@ def _in_this_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(HERE)
 
 
+@functools.cache
+def loaded(name: str) -> Model:
+    """The factory's process stays, so that it starts once."""
+    return load_one(f"torch_modules:{name}")
+
+
 def proof_of(before: str, after: str, **more: Any) -> Proof:
-    return compare(load_one(f"torch_modules:{before}"), load_one(f"torch_modules:{after}"), device="cpu", **more)
+    return compare(loaded(before), loaded(after), device="cpu", **more)
+
+
+@pytest.fixture(scope="module")
+def box() -> Iterator[Sandbox]:
+    here = Path.cwd()
+    os.chdir(HERE)  # where the child looks for torch_modules
+    try:
+        with Sandbox(discover("runners", Runner)["torch_module"]) as found:
+            found.ask("hello")
+            yield found
+    finally:
+        os.chdir(here)
 
 
 def outcomes(proof: Proof) -> dict[str, str]:
@@ -79,11 +101,11 @@ def test_equal_outputs_with_another_gradient_fail_the_training_level() -> None:
 
 
 def test_a_slot_that_learns_nothing_is_named_where_a_sum_would_prove_nothing() -> None:
-    proof = proof_of("words_cut_off", "words_cut_off", gradients=True)
+    proof = proof_of("words_cut_off_untied", "words_cut_off")
     assert outcomes(proof)["training"] == "held"
-    assert "nothing is learnt" not in because(proof, "training")  # tied in both: no sum was formed
-    proof = proof_of("words_tied", "words_cut_off")
-    assert outcomes(proof)["training"] == "failed"
+    assert "nothing is learnt through head.weight, so that the sum of embed.weight proves nothing" in because(
+        proof, "training"
+    )
 
 
 def test_inputs_that_the_factory_gives_are_used_first() -> None:
@@ -97,11 +119,9 @@ def test_inputs_that_nobody_can_guess_are_asked_for_and_used_when_they_are_given
     assert outcomes(proof)["end to end"] == "not run"
     assert "no inputs could be made up for forward(batch)" in because(proof, "end to end")
     assert "let the factory return (module, sample inputs), or give --inputs" in because(proof, "end to end")
-    assert outcomes(proof_of("unguessable_with_inputs", "unguessable_with_inputs"))["training"] == "held"
-    given = proof_of("words_tied", "words_untied", inputs={"words": np.array([[7, 8]])}, gradients=False)
-    assert "1 inputs (the given inputs)" in because(given, "end to end")
     numbered = proof_of("words_tied", "words_untied", inputs={"arr_0": np.array([[7, 8]])}, gradients=False)
     assert outcomes(numbered)["end to end"] == "held"
+    assert "1 inputs (the given inputs)" in because(numbered, "end to end")
 
 
 def test_an_operation_without_a_deterministic_version_is_run_and_named() -> None:
@@ -124,35 +144,31 @@ def test_a_folder_and_a_factory_of_its_class_compare(tmp_path: Path, monkeypatch
     (tmp_path / "mine.py").write_text(
         "import transformers\n"
         f"def make(): return transformers.GPT2LMHeadModel.from_pretrained({str(tmp_path / 'folder')!r})\n"
-        "def changed():\n    made = make(); made.transformer.ln_f.weight.data *= 1.01\n    return made\n"
     )
     monkeypatch.chdir(tmp_path)
     folder = load_one(tmp_path / "folder")
     proof = compare(folder, load_one("mine:make"), device="cpu", gradients=True)
     assert outcomes(proof)["end to end"] == "held"
     assert because(proof, "training").startswith("gradients are compared between two live modules or two folders")
-    assert outcomes(compare(load_one("mine:changed"), folder, device="cpu"))["end to end"] == "failed"
     both = compare(folder, folder, device="cpu", gradients=True)
     assert outcomes(both)["training"] == "held"
 
 
 def test_the_command_prints_it_in_text_and_in_json_of_its_schema(tmp_path: Path) -> None:
-    names = ["torch_modules:words_untied", "torch_modules:words_tied", "--device", "cpu"]
-    found = CliRunner().invoke(main, ["verify", *names])
+    names = ["torch_modules:words_untied", "torch_modules:words_tied"]
+    found = CliRunner().invoke(main, ["verify", *names, "--device", "cpu"])
     assert found.exit_code == 0, found.output
     assert "training    held on CPU" in found.output
     assert "time per run on " in found.output and "(middle half of " in found.output
     assert "no measurable difference" in found.output or " → " in found.output.split("time per run")[1]
     np.savez(tmp_path / "x.npz", words=np.array([[1, 2]]))
-    found = CliRunner().invoke(main, ["verify", *names, "--inputs", str(tmp_path / "x.npz"), "--format", "json"])
-    assert found.exit_code == 0, found.output
+    wrong = [names[0], "torch_modules:words_steeper", "--inputs", str(tmp_path / "x.npz"), "--device", "cpu"]
+    found = CliRunner().invoke(main, ["verify", *wrong, "--format", "json"])
+    assert found.exit_code == 1, found.output
     said = json.loads(found.stdout)
     schema = json.loads((ROOT / "docs" / "schema" / "verify-1.schema.json").read_text())
     jsonschema.validate(said, schema)
     assert set(schema["$defs"]["Proof"]["properties"]["facts"]["properties"]) >= set(said["proof"]["facts"])
-    wrong = CliRunner().invoke(main, ["verify", "torch_modules:words_untied", "torch_modules:words_steeper"])
-    assert wrong.exit_code == 1
-    assert wrong.output.splitlines()[-1] == "differs"
 
 
 @pytest.mark.parametrize(
@@ -164,8 +180,8 @@ def test_the_command_prints_it_in_text_and_in_json_of_its_schema(tmp_path: Path)
         ("unguessable_with_inputs", [("batch.x", "float32", (2, 3))]),
     ],
 )
-def test_what_a_module_takes_is_found_by_its_layers_or_its_sample(name: str, ports: list[Any]) -> None:
-    with Sandbox(discover("runners", Runner)["torch_module"]) as box, opened(box, f"torch_modules:{name}") as one:
+def test_what_a_module_takes_is_found_by_its_layers_or_its_sample(box: Sandbox, name: str, ports: list[Any]) -> None:
+    with opened(box, f"torch_modules:{name}") as one:
         assert [(port.name, port.dtype, port.dims) for port in one.signature.inputs] == ports
 
 

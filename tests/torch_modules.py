@@ -148,6 +148,10 @@ def words_cut_off() -> nn.Module:
     return CutOff()
 
 
+def words_cut_off_untied() -> nn.Module:
+    return CutOff(tied=False)
+
+
 def words_shifted() -> nn.Module:
     made = Words(tied=False)
     made.head.weight.data += 0.1

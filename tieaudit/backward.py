@@ -81,11 +81,21 @@ def in_float64(module: torch.nn.Module) -> torch.nn.Module:
     except (RuntimeError, TypeError, NotImplementedError) as error:
         said = " ".join(str(error).split())[:300]
         raise UsageError(f"{type(module).__name__}: no copy of it in float64 can be made: {said}") from error
+    _share_buffers(module, made)
     for one in made.modules():
         if isinstance(one, torch.nn.RNNBase):
             one.train()
             one.dropout = 0.0
     return made
+
+
+def _share_buffers(module: torch.nn.Module, made: torch.nn.Module) -> None:
+    """Tie the copy's buffers as the module's are: a conversion makes a buffer anew under each of its names."""
+    owners = dict(made.named_modules(remove_duplicate=False))
+    first: dict[object, torch.Tensor] = {}
+    for name, buffer in module.named_buffers(remove_duplicate=False):
+        path, _, leaf = name.rpartition(".")
+        owners[path]._buffers[leaf] = first.setdefault(identity(buffer), owners[path]._buffers[leaf])
 
 
 def floats_in_float64(value: Any) -> Any:

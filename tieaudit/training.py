@@ -132,7 +132,7 @@ def _updated_twice(module: torch.nn.Module) -> tuple[tuple[str, ...], ...]:
     places = [_place(parameters[name]) for name in names]
     found = []
     for group in overlapping(places):
-        together = [names[index] for index in group]
+        together = [names[index] for index in sorted(group)]
         separate = {id(parameters[name]): parameters[name] for name in together if parameters[name].requires_grad}
         if len(separate) > 1 and _meet(list(separate.values())):
             found.append(tuple(together))

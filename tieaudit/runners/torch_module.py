@@ -7,6 +7,7 @@ what *it* takes (ids for an embedding, `[batch, in_features]` for a matrix …),
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import time
@@ -160,6 +161,7 @@ def _by_trial(module: torch.nn.Module) -> Signature | str:
     """The first signature that the module runs with, or why there is none."""
     import torch
 
+    from tieaudit.arithmetic import attempt
     from tieaudit.inputs import made_up
     from tieaudit.nested import tensors_of
 
@@ -178,7 +180,7 @@ def _by_trial(module: torch.nn.Module) -> Signature | str:
         args, kwargs = _by_parameter(module, feed.arrays)
         try:
             with torch.no_grad():
-                result = module(*args, **kwargs)
+                result = attempt(functools.partial(module, *args, **kwargs), set())
         except Exception as error:  # it is not our code
             said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             continue
