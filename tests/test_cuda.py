@@ -92,7 +92,6 @@ def test_a_scan_takes_no_copy_of_a_large_tensor_to_the_host(device: str) -> None
     with gpu._host_peak() as grown:
         found = tieaudit.scan(module).subject.found
     assert [tie.ids for tie in found.ties] == [("one", "other")]
-    assert found.n_bytes_read >= 2 * table.nbytes  # all of both was read
     assert grown[0] is not None and grown[0] < table.nbytes / 2
 
 
@@ -244,7 +243,7 @@ def test_the_benchmark_measures_and_its_page_shows_every_figure(device: str) -> 
     sizes = gpu.Sizes(n_words=500, width=16, n_layers=1, batch=2, length=8)
     results = json.loads(json.dumps(gpu.measured(device, sizes)))
     assert results["scan"]["pairs"] == [["embed.weight", "head.weight"]]
-    assert results["scan"]["n_bytes_read"] >= 2 * 500 * 16 * 4
+    assert results["scan"]["n_bytes_held"] == (2 * 500 * 16 + 2 * 16 * 17 + 2 * 16) * 4
     if device == "cpu":
         assert results["tie"]["n_bytes_before"] - results["tie"]["n_bytes_after"] == 500 * 16 * 4
     else:

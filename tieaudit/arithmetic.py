@@ -58,26 +58,29 @@ def _without_tf32() -> Callable[[], None]:
     import torch
 
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    try:
-        kept, precision = (matmul.allow_tf32, cudnn.allow_tf32), torch.get_float32_matmul_precision()
-    except RuntimeError:
-        places = [(place, place.fp32_precision) for place in (matmul, cudnn.conv, cudnn.rnn)]
-        for place, _ in places:
-            place.fp32_precision = "ieee"
+    newer = [place for place in (matmul, *(getattr(cudnn, name, None) for name in ("conv", "rnn")))
+             if hasattr(place, "fp32_precision")]  # fmt: skip
+    kept = [(place, place.fp32_precision) for place in newer]
 
-        def newer() -> None:
-            for place, value in places:
+    def put_back_newer() -> None:
+        for place, value in kept:
+            if place.fp32_precision != value:
                 place.fp32_precision = value
 
-        return newer
+    try:
+        convolutions, precision = cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    except RuntimeError:
+        for place in newer:
+            place.fp32_precision = "ieee"
+        return put_back_newer
     matmul.allow_tf32 = cudnn.allow_tf32 = False
 
-    def older() -> None:
-        matmul.allow_tf32, cudnn.allow_tf32 = kept
-        if torch.get_float32_matmul_precision() != precision:
-            torch.set_float32_matmul_precision(precision)
+    def put_back() -> None:
+        torch.set_float32_matmul_precision(precision)  # which is matmul.allow_tf32, and more exact
+        cudnn.allow_tf32 = convolutions
+        put_back_newer()
 
-    return older
+    return put_back
 
 
 def attempt(run: Callable[[], T], noted: set[str]) -> T:
