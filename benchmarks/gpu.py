@@ -39,7 +39,7 @@ class Sizes:
     width: int = 4096
     n_layers: int = 8
     batch: int = 4
-    length: int = 512
+    length: int = 64
 
 
 def language_model(sizes: Sizes, *, tied: bool, device: str = "cpu") -> torch.nn.Module:

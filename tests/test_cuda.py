@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts in this process
 torch = pytest.importorskip("torch")
 
 from torch_modules import Autoencoder, TiedLM, Words  # noqa: E402

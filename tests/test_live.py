@@ -330,8 +330,18 @@ def test_a_path_and_a_module_are_not_compared() -> None:
         tieaudit.verify("model.onnx", TiedLM())
     with pytest.raises(UsageError, match="found a device"):
         tieaudit.verify(TiedLM(), TiedLM(), device="cuda")
-    with pytest.raises(UsageError, match="expected inputs="):
-        tieaudit.verify(TiedLM(), TiedLM())
+
+
+def test_inputs_of_a_live_module_are_found_by_trial_or_asked_for() -> None:
+    from torch_modules import Unguessable
+
+    module = TiedLM().train()
+    assert not tieaudit.verify(module, module).failed
+    assert module.training
+    with pytest.raises(
+        UsageError, match=r"expected inputs=…, found none: no inputs could be made up for forward\(batch"
+    ):
+        tieaudit.verify(Unguessable(), Unguessable())
 
 
 def test_a_path_is_scanned_planned_applied_and_verified_as_on_the_command_line(tmp_path: Path) -> None:

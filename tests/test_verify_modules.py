@@ -118,7 +118,7 @@ def test_inputs_that_nobody_can_guess_are_asked_for_and_used_when_they_are_given
     proof = proof_of("unguessable", "unguessable")
     assert outcomes(proof)["end to end"] == "not run"
     assert "no inputs could be made up for forward(batch)" in because(proof, "end to end")
-    assert "let the factory return (module, sample inputs), or give --inputs" in because(proof, "end to end")
+    assert "let the factory return (module, sample inputs), or give inputs" in because(proof, "end to end")
     numbered = proof_of("words_tied", "words_untied", inputs={"arr_0": np.array([[7, 8]])}, gradients=False)
     assert outcomes(numbered)["end to end"] == "held"
     assert "1 inputs (the given inputs)" in because(numbered, "end to end")

@@ -29,20 +29,21 @@ __all__ = ["call", "comparable", "compare_modules", "outputs", "sample_inputs", 
 
 
 def sample_inputs(module: torch.nn.Module) -> dict[str, Any]:
-    """Made-up inputs of a transformers model, by its class and configuration. UsageError for any other module."""
-    import torch
+    """Made-up inputs by the name of a parameter of `forward`: by a transformers class's configuration, else by trial.
 
-    config = getattr(module, "config", None)
-    if config is None or not hasattr(module, "main_input_name"):
-        raise UsageError(
-            f"{type(module).__name__}: expected inputs=…, found none, and only a transformers class says what it takes"
-        )
+    By trial the module is run, in eval mode. UsageError where nothing is found that it takes.
+    """
     from tieaudit.inputs import made_up
-    from tieaudit.runners.torch import signature_of
+    from tieaudit.nested import tensor_of
+    from tieaudit.runners.torch_module import taken_by
 
-    for _, feed in made_up(signature_of(module)):
-        return {name: torch.from_numpy(array.copy()) for name, array in feed.arrays.items()}
-    raise UsageError(f"{type(module).__name__}: no inputs could be made up; give inputs=…")
+    with comparable(module):
+        taken = taken_by(module)
+    feed = next((feed for _, feed in made_up(taken.signature)), None)
+    if feed is None or not feed.arrays:
+        said = f": {taken.because}" if taken.because else ""
+        raise UsageError(f"{type(module).__name__}: expected inputs=…, found none{said}")
+    return {name: tensor_of(array) for name, array in feed.arrays.items()}
 
 
 def call(module: torch.nn.Module, inputs: Any) -> Any:

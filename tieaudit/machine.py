@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 N_MOST_RUNS = 100
+SECONDS_OF_A_SLOW_RUN = 2.0
 
 
 def processor_name() -> str:
@@ -69,11 +70,14 @@ class Timing:
 def repeated(run: Callable[[], object], n_runs: int, seconds: float) -> Timing:
     """Run once to warm up, then at least `n_runs` times and until `seconds` have passed, but at most 100 times.
 
-    The peak is the growth of this process during the first run.
+    Once more only where the first run took longer than two seconds. The peak is the growth of this process during
+    the first run.
     """
     before = resident_bytes()
     forget_peak()
+    began = time.perf_counter()
     run()
+    n_runs = n_runs if time.perf_counter() - began < SECONDS_OF_A_SLOW_RUN else 1
     after = peak_since()
     peak = None if before is None or after is None else max(0, after - before)
     measured: list[float] = []

@@ -161,13 +161,14 @@ def _by_trial(module: torch.nn.Module) -> Signature | str:
     """The first signature that the module runs with, or why there is none."""
     import torch
 
-    from tieaudit.arithmetic import attempt
+    from tieaudit.arithmetic import attempt, device_of
     from tieaudit.inputs import made_up
     from tieaudit.nested import tensors_of
+    from tieaudit.torch_session import on_device
 
     names = _required(module)
     where = f"forward({', '.join(names)})"
-    advice = "let the factory return (module, sample inputs), or give --inputs"
+    advice = "let the factory return (module, sample inputs), or give inputs"
     if not names or len(names) > _N_MOST_PARAMETERS:
         return f"no inputs could be made up for {where}; {advice}"
     began, said = time.perf_counter(), "no layer says what it takes"
@@ -177,7 +178,7 @@ def _by_trial(module: torch.nn.Module) -> Signature | str:
         feed = next((feed for _, feed in made_up(signature)), None)
         if feed is None:
             continue
-        args, kwargs = _by_parameter(module, feed.arrays)
+        args, kwargs = on_device(_by_parameter(module, feed.arrays), device_of(module))
         try:
             with torch.no_grad():
                 result = attempt(functools.partial(module, *args, **kwargs), set())
