@@ -47,6 +47,7 @@ Examples:
 _EPILOG_VERIFY = """\b
 Examples:
   tieaudit verify model.onnx model-tied.onnx
+  tieaudit verify my_package.models:make_untied my_package.models:make_tied
   tieaudit verify --receipt model-tied.onnx.receipt.json
   tieaudit verify my_package.models:make_model --survival
 """
@@ -261,12 +262,10 @@ def apply(
 @click.option(
     "--inputs", type=click.Path(path_type=Path), help="Inputs as an .npz; default: generated from the signature."
 )
-@click.option(
-    "--max-drift",
-    type=float,
-    callback=not_negative,
-    help="Largest output difference to accept; default: the noise floor.",
-)
+@click.option("--max-drift", type=float, callback=not_negative,
+              help="Largest output difference to accept; default: the noise floor.")  # fmt: skip
+@click.option("--gradients/--no-gradients", default=None,
+              help="Training parity, too. Default: of two live modules of at most 1 GiB in float64.")  # fmt: skip
 @click.option(
     "--receipt", type=click.Path(path_type=Path), help="Check that input and output are what this receipt says."
 )
@@ -281,6 +280,7 @@ def verify(
     device: str,
     inputs: Path | None,
     max_drift: float | None,
+    gradients: bool | None,
     receipt: Path | None,
     survival: bool,
     key: str,
@@ -288,8 +288,9 @@ def verify(
 ) -> None:
     """Run both models on the same inputs and compare.
 
-    BEFORE and AFTER are two models of one signature: ONNX, Hugging Face folders, or one of each. With --survival, the
-    ties of one live module through copies, files, exports and distributed wrapping: kept, lost or error, and remedies.
+    BEFORE and AFTER are two models of one signature: ONNX, Hugging Face folders, live modules
+    (`package.module:factory`, whose code is run), or one of each. With --survival, the ties of one live module through
+    copies, files, exports and distributed wrapping: kept, lost or error, and remedies.
 
     Exit code: 0 equal, or drift within the limit · 1 differs · 2 could not run. With --survival: 0 tried · 2 could not
     run.
@@ -320,8 +321,9 @@ def verify(
 
     given = read_inputs(inputs) if inputs is not None else None
     one, other = load_one(before, key=key), load_one(after, key=key)
+    how: Any = {"device": device, "inputs": given, "max_drift": max_drift, "gradients": gradients}
     with _spinner("running both models"):
-        proof = with_peaks(compare(one, other, device=device, inputs=given, max_drift=max_drift))
+        proof = with_peaks(compare(one, other, **how))
     if given is not None and (reason := unused(proof)) is not None:
         raise UsageError(f"{inputs}: the given inputs could not be used: {reason}")
     print_result(outcome.compared(one, other, proof, format_name))

@@ -25,6 +25,36 @@ COMMANDS: Mapping[str, Mapping[str, type]] = {
 _SPELT = {"survival": "verify --survival", "receipt-check": "verify --receipt", "undo": "apply --undo"}
 """How a document is asked for, where it has not the name of its command."""
 
+PER_SIDE: Mapping[str, Any] = {
+    "n_bytes_stored": int,
+    "n_bytes_optimised": int,
+    "n_bytes_resident": int,
+    "n_bytes_process_peak": int,
+    "n_bytes_device_peak": int,
+    "seconds_per_run": float,
+    "seconds_per_run_quartiles": tuple[float, float],
+    "n_runs": int,
+    "operations": Mapping[str, int],
+}
+"""Facts of a proof that come twice, with `_before` and `_after`."""
+FACTS: Mapping[str, Any] = {
+    "runs_on": str,
+    "time_differs": bool,
+    "not_deterministic": tuple[str, ...],
+    "spread_of_the_original": float,
+    "folded_apart_by_the_runtime": str,
+    "held_in_a_wider_type_by_the_runtime": str,
+    "n_bytes_peak_writing": int,
+    "n_bytes_peak_verifying": int,
+    "n_bytes_peak_running": int,
+    "onnxruntime": str,
+    "numpy": str,
+    "torch": str,
+    "transformers": str,
+    "cuda": str,
+}
+"""The others."""
+
 
 def schemas() -> dict[str, str]:
     """File name → text of the schema of every command but scan, whose contract is written by hand."""
@@ -84,9 +114,19 @@ def _noun(kind: Any, nouns: dict[str, Any]) -> dict[str, Any]:
         nouns[kind.__name__] = {}  # taken, in case it refers to itself
         hints = typing.get_type_hints(kind)
         fields = {field.name: _of(hints[field.name], nouns) for field in dataclasses.fields(kind)}
+        if kind is Proof:
+            fields["facts"] = _facts(nouns)
         nouns[kind.__name__] = {
             "type": "object",
             "properties": {"kind": {"const": kind.__name__}, **fields},
             "required": ["kind", *fields],
         }
     return {"$ref": f"#/$defs/{kind.__name__}"}
+
+
+def _facts(nouns: dict[str, Any]) -> dict[str, Any]:
+    """What was measured; each only where it was. Facts of one part of several end in its name, ` (part)`."""
+    per_side = {f"{name}_{side}": _of(kind, nouns) for name, kind in PER_SIDE.items() for side in ("before", "after")}
+    known = {**per_side, **{name: _of(kind, nouns) for name, kind in FACTS.items()}}
+    on_gpu = {name: known[name] for name in (*per_side, "runs_on", "time_differs")}
+    return {"type": "object", "properties": {**known, "on_cuda": {"type": "object", "properties": on_gpu}}}
