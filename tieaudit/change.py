@@ -129,7 +129,7 @@ Outcome = Literal["held", "failed", "not run"]
 class Level:
     """One level of proof."""
 
-    name: Literal["structural", "regional", "end to end"]
+    name: Literal["structural", "regional", "end to end", "training"]
     outcome: Outcome
     because: str
     """What was checked, what failed, or why it could not run."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tieaudit import __version__
-from tieaudit.console import Commands, not_negative, on_terminal, print_result
+from tieaudit.console import Commands, not_negative, on_terminal, print_result, say
 from tieaudit.console import progress as _progress
 from tieaudit.console import spinner as _spinner
 from tieaudit.errors import TieAuditError, UsageError, in_one_line
@@ -47,6 +47,7 @@ Examples:
 _EPILOG_VERIFY = """\b
 Examples:
   tieaudit verify model.onnx model-tied.onnx
+  tieaudit verify my_package.models:make_untied my_package.models:make_tied
   tieaudit verify --receipt model-tied.onnx.receipt.json
   tieaudit verify my_package.models:make_model --survival
 """
@@ -132,7 +133,7 @@ def scan(paths: tuple[str, ...], key: str, inputs: Path | None, format_name: str
     if reports or format_name != "text":
         print_result(_report(format_name)(reports, errors, _settings()))
     for _, message in errors:
-        click.echo(f"error: {printable(message, N_MOST_MESSAGE)}", err=True)
+        say(f"error: {printable(message, N_MOST_MESSAGE)}")
     if errors or not reports or any(report.crashed or report.subject.found.unreadable for report in reports):
         sys.exit(2)
 
@@ -209,9 +210,9 @@ def apply(
     """
     if undo is not None:
         from tieaudit.deliver import undo as take_back
+        from tieaudit.outcome import undone
 
-        removed = take_back(undo)
-        print_result(f"undone: {len(removed)} files and the receipt removed; the input was checked and is unchanged")
+        print_result(undone(undo, take_back(undo), format_name))
         return
     if path is None:
         raise UsageError("expected a PATH, or --undo RECEIPT")
@@ -261,12 +262,10 @@ def apply(
 @click.option(
     "--inputs", type=click.Path(path_type=Path), help="Inputs as an .npz; default: generated from the signature."
 )
-@click.option(
-    "--max-drift",
-    type=float,
-    callback=not_negative,
-    help="Largest output difference to accept; default: the noise floor.",
-)
+@click.option("--max-drift", type=float, callback=not_negative,
+              help="Largest output difference to accept; default: the noise floor.")  # fmt: skip
+@click.option("--gradients/--no-gradients", default=None,
+              help="Training parity, too. Default: of two live modules of at most 1 GiB in float64.")  # fmt: skip
 @click.option(
     "--receipt", type=click.Path(path_type=Path), help="Check that input and output are what this receipt says."
 )
@@ -281,6 +280,7 @@ def verify(
     device: str,
     inputs: Path | None,
     max_drift: float | None,
+    gradients: bool | None,
     receipt: Path | None,
     survival: bool,
     key: str,
@@ -288,26 +288,27 @@ def verify(
 ) -> None:
     """Run both models on the same inputs and compare.
 
-    BEFORE and AFTER are two models of one signature: ONNX, Hugging Face folders, or one of each. With --survival, the
-    ties of one live module through copies, files, exports and distributed wrapping: kept, lost or error, and remedies.
+    BEFORE and AFTER are two models of one signature: ONNX, Hugging Face folders, live modules
+    (`package.module:factory`, whose code is run), or one of each. With --survival, the ties of one live module through
+    copies, files, exports and distributed wrapping: kept, lost or error, and remedies.
 
     Exit code: 0 equal, or drift within the limit · 1 differs · 2 could not run. With --survival: 0 tried · 2 could not
     run.
     """
     if survival:
-        from tieaudit.survival.apart import table
+        from tieaudit.outcome import survived
+        from tieaudit.survival.apart import survival_of
 
         with _spinner("trying everyday operations"):
-            print_result(table(before, after, format_name))
+            found = survival_of(before, after)
+        print_result(survived(str(before), found, format_name))
         return
     if receipt is not None:
         from tieaudit.deliver import check_receipt
+        from tieaudit.outcome import checked
 
         problems = check_receipt(receipt)
-        print_result(
-            "\n".join(printable(problem, None) for problem in problems)
-            or "input and output are exactly what the receipt says"
-        )
+        print_result(checked(receipt, problems, format_name))
         sys.exit(1 if problems else 0)
     if before is None or after is None:
         raise UsageError("expected two models, BEFORE and AFTER, or --receipt RECEIPT")
@@ -320,8 +321,9 @@ def verify(
 
     given = read_inputs(inputs) if inputs is not None else None
     one, other = load_one(before, key=key), load_one(after, key=key)
+    how: Any = {"device": device, "inputs": given, "max_drift": max_drift, "gradients": gradients}
     with _spinner("running both models"):
-        proof = with_peaks(compare(one, other, device=device, inputs=given, max_drift=max_drift))
+        proof = with_peaks(compare(one, other, **how))
     if given is not None and (reason := unused(proof)) is not None:
         raise UsageError(f"{inputs}: the given inputs could not be used: {reason}")
     print_result(outcome.compared(one, other, proof, format_name))

@@ -181,6 +181,10 @@ class Declaration:
     condition: str = ""
     """The setting that switches it, as `file:key`, e.g. `config.json:text_config.tie_word_embeddings`; or empty."""
     because: str = ""
+    """Why it is active or not; `UNWRITTEN` and what then holds, where the setting has no value."""
+
+
+UNWRITTEN = "not in the file"
 
 
 @dataclass(frozen=True)

@@ -197,18 +197,10 @@ def _anchored(members: tuple[Member, ...], kept: str) -> tuple[Member, ...]:
 
 def _realisable(draft: _Draft, edit: Edit) -> list[Edit]:
     """The edit, with the settings it needs; RewriteRefused with the format's reason if it cannot be made."""
-    if draft.format.can_realise is None:
-        raise RewriteRefused(f"the format {draft.format.name} cannot be rewritten")
-    because = draft.format.can_realise(draft.model, edit, draft.target)
-    if because is None:
-        return [edit]
-    if because.startswith(NEEDS_SETTING) and draft.format.switch is not None and isinstance(edit, Share):
-        ids = tuple(member.id for member in edit.members)
-        settings = draft.format.switch(draft.model, ids, True, draft.target)
-        if isinstance(settings, str):
-            raise RewriteRefused(settings)
-        return [*settings, edit]
-    raise RewriteRefused(because.removeprefix(NEEDS_SETTING))
+    settings = draft.format.settings(draft.model, edit, draft.target)
+    if isinstance(settings, str):
+        raise RewriteRefused(settings)
+    return [*settings, edit]
 
 
 def _respell(draft: _Draft, candidate: Candidate) -> list[Edit]:

@@ -7,33 +7,13 @@ Source of the format: https://github.com/huggingface/safetensors, README "Format
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tieaudit.formats import Format
+from tieaudit.formats import Format, later
 
 if TYPE_CHECKING:
-    from tieaudit.change import Edit, Kind, Plan, Written
+    from tieaudit.change import Edit
     from tieaudit.model import Model
-
-
-def _owns(path: Path) -> bool:
-    from tieaudit.formats.safetensors.discover import owns
-
-    return owns(path)
-
-
-def _group(paths: Sequence[Path]) -> list[tuple[Path, tuple[Path, ...]]]:
-    from tieaudit.formats.safetensors.discover import group
-
-    return group(paths)
-
-
-def _load(path: Path, files: tuple[Path, ...]) -> Model:
-    from tieaudit.formats.safetensors.weights import load
-
-    return load(path, files)
 
 
 def _can_realise(model: Model, edit: Edit, target: str) -> str | None:
@@ -43,27 +23,15 @@ def _can_realise(model: Model, edit: Edit, target: str) -> str | None:
     )
 
 
-def _can_create(model: Model, edit: Edit, kind: Kind, target: str) -> str | None:
-    from tieaudit.formats.safetensors.create import can_create
-
-    return can_create(model, edit)
-
-
-def _create(model: Model, plan: Plan, dest: Path) -> Written:
-    from tieaudit.formats.safetensors.create import create
-
-    return create(model, plan, dest)
-
-
 safetensors = Format(
     name="safetensors",
     summary="safetensors files, alone or sharded with an index (ties are carried over, never made: no class restores)",
     targets=("safetensors",),
-    owns=_owns,
-    group=_group,
-    load=_load,
+    owns=later("tieaudit.formats.safetensors.discover:owns"),
+    group=later("tieaudit.formats.safetensors.discover:group"),
+    load=later("tieaudit.formats.safetensors.weights:load"),
     can_realise=_can_realise,
-    can_create=_can_create,
-    create=_create,
+    can_create=later("tieaudit.formats.safetensors.create:can_create"),
+    create=later("tieaudit.formats.safetensors.create:create"),
     has_program=False,
 )
