@@ -81,6 +81,10 @@ class Flow:
         self._learned: dict[str, tuple[str, ...]] = {}
         self._chosen: set[str] = set()
         """Fixed values of which data chose a part: the weights of some experts."""
+        self._short: set[str] = set()
+        """Integers that a caller gives, one or a row of them."""
+        self._ranges: set[str] = set()
+        """Positions counted up, those of a fixed length included."""
         for weight in model.weights:
             self.natures[weight.id] = Nature.FIXED
             self._learned[weight.id] = (weight.id,) if _may_be_learned(weight) else ()
@@ -138,7 +142,11 @@ class Flow:
             if not operation.attributes.get("integer"):
                 return Nature.DATA, ()
             counted = _COUNTED_NAMES.search(str(operation.attributes.get("name", "")))
+            if (rank := operation.attributes.get("rank")) in (0, 1) and rank is not None:
+                self._short.update(operation.outputs)
             return (Nature.COUNTED if counted else Nature.IDS), ()
+        if does == "positions":
+            self._ranges.update(operation.outputs)
         if does in ("shape", "positions", "compare"):
             fixed = all(self.nature(value) is Nature.FIXED for value in operation.inputs)
             return (Nature.FIXED if fixed and does != "shape" else Nature.COUNTED), ()
@@ -151,6 +159,14 @@ class Flow:
             return self.nature(first), self.learned(first)
         natures = [self.nature(value) for value in operation.inputs if value]
         nature = max(natures, default=Nature.FIXED)
+        if (
+            does in ("add", "subtract")
+            and nature is Nature.IDS
+            and (Nature.COUNTED in natures or not self._ranges.isdisjoint(operation.inputs))
+        ):
+            given = [value for value in operation.inputs if self.nature(value) is Nature.IDS]
+            if self._short.issuperset(given):  # positions that begin where a caller says
+                return Nature.COUNTED, ()
         if nature is Nature.IDS and (does in _MIXING or does == "other"):
             nature = Nature.DATA
         if nature is not Nature.FIXED:
@@ -180,11 +196,13 @@ class Flow:
 
     def shape_at(self, index: int, id: str) -> tuple[int, ...]:
         """The shape in which an operation sees a weight, its own transposition of it included; else as stored."""
-        operation, weight = self.operations[index], self.model.by_id[id]
-        for use in self.uses.get((operation.part, operation.scope, operation.node), ()):
-            if use.weight == id:
-                return use.view.shape(weight.shape)
-        return weight.shape
+        weight, use = self.model.by_id[id], self._use(index, id)
+        return weight.shape if use is None else use.view.shape(weight.shape)
+
+    def _use(self, index: int, id: str) -> Use | None:
+        operation = self.operations[index]
+        uses = self.uses.get((operation.part, operation.scope, operation.node), ())
+        return next((use for use in uses if use.weight == id), None)
 
     @cached_property
     def projections(self) -> dict[int, Projection]:
@@ -220,7 +238,8 @@ class Flow:
         if len(shape) < 2:
             return 0, 0
         columns, rows = shape[::-1][0], shape[::-1][1]
-        turned = slot == 0 or self.operations[index].op == "linear"
+        linear = self.operations[index].op == "linear"  # y = x·Wᵀ: a use tells W as it is multiplied, a name as stored
+        turned = slot == 0 or linear and self._use(index, id) is None
         return (columns, rows) if turned else (rows, columns)
 
     def added_after(self, value: str) -> tuple[str, tuple[str, ...]]:

@@ -64,6 +64,7 @@ def roles(model: Model) -> Mapping[str, Role]:
     for id, kind in model.hints.items():
         if id in model.by_id:
             found.setdefault(id, Role(kind, told))
+    found.update(_by_other_names(model, found))
     named = roles_by_name(model)
     for weight in model.weights:
         found[weight.id] = _agreed(weight, found.get(weight.id), named[weight.id], model)
@@ -141,7 +142,6 @@ def _from_graph(model: Model) -> dict[str, Role]:
                 found[weight.id] = Role(
                     "output_head_bias", f"added to the scores of the vocabulary ({use.op} @ {use.node})"
                 )
-    found.update(_by_other_names(model, found))
     return found
 
 
@@ -153,7 +153,7 @@ def _by_other_names(model: Model, found: Mapping[str, Role]) -> dict[str, Role]:
         if weight.storage is not None and weight.id not in found and not model.uses_of.get(weight.id):
             first = known.get(weight.storage.region)
             if first is not None and model.by_id[first].shape == weight.shape:
-                others[weight.id] = Role(found[first].kind, f"another name of {first}, {found[first].because}")
+                others[weight.id] = replace(found[first], because=f"another name of {first}, {found[first].because}")
     return others
 
 
