@@ -13,16 +13,18 @@ from tieaudit.change import Edit, Level, Plan, Proof, Respell, SetConfig, Share,
 from tieaudit.equality import can_declare
 from tieaudit.model import Member, Model
 from tieaudit.plain import plain
-from tieaudit.printable import counted, listed, printable, size
+from tieaudit.printable import columns, counted, listed, printable, size
 from tieaudit.verdict import Finding
 from tieaudit.view import AS_STORED
 
 if TYPE_CHECKING:  # printing a plan needs nothing that runs models
     from tieaudit.apply import Applied
+    from tieaudit.comparison import Choice
     from tieaudit.survival.ties import Survival
 
 N_MOST_LINES = 12
 N_MOST_LEFT = 3
+N_MOST_CHOICES = 24
 NOT_TRIED = "(one of many: not tried)"
 """How `controls.py` marks uses beyond the number that it perturbs."""
 _MARKS = {"held": "held", "failed": "FAILED", "not run": "not run"}
@@ -35,13 +37,15 @@ def planned(
     *,
     left: Sequence[Finding] = (),
     asked_to_write: bool = False,
+    choices: Sequence[Choice] = (),
 ) -> str:
     """A plan: what would be done, what is refused and why, and how to do it.
 
     `left`: findings of the model where there is nothing to do, so that this is never read as *nothing is wrong*.
+    `choices`: other schemes and policies, as a table below it.
     """
     if format_name == "json":
-        return _json("plan", plan=plan)
+        return _json("plan", plan=plan, choices=list(choices))
     lines = [f"{printable(model.path)}  {model.format}", *_plan_lines(model, plan)]
     if not plan.edits and not plan.refusals and plan.into is None:
         lines.append(f"nothing to do for {', '.join(plan.schemes)}")
@@ -51,7 +55,32 @@ def planned(
         lines.append(f"{'do' if model.format == 'torch_module' else 'write'} it with: {_apply_command(model, plan)}")
     elif asked_to_write:
         lines.append("nothing was written")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(_table(choices) if choices else ())])
+
+
+def _table(choices: Sequence[Choice]) -> list[str]:
+    """Schemes and policies beside each other."""
+    sampled = "" if all(one.exact for one in choices) else "; from a sample of the weights"
+    rows = [("scheme", "policy", "parameters", "bytes", "damage")]
+    for one in choices[:N_MOST_CHOICES]:
+        damage = f"{one.nats:.3g} nats a token" if one.nats is not None else f"{one.changed:.1%} changed"
+        rows.append(
+            (
+                one.scheme,
+                one.policy or "lossless",
+                f"{-one.n_parameters_saved:+,}",
+                size(one.n_bytes_saved),
+                damage if one.policy else "none",
+            )
+        )
+    more = len(choices) - N_MOST_CHOICES
+    return [
+        "",
+        f"what could be shared, and the share of these weights' energy that would change{sampled}:",
+        *(f"  {line}" for line in columns(rows, "<<>>>")),
+        *([f"  … and {more:,} more (--format json lists all, --frontier what nothing beats)"] if more > 0 else []),
+        "  (tieaudit explain NAME says what each does; --allow-lossy --scheme S --merge POLICY does it knowingly)",
+    ]
 
 
 def applied(model: Model, done: Applied, format_name: str) -> str:

@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from tieaudit.change import Plan, Proof
+from tieaudit.comparison import Choice
 from tieaudit.storage import Storage
 from tieaudit.survival.ties import Survived
 from tieaudit.view import View
 
 COMMANDS: Mapping[str, Mapping[str, type]] = {
-    "plan": {"plan": Plan},
+    "plan": {"plan": Plan, "choices": tuple[Choice, ...]},
     "apply": {"plan": Plan, "proof": Proof, "output": str, "receipt": str},
     "verify": {"before": str, "after": str, "proof": Proof},
     "survival": {"model": str, "ties": tuple[tuple[str, ...], ...], "rows": tuple[Survived, ...]},
