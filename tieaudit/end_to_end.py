@@ -10,6 +10,8 @@ from pathlib import Path
 
 from tieaudit import matching
 from tieaudit.controls import Baseline
+from tieaudit.drift import Drift
+from tieaudit.drift import drift as drift_of
 from tieaudit.floor import Difference, difference, limit_of, rounding_bound, says_something, unstable_elements
 from tieaudit.formats.onnx.limits import id_limits
 from tieaudit.inputs import Feed, Sizes, corrected, made_up, stored_beside
@@ -60,6 +62,8 @@ class Compared:
     spread: float = 0.0
     feed_after: Feed | None = None
     """What the second model got for the first of the inputs."""
+    moved: Drift | None = None
+    """Of a lossy plan: how far all outputs moved, and what that means for predictions."""
 
 
 def compare(pair: Pair, n_summed: int) -> Compared:
@@ -238,8 +242,8 @@ def _against(
     outcome = "failed" if worst.problem or worst.relative > worst_limit else "held"
     if outcome == "failed":
         said = f"{worst.problem or f'{worst.where} differs by {worst.absolute:.3g}'}; {said}"
-    drift = _drift(pair, feeds, results) if outcome == "held" else None
-    return Compared(outcome, said, worst, worst_limit, drift, baseline, spread, first)
+    drift, moved = _drift(pair, feeds, results, signature) if outcome == "held" else (None, None)
+    return Compared(outcome, said, worst, worst_limit, drift, baseline, spread, first, moved)
 
 
 def _said(feeds: Sequence[Ran], alone: Sequence[str], worst: Difference) -> str:
@@ -251,20 +255,29 @@ def _said(feeds: Sequence[Ran], alone: Sequence[str], worst: Difference) -> str:
     return said + (f"; without a partner: {', '.join(alone[:3])}" if alone else "")
 
 
-def _drift(pair: Pair, feeds: Sequence[Ran], results: Sequence[Mapping[str, Array]]) -> float | None:
+def _drift(
+    pair: Pair, feeds: Sequence[Ran], results: Sequence[Mapping[str, Array]], signature: Signature
+) -> tuple[float | None, Drift | None]:
     """The largest difference of the result from the original, where that is not what it was compared against."""
     if pair.original is None:
-        return None
+        return None, None
     worst = 0.0
+    vocabularies = {port.limit for port in signature.inputs if port.limit is not None}
+    before: list[Array] = []
+    after: list[Array] = []
+    scores: list[bool] = []
     with opened_whole(pair.sandbox, pair.original) as original:
         for (feed, _), result in zip(feeds, results, strict=True):
             matched = matching.outputs(original.run(feed.arrays), result)
-            found = difference(
-                {n: a for n, a in matched.before.items() if a.dtype.kind not in "iub"},
-                {n: a for n, a in matched.after.items() if a.dtype.kind not in "iub"},
-            )
-            worst = max(worst, found.relative)
-    return worst
+            floats = [name for name, array in matched.before.items() if array.dtype.kind not in "iub"]
+            one, other = ({name: held[name] for name in floats} for held in (matched.before, matched.after))
+            worst = max(worst, difference(one, other).relative)
+            for name in floats:
+                if one[name].shape == other[name].shape and one[name].dtype.kind != "c":
+                    before.append(one[name])
+                    after.append(other[name])
+                    scores.append("logits" in name or bool(one[name].ndim) and one[name].shape[-1] in vocabularies)
+    return worst, drift_of(before, after, scores)
 
 
 def on_each_device(

@@ -202,10 +202,23 @@ def _cut(lines: list[str]) -> list[str]:
     return [*lines[:N_MOST_LINES], f"  … and {len(lines) - N_MOST_LINES} more (--format json lists all)"]
 
 
+def _moved(moved: object) -> list[str]:
+    """What a drift means for predictions, where an output scores a vocabulary."""
+    if not isinstance(moved, Mapping) or not moved["n_tokens"]:
+        return []
+    said = (
+        f"KL {moved['kl_mean']:.3g} nats a token on average, 99.9 % below {moved['kl_999']:.3g}; the same most likely "
+        f"token for {moved['top1']:.1%} of {counted(moved['n_tokens'], 'token')}"
+    )
+    yardstick = f" ({moved['yardstick']})" if moved["yardstick"] else ""
+    return [f"    {said}{yardstick}", "    made-up inputs say little about this: give real ones with --inputs"]
+
+
 def _proof_lines(proof: Proof, packs: bool = False) -> list[str]:
     lines = ["proof:", *(f"  {_level_line(level)}" for level in proof.levels)]
     if proof.drift is not None:
         lines.append(f"  drift against the original: {proof.drift:.3g} of the outputs' own size at most")
+        lines += _moved(proof.facts.get("moved"))
     untried = [use for use in proof.not_exercised if use.endswith(NOT_TRIED)]
     silent = tuple(use for use in proof.not_exercised if not use.endswith(NOT_TRIED))
     if silent:

@@ -43,6 +43,7 @@ FACTS: Mapping[str, Any] = {
     "time_differs": bool,
     "not_deterministic": tuple[str, ...],
     "spread_of_the_original": float,
+    "moved": Mapping[str, float],
     "folded_apart_by_the_runtime": str,
     "held_in_a_wider_type_by_the_runtime": str,
     "n_bytes_peak_writing": int,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -167,6 +167,10 @@ def _proved_by_running(work: _Work, gathered: _Gathered) -> Level:
         results += [(part, label, result) for label, result in on_each_device(work.device, boxes, run)]
     drifts = [result.drift for _, _, result in results if result.drift is not None]
     gathered.drift = max(drifts) if drifts else None
+    moved = [result.moved for _, _, result in results if result.moved is not None]
+    if moved:
+        most = max(moved, key=lambda one: (one.kl_mean, one.max_abs))
+        gathered.facts["moved"] = {**asdict(most), "yardstick": most.yardstick}
     _control(work, results, gathered)
     gathered.facts.update(work.child.facts())
     gathered.facts["spread_of_the_original"] = max((result.spread for _, _, result in results), default=0.0)
