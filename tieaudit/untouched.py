@@ -30,25 +30,27 @@ def differences(before: Model, after: Model, plan: Plan, written: Written, check
     if plan.into is not None:  # a container of its own, which holds the weights and nothing else
         return problems
     if not problems and before.format == after.format and before.format in ("torch_checkpoint", "huggingface"):
-        problems = list(_pickled(before, after, written))
+        problems = list(_pickled(before, after, plan, written))
     return problems
 
 
-def _pickled(before: Model, after: Model, written: Written) -> Iterator[str]:
+def _pickled(before: Model, after: Model, plan: Plan, written: Written) -> Iterator[str]:
     """Everything in checkpoint files besides the weights: optimizers, averages, what other classes left there."""
     from tieaudit.formats.torch_checkpoint import beside, discover
+    from tieaudit.formats.torch_checkpoint.write import adjustments
 
     names = [[path for part in model.parts for path in part.paths] for model in (before, after)]
     theirs = {Path(path).name: Path(path) for path in names[1]}
     held = [{weight.name for weight in model.weights if not weight.absent} for model in (before, after)]
     gone, new = frozenset(held[0] - held[1]), frozenset(held[1] - held[0])
     key = before.metadata.get(KEY_GIVEN, "")
+    adjusted = adjustments(before, plan) if before.format == "torch_checkpoint" else {}
     for one in map(Path, names[0]):
         other = theirs.get(written.placed.get(one.name, one.name))
         if len(names[0]) == len(names[1]) == 1:
             other = Path(names[1][0])
         if other is not None and not one.name.endswith((".json", ".safetensors")) and discover.what_is(one)[0]:
-            for problem in beside.differences(one, other, key, gone, new):
+            for problem in beside.differences(one, other, key, gone, new, adjusted.get(one, ())):
                 yield f"{one.name}: {problem}"
 
 

@@ -64,10 +64,10 @@ def _create(model: Model, plan: Plan, dest: Path) -> Written:
     return create(model, plan, dest)
 
 
-def _notes(model: Model, edits: Sequence[Edit]) -> tuple[str, ...]:
+def _notes(model: Model, edits: Sequence[Edit], adjust: bool) -> tuple[str, ...]:
     from tieaudit.formats.torch_checkpoint.optimizer import notes
 
-    return notes(model, edits)
+    return notes(model, edits, adjust)
 
 
 torch_checkpoint = Format(
