@@ -88,4 +88,4 @@ def _block(term: Term, like: Weight, begin: int, end: int) -> Numbers | None:
     else:
         ranges = [((row * n_columns + begin) * kind.itemsize, (end - begin) * kind.itemsize) for row in range(n_rows)]
     block: Numbers = np.frombuffer(b"".join(weight.storage.read_ranges(ranges)), kind)
-    return np.ascontiguousarray(block.reshape(n_rows, end - begin).T) if term.turned else block
+    return np.ascontiguousarray(block.reshape(n_rows, end - begin).T).reshape(-1) if term.turned else block
