@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tieaudit.change import Plan, SetConfig, Unshare, Written
 from tieaudit.formats import KEY_GIVEN, carried
 from tieaudit.model import Model
 from tieaudit.storage import BLOCK_BYTES
 from tieaudit.structural import Check
+
+if TYPE_CHECKING:
+    from tieaudit.formats.torch_checkpoint.adjustment import Adjustment
 
 _INDEX = ".index.json"
 
@@ -37,21 +41,27 @@ def differences(before: Model, after: Model, plan: Plan, written: Written, check
 def _pickled(before: Model, after: Model, plan: Plan, written: Written) -> Iterator[str]:
     """Everything in checkpoint files besides the weights: optimizers, averages, what other classes left there."""
     from tieaudit.formats.torch_checkpoint import beside, discover
-    from tieaudit.formats.torch_checkpoint.write import adjustments
 
     names = [[path for part in model.parts for path in part.paths] for model in (before, after)]
     theirs = {Path(path).name: Path(path) for path in names[1]}
     held = [{weight.name for weight in model.weights if not weight.absent} for model in (before, after)]
     gone, new = frozenset(held[0] - held[1]), frozenset(held[1] - held[0])
     key = before.metadata.get(KEY_GIVEN, "")
-    adjusted = adjustments(before, plan) if before.format == "torch_checkpoint" else {}
     for one in map(Path, names[0]):
         other = theirs.get(written.placed.get(one.name, one.name))
         if len(names[0]) == len(names[1]) == 1:
             other = Path(names[1][0])
         if other is not None and not one.name.endswith((".json", ".safetensors")) and discover.what_is(one)[0]:
-            for problem in beside.differences(one, other, key, gone, new, adjusted.get(one, ())):
+            adjusted = partial(_adjusted, before, plan, one)
+            for problem in beside.differences(one, other, key, gone, new, adjusted):
                 yield f"{one.name}: {problem}"
+
+
+def _adjusted(before: Model, plan: Plan, path: Path) -> Sequence[Adjustment]:
+    """What the plan makes of optimizer states in one file; beside a folder's weights they stay as they are."""
+    from tieaudit.formats.torch_checkpoint.write import adjustments
+
+    return adjustments(before, plan).get(path, ()) if before.format == "torch_checkpoint" else ()
 
 
 def _graphs(before: Model, after: Model, plan: Plan, written: Written, check: Check) -> list[str]:

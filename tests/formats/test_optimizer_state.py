@@ -49,13 +49,13 @@ def _proof_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "prove_apart", lambda one: prove(one.before, one.after, one.plan, one.written))
 
 
-class Table(torch.nn.Module):  # type: ignore[misc]
+class Table(torch.nn.Module):  # type: ignore[misc, name-defined]
     def __init__(self, *shape: int) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(shape))
 
 
-class Language(torch.nn.Module):  # type: ignore[misc]
+class Language(torch.nn.Module):  # type: ignore[misc, name-defined]
     """An embedding, something between, and a head: tied, or two parameters; the head also as [width, words].
 
     Tied and turned, the head has no parameter of its own.
@@ -277,6 +277,53 @@ def value_of(kind: str = "Adam", groups: Groups = one_group) -> dict[str, Any]:
     return {"state_dict": untied.state_dict(), "optimizer": copy.deepcopy(theirs.state_dict())}
 
 
+def test_a_name_that_comes_first_turned_stays_turned_and_the_other_moment_is_turned_to_it(tmp_path: Path) -> None:
+    table = torch.randn(5, 4)
+    parameters = [torch.nn.Parameter(one) for one in (table.T.contiguous(), table)]
+    optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9)
+    for one in parameters:
+        one.grad = torch.randn_like(one)
+    optimizer.step()
+    state = {name: one.detach() for name, one in zip("ab", parameters, strict=True)}
+    torch.save({"state_dict": state, "optimizer": optimizer.state_dict()}, tmp_path / "m.ckpt")
+    path, _ = tie(tmp_path / "m.ckpt")
+    found, was = load(path)["optimizer"], optimizer.state_dict()["state"]
+    assert found["param_groups"][0]["params"] == [0] and list(found["state"]) == [0]
+    assert same(found["state"][0]["momentum_buffer"], was[0]["momentum_buffer"] + was[1]["momentum_buffer"].T)
+
+
+def test_tying_an_average_leaves_the_optimizer_of_the_model_alone(tmp_path: Path) -> None:
+    value = value_of()
+    value["ema"] = {name: one.clone() for name, one in value["state_dict"].items()}
+    before = copy.deepcopy(value)
+    torch.save(value, tmp_path / "m.ckpt")
+    model = load_one(tmp_path / "m.ckpt", key="ema")
+    made = make_plan(look(model), Choices())
+    apply(model, made, tmp_path / "tied.ckpt")
+    assert same(load(tmp_path / "tied.ckpt")["optimizer"], before["optimizer"])
+    assert any("'state_dict' in the file has parameters of the same shapes" in note for note in made.notes)
+
+
+def test_one_of_two_models_is_tied_with_its_own_optimizer(tmp_path: Path) -> None:
+    value = value_of()
+    other = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(other.parameters())
+    other(torch.ones(3)).sum().backward()
+    optimizer.step()
+    value = {
+        "generator": value["state_dict"],
+        "critic": other.state_dict(),
+        "optimizer_g": value["optimizer"],
+        "optimizer_c": optimizer.state_dict(),
+    }
+    torch.save(value, tmp_path / "m.ckpt")
+    model = load_one(tmp_path / "m.ckpt", key="generator")
+    apply(model, make_plan(look(model), Choices()), tmp_path / "tied.ckpt")
+    found = load(tmp_path / "tied.ckpt")
+    assert found["optimizer_g"]["param_groups"][0]["params"] == [0, 1, 2, 3]
+    assert same(found["optimizer_c"], optimizer.state_dict())
+
+
 def test_steps_that_differ_keep_the_state(tmp_path: Path) -> None:
     value = value_of()
     value["optimizer"]["state"][3]["step"] += 1
@@ -310,6 +357,17 @@ def _each(value: dict[str, Any], change: Callable[[dict[str, Any]], object]) -> 
 
 def _as_8_bit(entry: dict[str, Any]) -> None:
     entry["exp_avg"] = entry["exp_avg"].to(torch.uint8)
+
+
+def _nested(value: dict[str, Any]) -> None:
+    """Settings that no comparison may follow to their end, in two groups."""
+    group = value["optimizer"]["param_groups"][0]
+    deep: tuple[Any, ...] = ()
+    for _ in range(50):
+        deep = (deep,)
+    value["optimizer"]["param_groups"] = [{**group, "params": [0, 1, 2]}, {**group, "params": [3, 4]}]
+    value["optimizer"]["param_groups"][0]["betas"] = (deep,)
+    value["optimizer"]["param_groups"][1]["betas"] = (copy.deepcopy(deep), 1)
 
 
 UNKNOWN: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
@@ -353,6 +411,12 @@ UNKNOWN: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
         "Adam",
         lambda value: value["optimizer"]["param_groups"][0].update(params=[9, 1, 2, 3, 4]),
         "not numbered as PyTorch numbers them",
+    ),
+    "nested settings": ("Adam", _nested, "in two groups with different betas"),
+    "names that are none": (
+        "Adam",
+        lambda value: value["optimizer"]["param_groups"][0].update(param_names=[[], [], [], [], []]),
+        "name their parameters in an unusual way",
     ),
     "momentum of one": (
         "SGD",

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from tieaudit.change import Edit, Share, Unshare
+from tieaudit.formats.torch_checkpoint.contents import Contents
 from tieaudit.formats.torch_checkpoint.moments import Sums, counts, sums
-from tieaudit.formats.torch_checkpoint.optimizer_states import GROUPS, STATE, State, live, numberings
-from tieaudit.formats.torch_checkpoint.read import Collected, weight_of
+from tieaudit.formats.torch_checkpoint.optimizer_states import GROUPS, NAMES, STATE, State, live, numberings
+from tieaudit.formats.torch_checkpoint.read import Collected, collect, weight_of
 from tieaudit.formats.torch_checkpoint.rebuild import Tensor
 from tieaudit.model import Model, Weight
 
@@ -116,6 +117,8 @@ def decide(found: Collected, state: State, model: Model, edits: Sequence[Edit], 
     ways = [_joins(found, state, model, edits, order, before) for order in orders]
     joins = ways[0]
     because = joins if isinstance(joins, str) else _reason_against(state, found)
+    if not because and (other := _another(found, state)):
+        because = f"{other!r} in the file has parameters of the same shapes, and it may be theirs"
     if any(way != joins for way in ways):
         because = "which of its entries are whose cannot be told"
     if isinstance(joins, str) or because:
@@ -136,6 +139,8 @@ def _reason_against(state: State, found: Collected) -> str:
         return "its parameters are not numbered as PyTorch numbers them"
     if set(state.entries) - set(state.numbers):
         return "it has entries for parameters that no group has"
+    if any(NAMES in group for group in state.groups) and not _are_texts(state.names):
+        return "its groups name their parameters in an unusual way"
     if any(str(key) not in (STATE, GROUPS) for key in state.held):
         return "it holds more than entries and groups"
     copies = [str(key) for key in state.around if _OTHER_COPIES.search(str(key))]
@@ -144,6 +149,24 @@ def _reason_against(state: State, found: Collected) -> str:
     if found.opened.swapped:
         return "the file is big-endian, new values cannot be written into it"
     return ""
+
+
+def _another(found: Collected, state: State) -> str:
+    """What else in the file the optimizer may belong to, where the user chose another model than the usual one."""
+    contents = Contents(found.opened.value, found.opened.where)
+    if found.chosen.key == contents.choose("").key:
+        return ""
+    for name, _ in contents.children(found.opened.value):
+        if f"{found.chosen.key}.".startswith(f"{name}.") or f"{state.where}.".startswith(f"{name}."):
+            continue
+        others = tuple(collect(found.opened, name).weights.values())
+        if numberings(state, live(Model(found.opened.where, "torch_checkpoint", (), others), ())):
+            return name
+    return ""
+
+
+def _are_texts(names: Sequence[object] | None) -> bool:
+    return names is not None and all(isinstance(name, str) for name in names)
 
 
 def _joins(
@@ -202,7 +225,7 @@ def _added(found: Collected, state: State, numbers: Sequence[int], shapes: Seque
 def _count(found: Collected, value: object) -> object:
     """A count of steps as it can be compared; None for what is none."""
     if isinstance(value, (int, float)):
-        return float(value)
+        return (type(value).__name__, value)
     if not isinstance(value, Tensor) or value.stored is None:
         return None
     weight = weight_of(found, "a count of steps", value)

@@ -7,7 +7,7 @@ bytes of every other tensor (optimizers, averages); then the other members of th
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tieaudit.formats.torch_checkpoint.adjustment import Adjustment, Join
@@ -33,16 +33,19 @@ def differences(
     key: str,
     gone: frozenset[str],
     new: frozenset[str],
-    adjustments: Sequence[Adjustment] = (),
+    adjustments: Callable[[], Sequence[Adjustment]] = tuple,
 ) -> list[str]:
     """What differs between two files besides the model's own weights, in sentences; a few at most.
 
-    `gone`, `new`: names of weights that the plan takes out of the file and puts into it. `adjustments`: of optimizer
-    states; each must be exactly what was planned, its sums computed once more from the original.
+    `gone`, `new`: names of weights that the plan takes out of the file and puts into it. `adjustments` says those of
+    optimizer states, if there is one; each must be exactly what was planned, its sums computed once more.
     Cost: both pickles, and every byte of the tensors beside the model.
     """
     one, other = collect(open_file(before), key), collect(open_file(after), key)
-    comparison = _Comparison(one, other, gone, new, adjustments)
+    states = list(states_in(one.opened.value))
+    planned = {adjustment.where: adjustment for adjustment in adjustments()} if states else {}
+    comparison = _Comparison(one, other, gone, new)
+    comparison.states = {id(state.held): (state, planned[state.where]) for state in states if state.where in planned}
     found = []
     for problem in (*comparison.run(), *_members(one.opened, other.opened)):
         found.append(problem)
@@ -58,12 +61,10 @@ class _Comparison:
         other: Collected,
         gone: frozenset[str],
         new: frozenset[str],
-        adjustments: Sequence[Adjustment],
     ) -> None:
         self._one, self._other = one, other
-        planned = {adjustment.where: adjustment for adjustment in adjustments}
-        found = [state for state in states_in(one.opened.value) if state.where in planned] if planned else []
-        self._states = {id(state.held): (state, planned[state.where]) for state in found}
+        self.states: dict[int, tuple[State, Adjustment]] = {}
+        """By the identity of what is to be adjusted."""
         self._weights = {tensor.stored for tensor, _ in one.sources.values()}
         self._gone = {(id(named.holder), named.inner) for name, (_, named) in one.sources.items() if name in gone}
         self._new = {(id(named.holder), named.inner) for name, (_, named) in other.sources.items() if name in new}
@@ -82,8 +83,8 @@ class _Comparison:
 
     def _differ(self, where: str, a: object, b: object) -> bool:
         """Whether two values of one type differ; what they hold is left to wait."""
-        if id(a) in self._states and isinstance(b, dict):
-            return self._state_differs(where, *self._states[id(a)], b)
+        if id(a) in self.states and isinstance(b, dict):
+            return self._state_differs(where, *self.states[id(a)], b)
         if isinstance(a, dict) and isinstance(b, dict):
             mine = [key for key in a if (id(a), key) not in self._gone]
             theirs = [key for key in b if (id(b), key) not in self._new]

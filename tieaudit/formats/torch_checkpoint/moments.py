@@ -80,7 +80,7 @@ def sums(
     present = {name for name in held[0] if any(entry[name] is not None for entry in held)}
     for group in groups[1:]:
         for setting in _AVERAGING:
-            if group.get(setting) != groups[0].get(setting):
+            if _plain(group.get(setting)) != _plain(groups[0].get(setting)):
                 return f"the parameters that become one are in two groups with different {setting}"
     if not present:
         return Sums()
@@ -97,6 +97,13 @@ def sums(
             if not _is_moment(entry[name], shape) or entry[name].dtype != held[0][name].dtype:
                 return f"{name} is no floating-point tensor of the shape of its parameter"
     return found
+
+
+def _plain(value: object) -> object:
+    """A setting as it can be compared: a number, or a few; what else a file may hold equals only itself."""
+    if isinstance(value, (tuple, list)):
+        return tuple(one if isinstance(one, (int, float)) else id(one) for one in value)
+    return value if value is None or isinstance(value, (int, float, str)) else id(value)
 
 
 def _is(kind: _Kind, present: set[object], group: Mapping[str, object]) -> bool:

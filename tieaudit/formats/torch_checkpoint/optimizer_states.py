@@ -130,7 +130,7 @@ def numberings(state: State, parameters: Sequence[Weight]) -> list[list[Weight]]
         return []
     by_name = {weight.name: weight for weight in parameters}
     names = state.names
-    if names is not None and set(names) == by_name.keys():
+    if names is not None and all(isinstance(name, str) for name in names) and set(names) == by_name.keys():
         orders = [[by_name[str(name)] for name in names]]
     else:
         orders = [list(parameters)]
