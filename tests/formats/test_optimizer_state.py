@@ -17,7 +17,8 @@ from tieaudit.apply import apply
 from tieaudit.change import Plan
 from tieaudit.cli import main
 from tieaudit.errors import ParityFailed
-from tieaudit.formats.torch_checkpoint import adjusting, torch_checkpoint
+from tieaudit.formats.torch_checkpoint import adjusting, beside, torch_checkpoint
+from tieaudit.formats.torch_checkpoint.write import adjustments
 from tieaudit.load import load_one
 from tieaudit.plan import Choices
 from tieaudit.plan import plan as make_plan
@@ -518,6 +519,46 @@ def test_a_state_that_was_adjusted_wrongly_fails_the_structural_proof(
         tie(tmp_path / "m.ckpt")
     assert "not named by the plan" in str(failed.value) or "optimizer" in str(failed.value)
     assert not (tmp_path / "tied.ckpt").exists()
+
+
+def _swap_names(state: Any) -> None:
+    names = state["param_groups"][1]["param_names"]
+    names[0], names[1] = names[1], names[0]
+
+
+def _swap_entries(state: Any) -> None:
+    state["state"][2], state["state"][3] = state["state"][3], state["state"][2]
+
+
+WRONG: dict[str, Callable[[Any], object]] = {
+    "names": _swap_names,
+    "parameters": lambda state: state["param_groups"][0].update(params=[1, 0]),
+    "entries": _swap_entries,
+    "order": lambda state: state["state"].update({0: state["state"].pop(0)}),
+    "a missing entry": lambda state: state["state"].pop(1),
+    "a setting": lambda state: state["param_groups"][0].update(lr=0.5),
+    "a step": lambda state: state["state"][3]["step"].add_(1),
+    "another moment": lambda state: state["state"][1]["exp_avg"].add_(1),
+    "a sum": lambda state: state["state"][3]["exp_avg"][-1, -1].mul_(1 + 1e-15),
+    "a square": lambda state: state["state"][3]["exp_avg_sq"][0, 0].neg_(),
+    "more": lambda state: state.update(more=1),
+}
+
+
+@pytest.mark.parametrize("wrong", ["", *WRONG])
+def test_the_proof_sees_every_part_of_a_state_that_is_not_as_planned(tmp_path: Path, wrong: str) -> None:
+    value = value_of(groups=by_name)
+    torch.save(value, tmp_path / "m.ckpt")
+    path, made = tie(tmp_path / "m.ckpt")
+    found = load(path)
+    assert found["optimizer"]["param_groups"][1]["params"] == [2, 3]
+    if wrong:
+        WRONG[wrong](found["optimizer"])
+    torch.save(found, tmp_path / "other.ckpt")
+    planned = adjustments(load_one(tmp_path / "m.ckpt"), made)[tmp_path / "m.ckpt"]
+    files = (tmp_path / "m.ckpt", tmp_path / "other.ckpt")
+    assert bool(beside.differences(*files, "", frozenset(), frozenset(), lambda: planned)) is bool(wrong)
+    assert beside.differences(*files, "", frozenset(), frozenset())  # what no plan names may not change
 
 
 def test_the_receipt_and_the_command_line_tell_what_was_summed(tmp_path: Path) -> None:
