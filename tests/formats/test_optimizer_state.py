@@ -260,6 +260,20 @@ def test_three_names_become_one_and_float32_is_rounded_once(tmp_path: Path) -> N
     assert same(found["state"][0], was[0]) and same(found["state"][2], was[2])
 
 
+def test_a_lossy_tie_adds_the_moments_too_and_says_when_that_is_exact(tmp_path: Path) -> None:
+    module = torch.nn.ModuleDict(
+        {"embed_tokens": torch.nn.Embedding(N_WORDS, WIDTH), "lm_head": torch.nn.Linear(WIDTH, N_WORDS, bias=False)}
+    )
+    optimizer = torch.optim.AdamW(module.parameters())
+    module["lm_head"](module["embed_tokens"](torch.arange(5))).square().sum().backward()
+    optimizer.step()
+    torch.save({"state_dict": module.state_dict(), "optimizer_states": [optimizer.state_dict()]}, tmp_path / "m.ckpt")
+    path, made = tie(tmp_path / "m.ckpt", schemes=("io",), allow_lossy=True, merge="mean")
+    found, was = load(path)["optimizer_states"][0], optimizer.state_dict()["state"]
+    assert same(found["state"][0]["exp_avg"], was[0]["exp_avg"] + was[1]["exp_avg"]) and list(found["state"]) == [0]
+    assert any("if the weights were equal all along" in note for note in made.notes)
+
+
 def kept(path: Path, value: Any, said: str, **chosen: Any) -> None:
     """The tie is made, the state stays what it was, and the plan says why."""
     before = copy.deepcopy(value)
