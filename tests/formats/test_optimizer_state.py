@@ -274,7 +274,7 @@ def test_a_lossy_tie_adds_the_moments_too_and_says_when_that_is_exact(tmp_path: 
     assert any("if the weights were equal all along" in note for note in made.notes)
 
 
-def kept(path: Path, value: Any, said: str, **chosen: Any) -> None:
+def assert_kept(path: Path, value: Any, said: str, **chosen: Any) -> None:
     """The tie is made, the state stays what it was, and the plan says why."""
     before = copy.deepcopy(value)
     torch.save(value, path)
@@ -342,13 +342,13 @@ def test_one_of_two_models_is_tied_with_its_own_optimizer(tmp_path: Path) -> Non
 def test_steps_that_differ_keep_the_state(tmp_path: Path) -> None:
     value = value_of()
     value["optimizer"]["state"][3]["step"] += 1
-    kept(tmp_path / "m.ckpt", value, "step of parameters 0 and 3 differs")
+    assert_kept(tmp_path / "m.ckpt", value, "step of parameters 0 and 3 differs")
 
 
 def test_a_parameter_that_was_never_stepped_keeps_the_state(tmp_path: Path) -> None:
     value = value_of()
     del value["optimizer"]["state"][3]
-    kept(tmp_path / "m.ckpt", value, "it never had a gradient")
+    assert_kept(tmp_path / "m.ckpt", value, "it never had a gradient")
 
 
 def test_another_parameter_that_was_never_stepped_is_no_obstacle(tmp_path: Path) -> None:
@@ -446,30 +446,30 @@ def test_what_is_not_known_to_add_is_kept_to_the_bit_and_the_tie_is_made(tmp_pat
     kind, change, said = UNKNOWN[case]
     value = value_of(kind)
     change(value)
-    kept(tmp_path / "m.ckpt", value, said)
+    assert_kept(tmp_path / "m.ckpt", value, said)
 
 
 def test_groups_with_different_averages_keep_the_state(tmp_path: Path) -> None:
     value = value_of(groups=two_groups)
     value["optimizer"]["param_groups"][1]["betas"] = (0.8, 0.999)
-    kept(tmp_path / "m.ckpt", value, "in two groups with different betas")
+    assert_kept(tmp_path / "m.ckpt", value, "in two groups with different betas")
 
 
 def test_the_user_can_have_the_state_kept(tmp_path: Path) -> None:
-    kept(tmp_path / "m.ckpt", value_of(), "load_state_dict refuses it", optimizer="keep")
+    assert_kept(tmp_path / "m.ckpt", value_of(), "load_state_dict refuses it", optimizer="keep")
 
 
 def test_a_state_whose_orders_cannot_be_told_apart_is_kept(tmp_path: Path) -> None:
     """Nothing was stepped, so that no shape says whether groups are in the model's order or sorted."""
     value = value_of(groups=by_decay)
     value["optimizer"]["state"] = {}
-    kept(tmp_path / "m.ckpt", value, "which of its entries are whose cannot be told")
+    assert_kept(tmp_path / "m.ckpt", value, "which of its entries are whose cannot be told")
 
 
 def test_a_moment_that_is_kept_elsewhere_too_is_not_changed_there(tmp_path: Path) -> None:
     value = value_of()
     value["picture"] = value["optimizer"]["state"][0]["exp_avg"]
-    kept(tmp_path / "m.ckpt", value, "kept elsewhere too")
+    assert_kept(tmp_path / "m.ckpt", value, "kept elsewhere too")
 
 
 def test_an_optimizer_that_keeps_nothing_is_only_renumbered(tmp_path: Path) -> None:
