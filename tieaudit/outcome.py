@@ -336,4 +336,6 @@ def _apply_command(model: Model, plan: Plan) -> str:
         words.append("--allow-lossy")
     if plan.share_files is not None:
         words.append("--share-files" if plan.share_files else "--no-share-files")
+    if plan.optimizer != "adjust":
+        words += ["--optimizer", plan.optimizer]
     return f"{printable(' '.join(shlex.quote(word) for word in words), None)} --to OUT"

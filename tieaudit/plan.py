@@ -30,6 +30,8 @@ class Choices:
     transposed_as: Literal["auto", "gemm", "gather", "fused"] = "auto"
     share_files: bool | None = None
     """False: every file stays whole by itself. True or None: the parts of a model may share a data file."""
+    optimizer: Literal["adjust", "keep"] = "adjust"
+    """Whether an optimizer's state in a checkpoint follows the parameters that are tied."""
 
 
 @dataclass
@@ -88,7 +90,7 @@ def plan(subject: Subject, choices: Choices, as_format: Format | None = None) ->
         for candidate in candidates:
             _consider(draft, candidate)
     if format_.notes is not None:
-        draft.notes.extend(format_.notes(draft.model, draft.edits))
+        draft.notes.extend(format_.notes(draft.model, draft.edits, choices.optimizer == "adjust"))
     return Plan(
         path=subject.model.path,
         target=target,
@@ -100,6 +102,7 @@ def plan(subject: Subject, choices: Choices, as_format: Format | None = None) ->
         notes=tuple(dict.fromkeys(draft.notes)),
         transposed_as=choices.transposed_as,
         share_files=choices.share_files,
+        optimizer=choices.optimizer,
     )
 
 

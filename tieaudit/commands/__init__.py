@@ -28,6 +28,8 @@ def plan_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--share-files/--no-share-files", default=None,
                      help="Whether ONNX files of a folder keep equal weights in one common data file: all of them, or "
                      "none. Default: those that are parts of one export."),
+        click.option("--optimizer", type=click.Choice(["adjust", "keep"]), default="adjust", show_default=True,
+                     help="The optimizer's state in a checkpoint that is tied: as the tied model's, or as it is."),
     ]  # fmt: skip
     for option in reversed(options):
         command = option(command)
@@ -61,6 +63,7 @@ def choices(chosen: dict[str, Any]) -> Choices:
         merge=chosen["merge"],
         transposed_as=chosen["transposed_as"],
         share_files=chosen["share_files"],
+        optimizer=chosen["optimizer"],
     )
 
 

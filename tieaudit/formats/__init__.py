@@ -66,8 +66,9 @@ class Format:
     """As `load`, with an .npz of sample inputs, from which the uses then come."""
     named: Callable[[str], bool] | None = None
     """Whether a text that is no path names a model of this format (`package.module:factory`)."""
-    notes: Callable[[Model, Sequence[Edit]], tuple[str, ...]] | None = None
-    """(model, edits) → what making them means for other contents of the files, in sentences for the plan."""
+    notes: Callable[[Model, Sequence[Edit], bool], tuple[str, ...]] | None = None
+    """(model, edits, adjust) → what making them means for other contents of the files, in sentences for the plan;
+    `adjust`: whether an optimizer's state follows the edits."""
     has_program: bool = True
     """Whether a model of this format can be run, alone or by the library that knows its class; else the structural
     proof is all that there can be."""

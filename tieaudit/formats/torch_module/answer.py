@@ -35,7 +35,8 @@ def main() -> None:
                 module, inputs = built(question["describe"])
                 if question.get("inputs"):
                     inputs = _stored(question["inputs"], module)
-                model = read_module(module, inputs, path=question["describe"], whole=True)
+                traced = not question.get("untraced")
+                model = read_module(module, inputs, path=question["describe"], whole=True, traced=traced)
                 answer: dict[str, Any] = _described(model)
             else:
                 data = _read(model, question)
