@@ -10,7 +10,7 @@ from tieaudit.change import Edit, Plan, Respell, Share, Unshare
 from tieaudit.damage import likeness
 from tieaudit.errors import RewriteRefused, UsageError
 from tieaudit.formats import NEEDS_SETTING, Format
-from tieaudit.merge import aligned, common_value, difference, policy_of
+from tieaudit.merge import Common, aligned, common_value, difference, policy_of
 from tieaudit.model import Member, Model, Use, classes
 from tieaudit.propose import propose, schemes
 from tieaudit.registry import choose, discover
@@ -180,12 +180,30 @@ def _lossy(draft: _Draft, candidate: Candidate) -> Share:
         )
     policy = draft.choices.merge or usual
     kinds = {id: role.kind for id, role in draft.subject.roles.items()}
-    kept, values = common_value(weights, kinds, policy)
+    common = common_value(weights, kinds, policy)
+    if common.adjustments:
+        _check_adjustments(draft, candidate, policy, common)
     members = candidate.members
-    if kept is not None:
-        members = _anchored(members, kept)
-    draft.notes.append(f"lossy: {' and '.join(w.id for w, _ in weights)} get one value by --merge {policy}")
-    return Share(members, values, candidate.because)
+    if common.kept is not None:
+        members = _anchored(members, common.kept)
+    decided = f" ({common.because})" if common.because else ""
+    draft.notes.append(f"lossy: {' and '.join(w.id for w, _ in weights)} get one value by --merge {policy}{decided}")
+    return Share(members, common.values, candidate.because, common.adjustments)
+
+
+def _check_adjustments(draft: _Draft, candidate: Candidate, policy: str, common: Common) -> None:
+    """RewriteRefused where the format has no place for corrections, or they cost more than the tie saves."""
+    if not draft.format.holds_adjustments:
+        raise RewriteRefused(
+            f"--merge {policy}: the correction of {', '.join(common.adjustments)} is an operation of its own, and the "
+            f"format {draft.format.name} holds weights only (an ONNX model has a place for it)"
+        )
+    n_added = sum(one.n_bytes for one in common.adjustments.values())
+    n_saved = _n_bytes_saved(draft.model, [Share(candidate.members)])
+    if n_added >= n_saved:
+        raise RewriteRefused(
+            f"--merge {policy}: its corrections would take {n_added:,} bytes, and the tie saves only {n_saved:,}"
+        )
 
 
 def _anchored(members: tuple[Member, ...], kept: str) -> tuple[Member, ...]:
@@ -300,4 +318,6 @@ def _n_bytes_saved(model: Model, edits: Sequence[Edit]) -> int:
     for edit in edits:
         if isinstance(edit, Unshare):
             saved -= model.by_id[edit.source].n_bytes
+        elif isinstance(edit, Share):
+            saved -= sum(one.n_bytes for one in edit.adjustments.values())
     return saved

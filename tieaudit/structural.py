@@ -8,11 +8,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from tieaudit.change import Plan, Respell, Rewritten, Share, Unshare, Written
+from tieaudit.adjusting import adjusted, factor
+from tieaudit.change import Adjusted, Adjustment, Plan, Respell, Rewritten, Share, Unshare, Written
 from tieaudit.compare import same_through
+from tieaudit.dtypes import dtype
 from tieaudit.model import Member, Model, Use, Weight
 from tieaudit.storage import blocks
 from tieaudit.view import AS_STORED, TRANSPOSED, Cast, Repack, Reshape, Transpose, View
@@ -59,6 +63,7 @@ def check(before: Model, after: Model, plan: Plan, written: Written) -> Check:
     for edit in plan.edits:
         if isinstance(edit, Share):
             _share(before, after, edit, plan, written, result)
+            _adjustments(before, after, edit, written, result)
         elif isinstance(edit, Respell):
             _kept(before, after, edit.weight, written, result)
         elif isinstance(edit, Unshare):
@@ -86,6 +91,25 @@ def planned_value(before: Model, share: Share) -> Weight | None:
     first = before.by_id[share.members[0].id]
     storage = first.storage if share.values is None else share.values
     return None if storage is None else replace(first, storage=storage)
+
+
+def planned_values(before: Model, share: Share) -> Iterator[tuple[Weight, NDArray[Any]]]:
+    """Each stored member with what it is to see, adjusted, in its own layout; codes and strings as plain bytes.
+
+    Cost: the common value, held in memory.
+    """
+    common = planned_value(before, share)
+    if common is None or common.storage is None:
+        return
+    values = np.frombuffer(common.storage.read_ranges([(0, common.n_bytes)])[0], np.uint8)
+    kind = dtype(common.dtype)
+    whole: NDArray[Any] = values if kind.item_bytes is None else values.view(kind.numpy()).reshape(common.shape)
+    for member in share.members:
+        if before.by_id[member.id].storage is None:
+            continue
+        adjustment = share.adjustments.get(member.id)
+        seen = whole if adjustment is None else adjusted(whole, adjustment)
+        yield before.by_id[member.id], member.view.apply(seen) if kind.item_bytes is not None else seen
 
 
 def same_value(a: Weight, b: Weight, view: View = AS_STORED) -> bool:
@@ -203,6 +227,42 @@ def _share(before: Model, after: Model, edit: Share, plan: Plan, written: Writte
                 result.problems.append(f"{member.id}: not stored, and no declaration restores it from {kept}")
             home_id = next(iter(stored))
         result.served[member.id] = Serving(home_id, member.view, views[home_id] or AS_STORED)
+
+
+def _adjustments(before: Model, after: Model, edit: Share, written: Written, result: Check) -> None:
+    """Every use of an adjusted member is one that the format adjusted, by factors with exactly the planned bytes.
+
+    What the operations around them compute is the regional proof's business.
+    """
+    known = {(one.weight, (one.part, one.scope, one.node, one.slot)): one for one in written.adjusted}
+    for id, adjustment in edit.adjustments.items():
+        for use in before.uses_of.get(id, ()):
+            if use.op in ("Shape", "Size"):
+                continue
+            found = known.get((id, _place(use)))
+            sides = {"right", "left"} if adjustment.left is not None else {"right"}
+            if found is None or {one.side for one in found.factors} != sides:
+                result.problems.append(f"{use.op} @ {use.node} (input {use.slot}): expected {id} corrected, it is not")
+                continue
+            result.problems.extend(_factors(after, found, adjustment, result))
+    for one in written.adjusted:
+        if one.weight in {member.id for member in edit.members} - edit.adjustments.keys():
+            result.problems.append(f"{one.weight}: corrected at {one.node}, which the plan does not say")
+
+
+def _factors(after: Model, found: Adjusted, adjustment: Adjustment, result: Check) -> Iterator[str]:
+    for one in found.factors:
+        planned = factor(adjustment, one.side)
+        planned = np.ascontiguousarray(planned.T) if one.transposed else planned
+        stored = after.by_id.get(one.id)
+        if stored is None or stored.storage is None:
+            yield f"{one.id}: expected the {one.side} factor of {found.weight}, found nothing"
+        elif (stored.dtype, stored.shape) != (adjustment.dtype, planned.shape) or b"".join(
+            blocks(stored.storage)
+        ) != planned.tobytes():
+            yield f"{one.id}: its bytes are not those of the {one.side} factor of {found.weight}"
+        else:
+            result.n_bytes += stored.n_bytes
 
 
 def _stored_view(common: Weight, home: Weight, members: Iterable[Member]) -> View | None:

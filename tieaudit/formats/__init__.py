@@ -64,6 +64,8 @@ class Format:
     has_program: bool = True
     """Whether a model of this format can be run, alone or by the library that knows its class; else the structural
     proof is all that there can be."""
+    holds_adjustments: bool = False
+    """Whether `edit` writes what a share's members apply to the common value, as operations of the program."""
     precedence: int = 0
     """Among formats that own one path the highest wins (a Hugging Face folder over the safetensors inside)."""
 

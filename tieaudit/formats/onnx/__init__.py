@@ -56,4 +56,5 @@ FORMAT = Format(
     load=_load,
     can_realise=_can_realise,
     edit=_edit,
+    holds_adjustments=True,
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tieaudit.change import Edit, Plan, Respell, Share, Unshare, Written
 from tieaudit.errors import RewriteRefused
-from tieaudit.formats.onnx import repack, respell, share, unshare
+from tieaudit.formats.onnx import correct, repack, respell, share, unshare
 from tieaudit.formats.onnx.bench import Bench, for_looking
 from tieaudit.formats.onnx.patterns import Style
 from tieaudit.formats.onnx.write import write
@@ -43,13 +43,16 @@ def edit(model: Model, plan: Plan, dest: Path) -> Written:
         if reason is not None:
             raise RewriteRefused(f"{model.path}: {reason}", hint="nothing was written")
     files = write(model, list(bench.pieces.values()), dest, plan.data_names)
-    return Written(files, bench.renamed(), bench.records.rewritten(model.uses))
+    return Written(files, bench.renamed(), bench.records.rewritten(model.uses), bench.records.adjusted())
 
 
 def _why_not(bench: Bench, model: Model, edit: Edit, style: Style) -> str | None:
     found: object
     if isinstance(edit, Share):
         one_packing = repack.is_repacking(edit)
+        found = correct.decide(bench, model, edit)
+        if isinstance(found, str):
+            return found
         found = repack.decide(bench, model, edit) if one_packing else share.decide(bench, model, edit, style)
     elif isinstance(edit, Respell):
         found = respell.decide(bench, model, edit, style)
@@ -68,6 +71,10 @@ def _act(bench: Bench, model: Model, edit: Edit, plan: Plan, style: Style) -> st
             return packing
         repack.repack(bench, packing)
     elif isinstance(edit, Share):
+        corrected = correct.decide(bench, model, edit)
+        if isinstance(corrected, str):
+            return corrected
+        correct.correct(bench, corrected)
         decision = share.decide(bench, model, edit, style)
         if isinstance(decision, str):
             return decision
