@@ -78,7 +78,27 @@ class SetConfig:
     because: str = ""
 
 
-Edit = Share | Unshare | Respell | SetConfig
+@dataclass(frozen=True)
+class Pooled:
+    """A weight whose heads lie one after the other along an axis."""
+
+    id: str
+    axis: int
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Make the heads of a projection fewer, each the mean of neighbours; what reads its result sees each repeated."""
+
+    weights: tuple[Pooled, ...]
+    """The projection, and its bias if it has one."""
+    n_heads: int
+    n_groups: int
+    """A divisor of `n_heads`: head h goes into group ⌊h · n_groups / n_heads⌋."""
+    because: str = ""
+
+
+Edit = Share | Unshare | Respell | Pool | SetConfig
 
 
 Kind = Literal["safetensors", "torch"]
@@ -160,6 +180,20 @@ class Adjusted:
 
 
 @dataclass(frozen=True)
+class Repeated:
+    """What an edit reports back about a projection that was pooled."""
+
+    weight: str
+    part: str
+    scope: str
+    node: str
+    slot: int
+    """The original use of the projection."""
+    result: str
+    """The value that has all heads again: the projection's result, behind its bias, under its original name."""
+
+
+@dataclass(frozen=True)
 class Written:
     """What a format wrote into a folder or file."""
 
@@ -169,6 +203,7 @@ class Written:
     """Original weight id → id that now serves it, for weights whose name did not survive."""
     rewritten: tuple[Rewritten, ...] = ()
     adjusted: tuple[Adjusted, ...] = ()
+    repeated: tuple[Repeated, ...] = ()
     placed: Mapping[str, str] = field(default_factory=dict)
     """Original file name → name in the result, for files that could not keep theirs."""
 

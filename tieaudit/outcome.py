@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from tieaudit import __version__
-from tieaudit.change import Edit, Level, Plan, Proof, Respell, SetConfig, Share, Unshare
+from tieaudit.change import Edit, Level, Plan, Pool, Proof, Respell, SetConfig, Share, Unshare
 from tieaudit.equality import can_declare
 from tieaudit.model import Member, Model
 from tieaudit.plain import plain
@@ -124,6 +124,8 @@ def _edit_line(model: Model, edit: Edit) -> str:
             return f"{line}; {said}" if said else line
         case Unshare(source=source, name=name):
             return f"unshare  {printable(name)} gets its own copy of {printable(source)}{_shape(model, source)}"
+        case Pool(weights=weights, n_heads=n_heads, n_groups=n_groups):
+            return f"pool     {listed(tuple(one.id for one in weights))}: {n_heads} heads become {n_groups}"
         case Respell(weight=weight, because=because):
             return f"respell  {printable(weight)}{_shape(model, weight)}: {printable(because)}"
         case SetConfig(file=file, key=key, value=value):

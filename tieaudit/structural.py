@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tieaudit.adjusting import adjusted, factor
-from tieaudit.change import Adjusted, Adjustment, Plan, Respell, Rewritten, Share, Unshare, Written
+from tieaudit import adjusting, pooling
+from tieaudit.change import Plan, Pool, Respell, Rewritten, Share, Unshare, Written
 from tieaudit.compare import same_through
 from tieaudit.dtypes import dtype
 from tieaudit.model import Member, Model, Use, Weight
@@ -63,7 +63,9 @@ def check(before: Model, after: Model, plan: Plan, written: Written) -> Check:
     for edit in plan.edits:
         if isinstance(edit, Share):
             _share(before, after, edit, plan, written, result)
-            _adjustments(before, after, edit, written, result)
+            result.problems.extend(adjusting.problems(before, after, edit, written))
+        elif isinstance(edit, Pool):
+            _pool(before, after, edit, written, result)
         elif isinstance(edit, Respell):
             _kept(before, after, edit.weight, written, result)
         elif isinstance(edit, Unshare):
@@ -83,6 +85,8 @@ def touched_ids(plan: Plan) -> frozenset[str]:
             found.add(edit.weight)
         elif isinstance(edit, Unshare):
             found.add(edit.source)
+        elif isinstance(edit, Pool):
+            found.update(one.id for one in edit.weights)
     return frozenset(found)
 
 
@@ -108,7 +112,7 @@ def planned_values(before: Model, share: Share) -> Iterator[tuple[Weight, NDArra
         if before.by_id[member.id].storage is None:
             continue
         adjustment = share.adjustments.get(member.id)
-        seen = whole if adjustment is None else adjusted(whole, adjustment)
+        seen = whole if adjustment is None else adjusting.adjusted(whole, adjustment)
         yield before.by_id[member.id], member.view.apply(seen) if kind.item_bytes is not None else seen
 
 
@@ -229,40 +233,11 @@ def _share(before: Model, after: Model, edit: Share, plan: Plan, written: Writte
         result.served[member.id] = Serving(home_id, member.view, views[home_id] or AS_STORED)
 
 
-def _adjustments(before: Model, after: Model, edit: Share, written: Written, result: Check) -> None:
-    """Every use of an adjusted member is one that the format adjusted, by factors with exactly the planned bytes.
-
-    What the operations around them compute is the regional proof's business.
-    """
-    known = {(one.weight, (one.part, one.scope, one.node, one.slot)): one for one in written.adjusted}
-    for id, adjustment in edit.adjustments.items():
-        for use in before.uses_of.get(id, ()):
-            if use.op in ("Shape", "Size"):
-                continue
-            found = known.get((id, _place(use)))
-            sides = {"right", "left"} if adjustment.left is not None else {"right"}
-            if found is None or {one.side for one in found.factors} != sides:
-                result.problems.append(f"{use.op} @ {use.node} (input {use.slot}): expected {id} corrected, it is not")
-                continue
-            result.problems.extend(_factors(after, found, adjustment, result))
-    for one in written.adjusted:
-        if one.weight in {member.id for member in edit.members} - edit.adjustments.keys():
-            result.problems.append(f"{one.weight}: corrected at {one.node}, which the plan does not say")
-
-
-def _factors(after: Model, found: Adjusted, adjustment: Adjustment, result: Check) -> Iterator[str]:
-    for one in found.factors:
-        planned = factor(adjustment, one.side)
-        planned = np.ascontiguousarray(planned.T) if one.transposed else planned
-        stored = after.by_id.get(one.id)
-        if stored is None or stored.storage is None:
-            yield f"{one.id}: expected the {one.side} factor of {found.weight}, found nothing"
-        elif (stored.dtype, stored.shape) != (adjustment.dtype, planned.shape) or b"".join(
-            blocks(stored.storage)
-        ) != planned.tobytes():
-            yield f"{one.id}: its bytes are not those of the {one.side} factor of {found.weight}"
-        else:
-            result.n_bytes += stored.n_bytes
+def _pool(before: Model, after: Model, edit: Pool, written: Written, result: Check) -> None:
+    result.problems.extend(pooling.problems(before, after, edit, written))
+    for one in edit.weights:
+        result.served[one.id] = Serving(one.id, AS_STORED, AS_STORED)
+        result.n_bytes += after.by_id[one.id].n_bytes if one.id in after.by_id else 0
 
 
 def _stored_view(common: Weight, home: Weight, members: Iterable[Member]) -> View | None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from tieaudit import controls, cost, regional, structural
-from tieaudit.change import Level, Plan, Proof, SetConfig, Share, Written
+from tieaudit import controls, cost, pooling, regional, structural
+from tieaudit.change import Level, Plan, Pool, Proof, SetConfig, Share, Written
 from tieaudit.end_to_end import Compared, Pair, on_each_device
 from tieaudit.end_to_end import compare as run_pair
 from tieaudit.model import Model, Use
@@ -243,6 +243,9 @@ def _reference(before: Model, plan: Plan) -> Iterator[Overlay]:
     """The original with the planned values in its untied slots. CannotChange."""
     with Overlay(before) as overlay:
         for edit in plan.edits:
+            if isinstance(edit, Pool):
+                for weight, seen in pooling.planned_values(before, edit):
+                    overlay.change(weight, _setter(seen))
             if not isinstance(edit, Share):
                 continue
             if structural.planned_value(before, edit) is None:

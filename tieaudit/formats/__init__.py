@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tieaudit.change import Edit, Kind, Plan, SetConfig, Written
+    from tieaudit.change import Edit, Kind, Plan, Pool, SetConfig, Written
     from tieaudit.model import Model
 
 NOT_CARRIED = frozenset({".git", ".cache", ".huggingface", "__pycache__", ".ipynb_checkpoints"})
@@ -64,6 +64,8 @@ class Format:
     has_program: bool = True
     """Whether a model of this format can be run, alone or by the library that knows its class; else the structural
     proof is all that there can be."""
+    pool: Callable[[Model, str, int], Pool | str] | None = None
+    """(model, id of a projection, number of groups) → the edit that pools its heads, or why they cannot be."""
     holds_adjustments: bool = False
     """Whether `edit` writes what a share's members apply to the common value, as operations of the program."""
     precedence: int = 0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from tieaudit.formats import Format
 
 if TYPE_CHECKING:
-    from tieaudit.change import Edit, Plan, Written
+    from tieaudit.change import Edit, Plan, Pool, Written
     from tieaudit.model import Model
 
 
@@ -47,6 +47,12 @@ def _edit(model: Model, plan: Plan, dest: Path) -> Written:
     return edit(model, plan, dest)
 
 
+def _pool(model: Model, id: str, n_groups: int) -> Pool | str:
+    from tieaudit.formats.onnx.pool import plan_of
+
+    return plan_of(model, id, n_groups)
+
+
 FORMAT = Format(
     name="onnx",
     summary="ONNX files: inline and external data, subgraphs, Constant nodes, several parts of one export.",
@@ -56,5 +62,6 @@ FORMAT = Format(
     load=_load,
     can_realise=_can_realise,
     edit=_edit,
+    pool=_pool,
     holds_adjustments=True,
 )

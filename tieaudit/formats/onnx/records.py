@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tieaudit.change import Adjusted, Factor, Rewritten
+from tieaudit.change import Adjusted, Factor, Repeated, Rewritten
 from tieaudit.model import Use
 
 Key = tuple[str, str, int]
@@ -17,6 +17,7 @@ class Records:
     def __init__(self) -> None:
         self._now: dict[tuple[str, Key], tuple[tuple[str, Key], str]] = {}
         self._adjusted: list[tuple[str, str, Key, tuple[Factor, ...]]] = []
+        self._repeated: list[Repeated] = []
 
     def add(self, part: str, before: Key, after: Key, pattern: str) -> None:
         """One use moved from `before`, as the graph is now, to `after`.
@@ -31,6 +32,15 @@ class Records:
     def adjust(self, weight: str, part: str, now: Key, factors: tuple[Factor, ...]) -> None:
         """A use, at `now` as the graph is, sees what the factors make of the common value."""
         self._adjusted.append((weight, part, self._origin(part, now)[1], factors))
+
+    def repeat(self, weight: str, part: str, now: Key, result: str) -> None:
+        """The heads of a projection, used at `now` as the graph is, are repeated up to the value `result`."""
+        _, (scope, node, slot) = self._origin(part, now)
+        self._repeated.append(Repeated(weight, part, scope, node, slot, result))
+
+    def repeated(self) -> tuple[Repeated, ...]:
+        """The projections whose heads were pooled."""
+        return tuple(self._repeated)
 
     def _origin(self, part: str, key: Key) -> tuple[str, Key]:
         return next((old for old, (now, _) in self._now.items() if now == (part, key)), (part, key))
