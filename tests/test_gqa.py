@@ -234,8 +234,8 @@ def test_heads_that_the_graph_does_not_tell_are_refused(tmp_path: Path) -> None:
         nodes.insert(at, node("LpNormalization", ["k_flat"], ["k_normed"]))
 
     assert reason(attention(change=normalise), tmp_path / "a") == (
-        "the heads of k.weight cannot be pooled: 'k_normed' (LpNormalization) reads its result before any Reshape tells "
-        "the heads apart"
+        "the heads of k.weight cannot be pooled: 'k_normed' (LpNormalization) reads its result before any Reshape "
+        "tells the heads apart"
     )
 
     def five(nodes: list[onnx.NodeProto], tensors: list[Any]) -> None:

@@ -196,7 +196,7 @@ def _cut(piece: Piece, op: Op, width: int) -> int | str | None:
     sizes = _sizes(piece, op)
     last = sizes[-1] if sizes else None
     if last == width:
-        return None
+        return 1 if len(sizes) == 4 else None
     if last is None or last <= 0 or width % last:
         return f"the Reshape {op.handle!r} does not say how long a head is"
     before = sizes[-2] if len(sizes) > 1 else None
