@@ -159,6 +159,17 @@ def test_the_outputs_are_those_of_the_original_with_the_planned_values(
             )
 
 
+@pytest.mark.parametrize(
+    ("form", "kind"), [("two readers", "low-rank"), ("gemm head", "scale"), ("projection", "linear")]
+)
+def test_every_level_of_the_proof_holds_for_products_in_either_layout(form: str, kind: str, tmp_path: Path) -> None:
+    edit = share(form, "float32", kind)
+    model = saved(proto_of(form, "float32"), tmp_path / "in")
+    written, again, _ = rewritten(model, tmp_path / "out", edit, lossless=False)
+    levels = prove(model, again, plan(model, edit, lossless=False), written).levels
+    assert [level.outcome for level in levels] == ["held"] * 3
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_correction_makes_is_numpys_rounded_once(kind: str) -> None:
     common, one = table("float16", 9), adjustment(kind, "float16")
