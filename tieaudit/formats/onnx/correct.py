@@ -26,8 +26,10 @@ from tieaudit.formats.onnx.flip import Stuck, converted, is_same, turns
 from tieaudit.formats.onnx.patterns import FLOATS, MICROSOFT, stamp
 from tieaudit.formats.onnx.scopes import OVERRIDES_SINCE
 from tieaudit.formats.onnx.values import attribute, int_attribute
+from tieaudit.formats.onnx.wire import N_BYTES_INLINE
 from tieaudit.formats.onnx.workbench import Body, Piece, Site
 from tieaudit.model import Model, make_id
+from tieaudit.storage import MemoryStorage
 
 if TYPE_CHECKING:
     from onnx import NodeProto
@@ -258,7 +260,9 @@ class _Writer:
             values = factor(self.seat.adjustment, side)
             values = np.ascontiguousarray(values.T) if transposed else values
             name = self.piece.fresh(f"{spot.name}_{self.seat.adjustment.kind.replace('-', '_')}_{side}")
-            made = TensorProto(name=name, data_type=tensor.data_type, dims=values.shape, raw_data=values.tobytes())
+            made = TensorProto(name=name, data_type=tensor.data_type, dims=values.shape)
+            home = self.piece.location_of(tensor) if values.nbytes >= N_BYTES_INLINE else None
+            self.piece.put(made, MemoryStorage(values.tobytes(), f"{self.piece.part}|{name}"), home)
             spot.body.add_tensor(made)
             self.stored[key] = name
         name = self.stored[key]

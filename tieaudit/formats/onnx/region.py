@@ -94,7 +94,9 @@ class Cutter:
                     weights[name] = weight
                 elif maker is not None and (
                     name in through
-                    or tag(maker) or maker.op_type == "Constant" or self._re_arranges(scope, maker, makers)
+                    or tag(maker)
+                    or maker.op_type == "Constant"
+                    or self._re_arranges(scope, maker, makers)
                 ):
                     pending.append(maker)
                 elif maker is None and (outer := self._outer_view(scope, name)) is not None:
