@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tieaudit.errors import RewriteRefused
-from tieaudit.merge import MergedStorage, aligned, common_value, difference
+from tieaudit.merge import Common, MergedStorage, aligned, common_value, difference
 from tieaudit.merges import Sites
 from tieaudit.merges.mean import mean
 from tieaudit.model import Member, Weight
@@ -30,8 +30,9 @@ def random(shape: tuple[int, ...], seed: int, dtype: str = "float32") -> np.ndar
 def test_the_mean_of_a_table_and_a_transposed_head_is_numpys_rounded_once(dtype: str) -> None:
     one, other = random((700, 33), 1, dtype), random((33, 700), 2, dtype)
     pairs = [(weight("e", one), Member("e")), (weight("h", other), Member("h", TRANSPOSED))]
-    kept, values = common_value(pairs, {}, "mean")
-    assert kept is None and values is not None
+    common = common_value(pairs, {}, "mean")
+    values = common.values
+    assert common.kept is None and values is not None
     # rounded once from float64: rounding each halved operand first would differ in the last place
     expected = ((one.astype(np.float64) + other.T.astype(np.float64)) / 2).astype(one.dtype)
     assert values.read_ranges([(0, values.n_bytes)])[0] == expected.tobytes()
@@ -71,7 +72,7 @@ def test_one_changed_value_and_one_changed_sign_of_zero_are_both_counted() -> No
 
 def test_keeping_the_head_needs_a_head() -> None:
     pairs = [(weight("a", random((4, 3), 1)), Member("a")), (weight("b", random((4, 3), 2)), Member("b"))]
-    assert common_value(pairs, {"b": "output_head"}, "keep:head") == ("b", None)
+    assert common_value(pairs, {"b": "output_head"}, "keep:head") == Common("b", None, {})
     with pytest.raises(RewriteRefused, match="none of a, b is a output_head"):
         common_value(pairs, {}, "keep:head")
 

@@ -15,6 +15,9 @@ from verify_cases import broken, case, language_model, share
 from tieaudit import running
 from tieaudit.change import Proof, Respell
 from tieaudit.formats.onnx.patterns import PROVENANCE
+from tieaudit.formats.onnx.read import load
+from tieaudit.model import Weight
+from tieaudit.overlay import Overlay
 from tieaudit.storage import MemoryStorage
 from tieaudit.verify import compare, prove
 
@@ -351,3 +354,37 @@ def test_models_that_take_different_inputs_could_not_be_compared_and_do_not_diff
         result = CliRunner().invoke(main, ["verify", *words])
         assert result.exit_code == code, result.output
     assert "the input x is ['b', 4] on one side and ['b', 5] on the other" in result.output
+
+
+def test_a_copy_keeps_every_change_of_large_and_small_weights_in_any_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the small vector is decoded when it is read, so its file is written anew, and what is behind it moves
+    names = {
+        "large": np.ones((64, 40), np.float32),
+        "small": np.ones(3, np.float32),
+        "last": np.ones((64, 40), np.float32),
+    }
+    nodes = [node("Add", ["large", "last"], ["a"]), node("ReduceSum", ["a"], ["b"]), node("Add", ["b", "small"], ["y"])]
+    tensors = [tensor(name, array) for name, array in names.items()]
+    tensors[1].ClearField("raw_data")
+    tensors[1].float_data.extend([1.0] * 3)
+    saved(model_of(nodes, [], [value("y", 1, [1, 3])], tensors), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    model = load(Path("model.onnx"), (Path("model.onnx"),))
+    with Overlay(model) as overlay:
+        for number, name in enumerate(names):
+            overlay.change(model.by_id[name], lambda array, number=number: array.fill(number + 2.0))  # type: ignore[misc]
+        copy = overlay.as_model()
+        for number, (name, array) in enumerate(names.items()):
+            expected = np.full_like(array, number + 2.0)
+            assert blocks_of(copy.by_id[name]) == expected.tobytes()
+            again = load(overlay.path, (overlay.path,)).by_id[name]
+            assert blocks_of(again) == expected.tobytes()
+        overlay.reset()
+        assert overlay.path.read_bytes() == Path("model.onnx").read_bytes()
+
+
+def blocks_of(weight: Weight) -> bytes:
+    assert weight.storage is not None
+    return weight.storage.read_ranges([(0, weight.n_bytes)])[0]

@@ -12,6 +12,30 @@ from tieaudit.verdict import Refusal
 
 
 @dataclass(frozen=True)
+class Adjustment:
+    """What one member applies to the common value C of a share before it is used; stored beside C.
+
+    Rows and columns are those of C in the first member's layout.
+    """
+
+    kind: Literal["scale", "linear", "low-rank"]
+    """C·diag(right), C·right, or C + left·right."""
+    dtype: str
+    """Element type of the factors: that of C."""
+    right: Storage
+    right_shape: tuple[int, ...]
+    """[columns], [columns, columns] or [rank, columns]."""
+    left: Storage | None = None
+    left_shape: tuple[int, ...] = ()
+    """[rows, rank]."""
+
+    @property
+    def n_bytes(self) -> int:
+        """What it costs."""
+        return self.right.n_bytes + (self.left.n_bytes if self.left is not None else 0)
+
+
+@dataclass(frozen=True)
 class Share:
     """Make the members one stored tensor. The first member's name survives; lossy if the values differ."""
 
@@ -19,6 +43,8 @@ class Share:
     values: Storage | None = None
     """The common value in the first member's layout; None keeps the first member's own bytes."""
     because: str = ""
+    adjustments: Mapping[str, Adjustment] = field(default_factory=dict)
+    """Id of a member → what it applies to the common value; the others see it as it is."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +78,27 @@ class SetConfig:
     because: str = ""
 
 
-Edit = Share | Unshare | Respell | SetConfig
+@dataclass(frozen=True)
+class Pooled:
+    """A weight whose heads lie one after the other along an axis."""
+
+    id: str
+    axis: int
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Make the heads of a projection fewer, each the mean of neighbours; what reads its result sees each repeated."""
+
+    weights: tuple[Pooled, ...]
+    """The projection, and its bias if it has one."""
+    n_heads: int
+    n_groups: int
+    """A divisor of `n_heads`: head h goes into group ⌊h · n_groups / n_heads⌋."""
+    because: str = ""
+
+
+Edit = Share | Unshare | Respell | Pool | SetConfig
 
 
 Kind = Literal["safetensors", "torch"]
@@ -112,6 +158,44 @@ class Rewritten:
 
 
 @dataclass(frozen=True)
+class Factor:
+    """A stored factor of an adjustment."""
+
+    side: Literal["left", "right"]
+    id: str
+    """Id of the weight that holds it in the result."""
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Adjusted:
+    """What an edit reports back about one original use that sees the common value adjusted."""
+
+    weight: str
+    """Id of the member."""
+    part: str
+    scope: str
+    node: str
+    slot: int
+    """The original use."""
+    factors: tuple[Factor, ...]
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """What an edit reports back about a projection that was pooled."""
+
+    weight: str
+    part: str
+    scope: str
+    node: str
+    slot: int
+    """The original use of the projection."""
+    result: str
+    """The value that has all heads again: the projection's result, behind its bias, under its original name."""
+
+
+@dataclass(frozen=True)
 class Written:
     """What a format wrote into a folder or file."""
 
@@ -120,6 +204,8 @@ class Written:
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Original weight id → id that now serves it, for weights whose name did not survive."""
     rewritten: tuple[Rewritten, ...] = ()
+    adjusted: tuple[Adjusted, ...] = ()
+    repeated: tuple[Repeated, ...] = ()
     placed: Mapping[str, str] = field(default_factory=dict)
     """Original file name → name in the result, for files that could not keep theirs."""
 

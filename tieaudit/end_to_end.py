@@ -44,6 +44,8 @@ class Pair:
     """The user's inputs."""
     original: str | None = None
     """For a lossy plan: the original, from which drift is measured; `before` is then the reference."""
+    rounded: str = ""
+    """Element type of tables that `before` holds rounded and `after` computes as it goes; empty for none."""
     strangers: bool = False
     """Two models that the user named: that they take the same inputs is to be found out, not known."""
 
@@ -94,9 +96,8 @@ def compare(pair: Pair, n_summed: int) -> Compared:
         with opened_whole(pair.other, pair.after) as after:
             return _against(pair, after, signature, feeds, spread, unstable, n_summed)
     except ChildFailed as error:
-        return Compared(
-            "failed", f"the original runs, the result does not: {error}", baseline=_baseline(feeds, spread, n_summed)
-        )
+        known = _baseline(pair, feeds, spread, n_summed)
+        return Compared("failed", f"the original runs, the result does not: {error}", baseline=known)
 
 
 def _common(signature: Signature, pair: Pair) -> Signature | str:
@@ -209,8 +210,8 @@ def _spread(pair: Pair, feeds: Sequence[Ran]) -> tuple[float, list[dict[str, Arr
     return worst, [unstable_elements(usual, variants[index]) for index, (_, usual) in enumerate(feeds)]
 
 
-def _baseline(feeds: Sequence[Ran], spread: float, n_summed: int) -> Baseline:
-    limits = [limit_of(spread, rounding_bound(result, n_summed)) for _, result in feeds]
+def _baseline(pair: Pair, feeds: Sequence[Ran], spread: float, n_summed: int) -> Baseline:
+    limits = [limit_of(spread, rounding_bound(result, n_summed, pair.rounded)) for _, result in feeds]
     return Baseline([feed for feed, _ in feeds], [result for _, result in feeds], limits)
 
 
@@ -218,7 +219,7 @@ def _against(
     pair: Pair, after: Opened | Chained, signature: Signature, feeds: Sequence[Ran], spread: float,
     unstable: Sequence[Mapping[str, Array]], n_summed: int,
 ) -> Compared:  # fmt: skip
-    baseline = _baseline(feeds, spread, n_summed)
+    baseline = _baseline(pair, feeds, spread, n_summed)
     worst, worst_limit, alone = Difference(0.0, 0.0, ""), min(baseline.limits), ()
     results: list[Mapping[str, Array]] = []
     first: Feed | None = None

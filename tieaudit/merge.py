@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tieaudit.change import Adjustment
 from tieaudit.compare import transposed_block
 from tieaudit.dtypes import dtype
 from tieaudit.errors import RewriteRefused, UsageError
-from tieaudit.merges import Block, Merge, Rows, Sites
+from tieaudit.merges import Block, Correction, Merge, Merged, Rows, Sites
 from tieaudit.model import Member, Weight, storage_of
 from tieaudit.registry import choose, discover
-from tieaudit.storage import BLOCK_BYTES, Region, Storage
+from tieaudit.storage import BLOCK_BYTES, MemoryStorage, Region, Storage
 from tieaudit.view import View
 
 
@@ -142,21 +143,55 @@ def policy_of(text: str) -> tuple[Merge, str]:
     return policy, argument
 
 
-def common_value(
-    weights: list[tuple[Weight, Member]], roles: Mapping[str, str], text: str
-) -> tuple[str | None, Storage | None]:
-    """What a policy makes of a class: (id whose bytes survive, None) or (None, the merged bytes).
+@dataclass(frozen=True)
+class Common:
+    """What a policy makes of a class."""
 
-    Merged bytes come in the layout of the first member. RewriteRefused if the policy cannot merge these members, or if
-    they have different element types.
+    kept: str | None
+    """The id whose bytes survive exactly; None where the value is computed."""
+    values: Storage | None
+    """The computed bytes, in the layout of the first member."""
+    adjustments: Mapping[str, Adjustment]
+    """Id of a member → what it applies to the common value."""
+    because: str = ""
+
+
+def common_value(weights: list[tuple[Weight, Member]], roles: Mapping[str, str], text: str) -> Common:
+    """What a policy makes of a class.
+
+    RewriteRefused if the policy cannot merge these members, or if they have different element types. Cost: what the
+    policy reads; factors of adjustments are computed once, rounded to the stored type, and held in memory.
     """
     policy, argument = policy_of(text)
     sites = sites_of(weights, roles)
     merged = policy.merge(sites, argument)
-    if merged.corrections:
-        raise RewriteRefused(f"--merge {text}: its correction cannot be written into a model of this format yet")
-    if merged.keeps is not None:
-        return sites.ids[merged.keeps], None
     first = sites.tables[0]
     assert isinstance(first, Aligned)
-    return None, MergedStorage(merged.rows, first, text)
+    if merged.corrections:
+        found = {sites.ids[at]: _adjustment(sites, at, merged, first.dtype) for at in merged.corrections}
+        return Common(None, MergedStorage(merged.rows, first, text), found, merged.because)
+    if merged.keeps is not None:
+        return Common(sites.ids[merged.keeps], None, {}, merged.because)
+    return Common(None, MergedStorage(merged.rows, first, text), {}, merged.because)
+
+
+def _adjustment(sites: Sites, at: int, merged: Merged, kind: str) -> Adjustment:
+    """A correction as it will be stored. RewriteRefused for what the element type cannot hold."""
+    correction: Correction = merged.corrections[at]
+    name, rounded = sites.ids[at], dtype(kind).numpy()
+    with np.errstate(over="ignore"):
+        right = correction.right.astype(rounded)
+        left = None
+        if correction.left is not None:
+            left = np.concatenate([correction.left(*block).astype(rounded) for block in sites.blocks()])
+    for factor in (right, left):
+        if factor is not None and not np.isfinite(factor.astype(np.float64)).all():
+            raise RewriteRefused(f"{name}: its correction has numbers that {kind} cannot hold")
+    return Adjustment(
+        correction.kind,
+        kind,
+        MemoryStorage(right.tobytes(), f"right factor of {name}"),
+        right.shape,
+        MemoryStorage(left.tobytes(), f"left factor of {name}") if left is not None else None,
+        left.shape if left is not None else (),
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tieaudit import __version__
-from tieaudit.change import Edit, Level, Plan, Proof, Respell, SetConfig, Share, Unshare
+from tieaudit.change import Edit, Level, Plan, Pool, Proof, Respell, SetConfig, Share, Unshare
 from tieaudit.equality import can_declare
 from tieaudit.model import Member, Model
 from tieaudit.plain import plain
@@ -167,15 +167,19 @@ def _refusal_line(scheme: str, ids: tuple[str, ...], because: str) -> str:
 
 def _edit_line(model: Model, edit: Edit) -> str:
     match edit:
-        case Share(members=members, values=values):
+        case Share(members=members, values=values, adjustments=adjustments):
             kept, rest = members[0], members[1:]
             if can_declare(model) and values is None:  # which name survives is the class's business, not the list's
                 names = listed(tuple(_seen(member) for member in members))
                 return f"share    {names}: stored once{_shape(model, kept.id)}"
             value = "one merged tensor" if values is not None else printable(kept.id)
-            return f"share    {value} ← {listed(tuple(_seen(member) for member in rest))}{_shape(model, kept.id)}"
+            said = "; ".join(f"{printable(id)} corrected ({one.kind})" for id, one in adjustments.items())
+            line = f"share    {value} ← {listed(tuple(_seen(member) for member in rest))}{_shape(model, kept.id)}"
+            return f"{line}; {said}" if said else line
         case Unshare(source=source, name=name):
             return f"unshare  {printable(name)} gets its own copy of {printable(source)}{_shape(model, source)}"
+        case Pool(weights=weights, n_heads=n_heads, n_groups=n_groups):
+            return f"pool     {listed(tuple(one.id for one in weights))}: {n_heads} heads become {n_groups}"
         case Respell(weight=weight, because=because):
             return f"respell  {printable(weight)}{_shape(model, weight)}: {printable(because)}"
         case SetConfig(file=file, key=key, value=value):

@@ -19,7 +19,7 @@ from tieaudit.copying import copy_file
 from tieaudit.dtypes import dtype
 from tieaudit.model import Model, Weight
 from tieaudit.runners import Array
-from tieaudit.storage import FileStorage, MemoryStorage, Storage
+from tieaudit.storage import FileStorage, MemoryStorage, Region, Storage
 
 Change = Callable[[Array], None]
 """Changes an array of a weight's logical shape in place; sub-byte types and strings come as flat uint8."""
@@ -36,8 +36,16 @@ class Overlay:
         self.model = model
         self.home = _home(model)
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._copied: set[Path] = set()
+        self._copied: dict[Path, Path] = {}
+        """Copy → its original, for those that are real bytes."""
         self._kept: dict[str, bytes] = {}
+        """Weight id → its bytes, for those that are no range of a file."""
+        self._mapped: dict[Path, list[FileStorage]] = {}
+        """Copy → ranges of its original that were changed in place."""
+        self._moved_about: set[Path] = set()
+        """Copies that were written anew, so that nothing is any more where the original has it."""
+        self._ranges: dict[Region, bytes] = {}
+        """Changed ranges of such originals."""
 
     def __enter__(self) -> Overlay:
         self._folder = tempfile.TemporaryDirectory(prefix="tieaudit-overlay-")
@@ -67,33 +75,46 @@ class Overlay:
             raise CannotChange(f"{weight.id} is not stored")
         if weight.held_as == "sparse_initializer" or weight.dtype == "string":
             raise CannotChange(f"{weight.id} is {weight.held_as if weight.dtype != 'string' else 'made of strings'}")
-        if isinstance(weight.storage, FileStorage):
-            target = self._own(Path(weight.storage.path))
-            mapped = np.memmap(target, np.uint8, "r+", weight.storage.offset, (weight.storage.n_bytes,))
+        storage = weight.storage
+        if isinstance(storage, FileStorage) and self._target(Path(storage.path)) not in self._moved_about:
+            target = self._own(Path(storage.path))
+            self._mapped.setdefault(target, []).append(storage)
+            mapped = np.memmap(target, np.uint8, "r+", storage.offset, (storage.n_bytes,))
             change(_shaped(mapped, weight))
             mapped.flush()
         elif self.model.format == "onnx":
             from tieaudit.formats.onnx.patch import put_bytes
 
-            plain = np.frombuffer(bytearray(weight.storage.read_ranges([(0, weight.n_bytes)])[0]), np.uint8)
+            known = self._kept.get(weight.id) or self._ranges.get(storage.region)
+            plain = np.frombuffer(bytearray(known or storage.read_ranges([(0, weight.n_bytes)])[0]), np.uint8)
             change(_shaped(plain, weight))
-            self._kept[weight.id] = plain.tobytes()
-            main = next(part.paths[0] for part in self.model.parts if part.name == weight.part)
+            main = self._own(Path(next(part.paths[0] for part in self.model.parts if part.name == weight.part)))
+            self._remember(main)
             try:
-                put_bytes(self._own(Path(main)), weight.scope, weight.name, plain.tobytes())
+                put_bytes(main, weight.scope, weight.name, plain.tobytes())
             except KeyError as error:
                 raise CannotChange(f"{weight.id} is not held as a tensor") from error
+            if isinstance(storage, FileStorage):
+                self._ranges[storage.region] = plain.tobytes()
+            else:
+                self._kept[weight.id] = plain.tobytes()
         else:
             raise CannotChange(f"{weight.id} is not stored in a range of a file")
 
+    def _remember(self, copy: Path) -> None:
+        """Keep what was changed in a copy that is about to be written anew."""
+        if copy not in self._moved_about:
+            self._moved_about.add(copy)
+            for storage in self._mapped.get(copy, ()):
+                self._ranges[storage.region] = replace(storage, path=str(copy)).read_ranges([(0, storage.n_bytes)])[0]
+
     def reset(self) -> None:
         """Undo all changes."""
-        for file in sorted(self._copied):
-            target = self._target(file)
+        for target, file in sorted(self._copied.items()):
             target.unlink(missing_ok=True)
             _link(file, target)
-        self._copied.clear()
-        self._kept.clear()
+        for known in (self._copied, self._kept, self._mapped, self._moved_about, self._ranges):
+            known.clear()
 
     def as_model(self) -> Model:
         """The same model with the changed bytes: every storage in a file points into the copy."""
@@ -104,7 +125,11 @@ class Overlay:
         if weight.id in self._kept:
             return MemoryStorage(self._kept[weight.id], f"overlay {weight.id}")
         if isinstance(weight.storage, FileStorage):
-            return replace(weight.storage, path=str(self._target(Path(weight.storage.path))))
+            target = self._target(Path(weight.storage.path))
+            if target not in self._moved_about:
+                return replace(weight.storage, path=str(target))
+            if weight.storage.region in self._ranges:
+                return MemoryStorage(self._ranges[weight.storage.region], f"overlay {weight.storage.region}")
         return weight.storage
 
     def _root(self) -> Path:
@@ -125,9 +150,9 @@ class Overlay:
     def _own(self, file: Path) -> Path:
         """The copy of one file, as real bytes."""
         target = self._target(file)
-        if file not in self._copied:
+        if target not in self._copied:  # by the copy: a file may be known under a relative and an absolute name
             target.unlink(missing_ok=True)
-            self._copied.add(file)
+            self._copied[target] = file
             try:
                 copy_file(file, target)
             except OSError as error:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from tieaudit.change import Edit, Plan, Respell, Share, Unshare
+from tieaudit.change import Edit, Plan, Pool, Respell, Share, Unshare
 from tieaudit.damage import likeness
 from tieaudit.errors import RewriteRefused, UsageError
 from tieaudit.formats import NEEDS_SETTING, Format
-from tieaudit.merge import aligned, common_value, difference, policy_of
+from tieaudit.merge import Common, aligned, common_value, difference, policy_of
 from tieaudit.model import Member, Model, Use, classes
 from tieaudit.propose import propose, schemes
 from tieaudit.registry import choose, discover
@@ -84,7 +84,7 @@ def plan(subject: Subject, choices: Choices, as_format: Format | None = None) ->
                 "another one makes of it: apply it to the result"
             )
         unequal = [] if choices.allow_lossy else [one for one in candidates if not one.lossless]
-        if len(unequal) > 1:
+        if len(unequal) > 1 and unequal[0].action == "share":
             draft.refusals.append(_unequal(draft, asked.scheme, unequal))
             candidates = [one for one in candidates if one.lossless]
         for candidate in candidates:
@@ -118,9 +118,9 @@ def _consider(draft: _Draft, candidate: Candidate) -> None:
         if not (covered and candidate.action == "respell"):
             draft.refuse(candidate, f"conflicts with what {', '.join(sorted(decided))} already does to these weights")
             return
-    make = {"share": _share, "unshare": _unshare, "respell": _respell, "declare": _declare}[candidate.action]
+    make = {"share": _share, "unshare": _unshare, "respell": _respell, "declare": _declare, "pool": _pool}
     try:
-        edits = make(draft, candidate)
+        edits = make[candidate.action](draft, candidate)
     except RewriteRefused as refused:
         draft.refuse(candidate, refused.message)
         return
@@ -183,12 +183,30 @@ def _lossy(draft: _Draft, candidate: Candidate) -> Share:
         )
     policy = draft.choices.merge or usual
     kinds = {id: role.kind for id, role in draft.subject.roles.items()}
-    kept, values = common_value(weights, kinds, policy)
+    common = common_value(weights, kinds, policy)
+    if common.adjustments:
+        _check_adjustments(draft, candidate, policy, common)
     members = candidate.members
-    if kept is not None:
-        members = _anchored(members, kept)
-    draft.notes.append(f"lossy: {' and '.join(w.id for w, _ in weights)} get one value by --merge {policy}")
-    return Share(members, values, candidate.because)
+    if common.kept is not None:
+        members = _anchored(members, common.kept)
+    decided = f" ({common.because})" if common.because else ""
+    draft.notes.append(f"lossy: {' and '.join(w.id for w, _ in weights)} get one value by --merge {policy}{decided}")
+    return Share(members, common.values, candidate.because, common.adjustments)
+
+
+def _check_adjustments(draft: _Draft, candidate: Candidate, policy: str, common: Common) -> None:
+    """RewriteRefused where the format has no place for corrections, or they cost more than the tie saves."""
+    if not draft.format.holds_adjustments:
+        raise RewriteRefused(
+            f"--merge {policy}: the correction of {', '.join(common.adjustments)} is an operation of its own, and the "
+            f"format {draft.format.name} holds weights only (an ONNX model has a place for it)"
+        )
+    n_added = sum(one.n_bytes for one in common.adjustments.values())
+    n_saved = _n_bytes_saved(draft.model, [Share(candidate.members)])
+    if n_added >= n_saved:
+        raise RewriteRefused(
+            f"--merge {policy}: its corrections would take {n_added:,} bytes, and the tie saves only {n_saved:,}"
+        )
 
 
 def _anchored(members: tuple[Member, ...], kept: str) -> tuple[Member, ...]:
@@ -204,6 +222,26 @@ def _realisable(draft: _Draft, edit: Edit) -> list[Edit]:
     if isinstance(settings, str):
         raise RewriteRefused(settings)
     return [*settings, edit]
+
+
+def _pool(draft: _Draft, candidate: Candidate) -> list[Edit]:
+    if draft.format.pool is None:
+        raise RewriteRefused(
+            f"the format {draft.format.name} holds no graph that could change with the shape of a weight: an ONNX "
+            "model does"
+        )
+    if draft.choices.merge not in (None, "mean"):
+        raise RewriteRefused(f"--merge {draft.choices.merge}: heads are pooled by their mean")
+    edit = draft.format.pool(draft.model, candidate.members[0].id, candidate.n_groups)
+    if isinstance(edit, str):
+        raise RewriteRefused(edit)
+    if not draft.choices.allow_lossy:
+        raise RewriteRefused(
+            f"{edit.n_heads} heads would become {edit.n_groups}, each the mean of {edit.n_heads // edit.n_groups}: "
+            "that changes the model's outputs unless these are equal (--allow-lossy does it knowingly)"
+        )
+    draft.lossless = False
+    return [edit]
 
 
 def _respell(draft: _Draft, candidate: Candidate) -> list[Edit]:
@@ -295,4 +333,9 @@ def _n_bytes_saved(model: Model, edits: Sequence[Edit]) -> int:
     for edit in edits:
         if isinstance(edit, Unshare):
             saved -= model.by_id[edit.source].n_bytes
+        elif isinstance(edit, Pool):
+            kept = edit.n_groups / edit.n_heads
+            saved += sum(round(model.by_id[one.id].n_bytes * (1 - kept)) for one in edit.weights)
+        elif isinstance(edit, Share):
+            saved -= sum(one.n_bytes for one in edit.adjustments.values())
     return saved

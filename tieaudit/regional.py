@@ -20,6 +20,8 @@ from tieaudit.change import Level, Plan, Rewritten, SetConfig, Share, Written
 from tieaudit.dtypes import dtype
 from tieaudit.errors import CorruptFile
 from tieaudit.floor import difference, limit_of, rounding_bound, says_something
+from tieaudit.formats.onnx import pool
+from tieaudit.formats.onnx.correct import PATTERNS
 from tieaudit.formats.onnx.region import Cutter, Region
 from tieaudit.inputs import N_MOST_ELEMENTS
 from tieaudit.model import Model, Use, Weight, storage_of
@@ -47,10 +49,15 @@ class _Case:
     shape: tuple[int, int]
     """What the consumer sees: rows and columns of the matrix."""
 
+    through: frozenset[str] = frozenset()
+    """Values inside the region that no pattern made."""
+    rounded: str = ""
+    """Element type of a table that the original holds rounded, where the result adjusts it as it goes."""
+
     @property
     def n_summed(self) -> int:
-        """Products in one sum: the axis that a product takes away."""
-        return self.shape[0] if self.use.slot == 1 else self.shape[1]
+        """Products in one sum: the axis that a product takes away; for what is adjusted, those of both sums."""
+        return sum(self.shape) if self.rounded else self.shape[0] if self.use.slot == 1 else self.shape[1]
 
 
 def of_onnx(before: Model, after: Model, written: Written, sandbox: Sandbox) -> Level:
@@ -102,14 +109,22 @@ def _cases(before: Model, written: Written) -> list[_Case]:
             continue
         shape = use.view.shape(before.by_id[use.weight].shape)
         if len(shape) == 2:
-            found.setdefault((one.part, one.scope, one.node), _Case(one, use, (shape[0], shape[1])))
+            rounded = before.by_id[use.weight].dtype if one.pattern in PATTERNS else ""
+            found.setdefault((one.part, one.scope, one.node), _Case(one, use, (shape[0], shape[1]), rounded=rounded))
+    for pooled in written.repeated:
+        use = uses.get((pooled.part, pooled.scope, pooled.node, pooled.slot))
+        if use is not None:
+            shape = use.view.shape(before.by_id[use.weight].shape)
+            one = Rewritten(pooled.part, pooled.scope, pooled.result, use.slot, pooled.result, use.slot, pool.PATTERN)
+            place = (pooled.part, pooled.scope, pooled.result)
+            found[place] = _Case(one, use, (shape[0], shape[1]), frozenset({pooled.node}))
     return list(found.values())
 
 
 def _run_case(case: _Case, before: Cutter, after: Cutter, sandbox: Sandbox) -> tuple[float, float]:
     """(largest difference, limit) of one rewritten operation."""
     scope, output = case.rewritten.scope, case.rewritten.node
-    one, other = before.cut(scope, output), after.cut(scope, output)
+    one, other = before.cut(scope, output, case.through), after.cut(scope, output, case.through)
     if set(one.inputs) != set(other.inputs):
         raise _Differs(f"it reads {', '.join(one.inputs)} before and {', '.join(other.inputs)} afterwards")
     kind = _result_type(case, one, before)
@@ -146,8 +161,8 @@ def _both(
     found = difference(results[0], results[1])
     if found.problem:
         raise _Differs(found.problem)
-    exact = case.use.op in _EXACT
-    return found.relative, 0.0 if exact else limit_of(0.0, rounding_bound(results[0], case.n_summed))
+    exact = case.use.op in _EXACT and not case.rounded
+    return found.relative, 0.0 if exact else limit_of(0.0, rounding_bound(results[0], case.n_summed, case.rounded))
 
 
 def _result_type(case: _Case, region: Region, cutter: Cutter) -> str:

@@ -8,11 +8,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from tieaudit.change import Plan, Respell, Rewritten, Share, Unshare, Written
+from tieaudit import adjusting, pooling
+from tieaudit.change import Plan, Pool, Respell, Rewritten, Share, Unshare, Written
 from tieaudit.compare import same_through
+from tieaudit.dtypes import dtype
 from tieaudit.model import Member, Model, Use, Weight
 from tieaudit.storage import blocks
 from tieaudit.view import AS_STORED, TRANSPOSED, Cast, Repack, Reshape, Transpose, View
@@ -59,6 +63,9 @@ def check(before: Model, after: Model, plan: Plan, written: Written) -> Check:
     for edit in plan.edits:
         if isinstance(edit, Share):
             _share(before, after, edit, plan, written, result)
+            result.problems.extend(adjusting.problems(before, after, edit, written))
+        elif isinstance(edit, Pool):
+            _pool(before, after, edit, written, result)
         elif isinstance(edit, Respell):
             _kept(before, after, edit.weight, written, result)
         elif isinstance(edit, Unshare):
@@ -78,6 +85,8 @@ def touched_ids(plan: Plan) -> frozenset[str]:
             found.add(edit.weight)
         elif isinstance(edit, Unshare):
             found.add(edit.source)
+        elif isinstance(edit, Pool):
+            found.update(one.id for one in edit.weights)
     return frozenset(found)
 
 
@@ -86,6 +95,25 @@ def planned_value(before: Model, share: Share) -> Weight | None:
     first = before.by_id[share.members[0].id]
     storage = first.storage if share.values is None else share.values
     return None if storage is None else replace(first, storage=storage)
+
+
+def planned_values(before: Model, share: Share) -> Iterator[tuple[Weight, NDArray[Any]]]:
+    """Each stored member with what it is to see, adjusted, in its own layout; codes and strings as plain bytes.
+
+    Cost: the common value, held in memory.
+    """
+    common = planned_value(before, share)
+    if common is None or common.storage is None:
+        return
+    values = np.frombuffer(common.storage.read_ranges([(0, common.n_bytes)])[0], np.uint8)
+    kind = dtype(common.dtype)
+    whole: NDArray[Any] = values if kind.item_bytes is None else values.view(kind.numpy()).reshape(common.shape)
+    for member in share.members:
+        if before.by_id[member.id].storage is None:
+            continue
+        adjustment = share.adjustments.get(member.id)
+        seen = whole if adjustment is None else adjusting.adjusted(whole, adjustment)
+        yield before.by_id[member.id], member.view.apply(seen) if kind.item_bytes is not None else seen
 
 
 def same_value(a: Weight, b: Weight, view: View = AS_STORED) -> bool:
@@ -203,6 +231,13 @@ def _share(before: Model, after: Model, edit: Share, plan: Plan, written: Writte
                 result.problems.append(f"{member.id}: not stored, and no declaration restores it from {kept}")
             home_id = next(iter(stored))
         result.served[member.id] = Serving(home_id, member.view, views[home_id] or AS_STORED)
+
+
+def _pool(before: Model, after: Model, edit: Pool, written: Written, result: Check) -> None:
+    result.problems.extend(pooling.problems(before, after, edit, written))
+    for one in edit.weights:
+        result.served[one.id] = Serving(one.id, AS_STORED, AS_STORED)
+        result.n_bytes += after.by_id[one.id].n_bytes if one.id in after.by_id else 0
 
 
 def _stored_view(common: Weight, home: Weight, members: Iterable[Member]) -> View | None:

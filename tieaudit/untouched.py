@@ -65,12 +65,14 @@ def _adjusted(before: Model, plan: Plan, path: Path) -> Sequence[Adjustment]:
 
 
 def _graphs(before: Model, after: Model, plan: Plan, written: Written, check: Check) -> list[str]:
-    from tieaudit.formats.onnx import compare
+    from tieaudit.formats.onnx import compare, pool
+    from tieaudit.formats.onnx.correct import PATTERNS
     from tieaudit.formats.onnx.patterns import ALLOWED
 
-    strange = sorted({one.pattern for one in written.rewritten} - set(ALLOWED))
+    known = (*ALLOWED, *PATTERNS, pool.PATTERN)
+    strange = sorted({one.pattern for one in written.rewritten} - set(known))
     if strange:
-        return [f"the graph edit {strange[0]!r} is not on the list of edits that are proved: {', '.join(ALLOWED)}"]
+        return [f"the graph edit {strange[0]!r} is not on the list of edits that are proved: {', '.join(known)}"]
     unshared = [edit for edit in plan.edits if isinstance(edit, Unshare)]
     copies = {w.name: w.id for w in after.weights} | {w.id: w.id for w in after.weights}
     chains = {(use.part, use.scope, use.node, use.slot): use.chain for use in before.uses}

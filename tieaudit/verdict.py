@@ -80,9 +80,11 @@ class Candidate:
     n_bytes_saved: int
     lossless: bool
     because: str
-    action: Literal["share", "unshare", "declare", "respell"] = "share"
+    action: Literal["share", "unshare", "declare", "respell", "pool"] = "share"
     damage: str = ""
     """For a lossy proposal: the measured difference in one sentence, where it was measured."""
+    n_groups: int = 0
+    """For heads that are to be pooled: how many are to be left."""
 
 
 @dataclass(frozen=True)

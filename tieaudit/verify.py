@@ -12,11 +12,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
-from tieaudit import controls, cost, regional, structural
-from tieaudit.change import Level, Plan, Proof, SetConfig, Share, Written
-from tieaudit.dtypes import dtype
+from tieaudit import controls, cost, pooling, regional, structural
+from tieaudit.change import Level, Plan, Pool, Proof, SetConfig, Share, Written
 from tieaudit.end_to_end import Compared, Pair, on_each_device
 from tieaudit.end_to_end import compare as run_pair
 from tieaudit.levels import Children, level_of
@@ -141,6 +138,12 @@ class _Work:
         shapes = [self.before.by_id[id].shape for id in touched]
         return max(inner or [min(shape) for shape in shapes if shape], default=1)
 
+    @property
+    def rounded(self) -> str:
+        """Element type of the tables that the reference holds rounded, and the result computes as it goes."""
+        shares = [edit for edit in self.plan.edits if isinstance(edit, Share)]
+        return next((one.dtype for edit in shares for one in edit.adjustments.values()), "")
+
 
 def _regional(work: _Work) -> Level:
     if work.before.format == "onnx":
@@ -159,7 +162,8 @@ def _proved_by_running(work: _Work, gathered: _Gathered) -> Level:
 
         def run(one: Sandbox, other: Sandbox, part: str = part, path: str = path, against: str = against) -> Compared:
             original = None if work.reference is None else path
-            return run_pair(Pair(against, path_of(work.after, part), one, other, work.inputs, original), work.n_summed)
+            paths = (against, path_of(work.after, part))
+            return run_pair(Pair(*paths, one, other, work.inputs, original, work.rounded), work.n_summed)
 
         def boxes(name: str) -> tuple[Sandbox, Sandbox]:
             return work.child(work.runner, name), work.child(work.runner, name)
@@ -182,18 +186,15 @@ def _reference(before: Model, plan: Plan) -> Iterator[Overlay]:
     """The original with the planned values in its untied slots. CannotChange."""
     with Overlay(before) as overlay:
         for edit in plan.edits:
+            if isinstance(edit, Pool):
+                for weight, seen in pooling.planned_values(before, edit):
+                    overlay.change(weight, _setter(seen))
             if not isinstance(edit, Share):
                 continue
-            common = structural.planned_value(before, edit)
-            if common is None or common.storage is None:
+            if structural.planned_value(before, edit) is None:
                 raise CannotChange(f"{edit.members[0].id} stores nothing")
-            values = np.frombuffer(common.storage.read_ranges([(0, common.n_bytes)])[0], np.uint8)
-            kind = dtype(common.dtype)
-            shaped = values if kind.item_bytes is None else values.view(kind.numpy()).reshape(common.shape)
-            for member in edit.members:
-                if before.by_id[member.id].storage is not None:
-                    seen = member.view.apply(shaped) if kind.item_bytes is not None else shaped
-                    overlay.change(before.by_id[member.id], _setter(seen))
+            for weight, seen in structural.planned_values(before, edit):
+                overlay.change(weight, _setter(seen))
         yield overlay
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
-    from tieaudit.change import Edit, Kind, Plan, SetConfig, Written
+    from tieaudit.change import Edit, Kind, Plan, Pool, SetConfig, Written
     from tieaudit.model import Model
 
 P = ParamSpec("P")
@@ -72,6 +72,10 @@ class Format:
     has_program: bool = True
     """Whether a model of this format can be run, alone or by the library that knows its class; else the structural
     proof is all that there can be."""
+    pool: Callable[[Model, str, int], Pool | str] | None = None
+    """(model, id of a projection, number of groups) → the edit that pools its heads, or why they cannot be."""
+    holds_adjustments: bool = False
+    """Whether `edit` writes what a share's members apply to the common value, as operations of the program."""
     precedence: int = 0
     """Among formats that own one path the highest wins (a Hugging Face folder over the safetensors inside)."""
 

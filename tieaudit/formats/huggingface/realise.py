@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from tieaudit.change import Edit, Respell, SetConfig, Share, Unshare
+from tieaudit.change import Edit, Pool, Respell, SetConfig, Share, Unshare
 from tieaudit.formats import NEEDS_SETTING
 from tieaudit.formats.huggingface import write_pickled
 from tieaudit.formats.huggingface.facts import FLAG
@@ -43,7 +43,7 @@ def of_class(model: Model, edit: Edit, target: str) -> str | None:
         return _unknown(model) or _share(model, edit, target)
     if isinstance(edit, Unshare):
         return _unshare(model, edit)
-    if isinstance(edit, Respell):
+    if isinstance(edit, Respell | Pool):
         return "a Hugging Face folder holds no graph, so there is nothing to express differently"
     return None if edit.file == CONFIG else f"only {CONFIG} can be changed, not {edit.file}"
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tieaudit.change import Edit, Plan, Respell, Share, Unshare, Written
+from tieaudit.change import Edit, Plan, Pool, Respell, Share, Unshare, Written
 from tieaudit.errors import RewriteRefused
-from tieaudit.formats.onnx import repack, respell, share, unshare
+from tieaudit.formats.onnx import correct, pool, repack, respell, share, unshare
 from tieaudit.formats.onnx.bench import Bench, for_looking
 from tieaudit.formats.onnx.patterns import Style
 from tieaudit.formats.onnx.write import write
@@ -43,18 +43,24 @@ def edit(model: Model, plan: Plan, dest: Path) -> Written:
         if reason is not None:
             raise RewriteRefused(f"{model.path}: {reason}", hint="nothing was written")
     files = write(model, list(bench.pieces.values()), dest, plan.data_names)
-    return Written(files, bench.renamed(), bench.records.rewritten(model.uses))
+    records = bench.records
+    return Written(files, bench.renamed(), records.rewritten(model.uses), records.adjusted(), records.repeated())
 
 
 def _why_not(bench: Bench, model: Model, edit: Edit, style: Style) -> str | None:
     found: object
     if isinstance(edit, Share):
         one_packing = repack.is_repacking(edit)
+        found = correct.decide(bench, model, edit)
+        if isinstance(found, str):
+            return found
         found = repack.decide(bench, model, edit) if one_packing else share.decide(bench, model, edit, style)
     elif isinstance(edit, Respell):
         found = respell.decide(bench, model, edit, style)
     elif isinstance(edit, Unshare):
         found = unshare.why_not(bench, model, edit)
+    elif isinstance(edit, Pool):
+        found = pool.decide(bench, model, edit)
     else:
         found = "an ONNX model has no settings to change: its ties are in its graph"
     return found if isinstance(found, str) else None
@@ -68,6 +74,10 @@ def _act(bench: Bench, model: Model, edit: Edit, plan: Plan, style: Style) -> st
             return packing
         repack.repack(bench, packing)
     elif isinstance(edit, Share):
+        corrected = correct.decide(bench, model, edit)
+        if isinstance(corrected, str):
+            return corrected
+        correct.correct(bench, corrected)
         decision = share.decide(bench, model, edit, style)
         if isinstance(decision, str):
             return decision
@@ -87,6 +97,11 @@ def _act(bench: Bench, model: Model, edit: Edit, plan: Plan, style: Style) -> st
         if reason is not None:
             return reason
         unshare.unshare(bench, model, edit)
+    elif isinstance(edit, Pool):
+        places = pool.decide(bench, model, edit)
+        if isinstance(places, str):
+            return places
+        pool.pool(bench, model, edit, places)
     else:
         return _why_not(bench, model, edit, style)
     return None

@@ -128,7 +128,7 @@ def _in_order(style: Style) -> Sequence[Pattern]:
     return (FUSED, *PATTERNS) if style == "fused" else PATTERNS
 
 
-class _Emit:
+class Emit:
     """Collects the nodes of one replacement under fresh names, each saying which pattern made it."""
 
     def __init__(self, reading: Reading, pattern: str) -> None:
@@ -241,7 +241,7 @@ def _to_gemm_why_not(reading: Reading) -> str | None:
 
 def _to_gemm(reading: Reading, stored: str) -> Built:
     """MatMul → Gemm, between two Reshapes unless the other factor is known to be a matrix."""
-    emit = _Emit(reading, "matmul_to_gemm")
+    emit = Emit(reading, "matmul_to_gemm")
     node, piece = reading.op.proto, reading.piece
     flag: dict[str, Any] = {"transB": 1} if reading.slot else {"transA": 1}
     factors = [node.input[0], node.input[1]]
@@ -261,7 +261,7 @@ def _to_gemm(reading: Reading, stored: str) -> Built:
     return emit.built
 
 
-def _zero(emit: _Emit, reading: Reading) -> tuple[str, ...]:
+def _zero(emit: Emit, reading: Reading) -> tuple[str, ...]:
     """Gemm's third input, which is optional only from operator set 11 on."""
     if reading.piece.opset >= 11:
         return ()
@@ -276,7 +276,7 @@ def _to_fused_why_not(reading: Reading) -> str | None:
 
 
 def _to_fused(reading: Reading, stored: str) -> Built:
-    emit = _Emit(reading, "matmul_to_fused")
+    emit = Emit(reading, "matmul_to_fused")
     factors = [reading.op.proto.input[0], reading.op.proto.input[1]]
     factors[reading.slot] = stored
     flag: dict[str, Any] = {"transB": 1} if reading.slot else {"transA": 1}
@@ -304,7 +304,7 @@ def _gather_why_not(reading: Reading) -> str | None:
 
 def _gather(reading: Reading, stored: str) -> Built:
     """A lookup along the other axis, flattened, and its result turned back."""
-    emit = _Emit(reading, "gather_axis1")
+    emit = Emit(reading, "gather_axis1")
     node = reading.op.proto
     axis = (int_attribute(node, "axis", 0) or 0) % 2
     ids = node.input[1]
@@ -325,7 +325,7 @@ def emit_packed_lookup(reading: Reading, stored: str, how: Quantised, widen: boo
 
     `widen`: its zero points are typed 4-bit ones, which become a byte each.
     """
-    emit = _Emit(reading, PACKED_LOOKUP)
+    emit = Emit(reading, PACKED_LOOKUP)
     node = reading.op.proto
     ids, scales = node.input[1], node.input[2]
     n_rows, n_columns = how.shape

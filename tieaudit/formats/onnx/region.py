@@ -72,8 +72,8 @@ class Cutter:
         sizes = tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
         return DTYPES[tensor.elem_type], sizes if tensor.HasField("shape") else None
 
-    def cut(self, scope_name: str, output: str) -> Region:
-        """The region that makes `output`. CorruptFile if nothing does."""
+    def cut(self, scope_name: str, output: str, through: frozenset[str] = frozenset()) -> Region:
+        """The region that makes `output`, with the nodes that make `through`. CorruptFile if nothing makes it."""
         scope = self._scope(scope_name)
         makers = {name: node for node in scope.nodes for name in node.output if name}
         if output not in makers:
@@ -93,7 +93,10 @@ class Cutter:
                 if weight is not None:
                     weights[name] = weight
                 elif maker is not None and (
-                    tag(maker) or maker.op_type == "Constant" or self._re_arranges(scope, maker, makers)
+                    name in through
+                    or tag(maker)
+                    or maker.op_type == "Constant"
+                    or self._re_arranges(scope, maker, makers)
                 ):
                     pending.append(maker)
                 elif maker is None and (outer := self._outer_view(scope, name)) is not None:
