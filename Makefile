@@ -21,7 +21,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: help setup demo test check check-format check-lint check-types check-layers check-docs
-.PHONY: bench bench-page docs fixtures format fuzz clean
+.PHONY: bench bench-page docs fixtures format fuzz gpu clean
 
 help: ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -59,6 +59,11 @@ bench: $(READY) ## time and memory beside peers, docs/benchmarks.md; BENCH_ARGS=
 
 bench-page: $(READY) ## docs/benchmarks.md again from the figures that are there
 	$(BIN)/python benchmarks/run.py --only
+
+gpu: $(READY) ## on a CUDA device: the tests marked cuda, then figures and docs/gpu.md; one line where there is none
+	$(BIN)/python benchmarks/gpu.py --check
+	$(BIN)/python -m pytest -m cuda tests
+	$(BIN)/python benchmarks/gpu.py
 
 fuzz: $(READY) ## ten minutes of fuzzing for each reader; FUZZ_SECONDS=60 TARGETS=onnx for less; Linux, Python 3.11 to 3.13
 	$(BIN)/python -c 'import atheris' 2>/dev/null \

@@ -222,6 +222,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--calibration-tokens", type=int, default=25_000)
     parser.add_argument("--held-out-tokens", type=int, default=40_000)
+    parser.add_argument("--models", type=Path, help="keep trained models in this folder, and take them from there")
     parser.add_argument("--to", type=Path, default=ROOT / "docs" / "merging.md")
     given = parser.parse_args(arguments)
     text = Text.read(given.train, given.held_out)
@@ -231,7 +232,13 @@ def main(arguments: list[str]) -> int:
         torch.manual_seed(given.seed)
         model = make(text.n_words)
         print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters", file=sys.stderr)
-        train(model, text, given.epochs, rate)
+        kept = given.models / f"{name}-{given.seed}-{given.epochs}.pt" if given.models is not None else None
+        if kept is not None and kept.exists():
+            model.load_state_dict(torch.load(kept, weights_only=True))
+        else:
+            train(model, text, given.epochs, rate)
+            if kept is not None:
+                torch.save(model.state_dict(), kept)
         results[name] = rows(model, text, given.calibration_tokens, given.held_out_tokens)
     given.to.write_text(page(results, text, given), encoding="utf-8")
     return 0

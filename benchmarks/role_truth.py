@@ -186,7 +186,7 @@ def truth_of(model: Any) -> dict[str, Truth | None]:
             kind = _kind(torch, module, type(parent).__name__, attribute, name, module is inputs, module is head)
             full = f"{path}.{name}" if path else name
             numbers = [int(part) for part in names if part.isdigit()]
-            layer = numbers[0] if numbers else None
+            layer = numbers[0] if numbers and "albert_layers" not in names else None  # one set for all layers
             side = next((part for part in names if part in ("encoder", "decoder")), None) if is_pair else None
             found[full] = None if kind is None else Truth(kind, layer, side)
     return found
@@ -205,7 +205,9 @@ def _kind(torch: Any, module: Any, owner: str, attribute: str, name: str, is_inp
         return _OWN[name]
     suffix = "_bias" if name == "bias" or name.endswith("_bias") else ""
     if "Norm" in own and not isinstance(module, torch.nn.Linear):
-        return "norm_bias" if name in ("bias", "beta") else "norm_scale" if name in ("weight", "scale", "gamma") else None
+        return (
+            "norm_bias" if name in ("bias", "beta") else "norm_scale" if name in ("weight", "scale", "gamma") else None
+        )
     if isinstance(module, torch.nn.modules.conv._ConvNd):
         return "bias" if suffix else "convolution"
     if isinstance(module, (torch.nn.RNNBase, torch.nn.RNNCellBase)):

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 HOME = Path(__file__).resolve().parent
-NAMES = ("onnx", "safetensors", "folder", "scan")
+NAMES = ("onnx", "safetensors", "checkpoint", "folder", "scan")
 MEMORY_MB = 2048
 
 

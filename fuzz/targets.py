@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from fuzz import boxes, onnx_oracle, records, seeds, texts
+from fuzz import boxes, checkpoints, onnx_oracle, pickles, records, seeds, texts
 from fuzz.guard import Violation, folder, guarded
 from tieaudit.errors import CorruptFile, TieAuditError
 from tieaudit.model import Model
@@ -304,6 +304,11 @@ def _check_printed(reports: list[Any], errors: list[tuple[str, str]]) -> None:
     json.loads(document, parse_constant=lambda name: (_ for _ in ()).throw(Violation(f"{name} in the JSON")))
 
 
+def check_checkpoint(data: bytes) -> None:
+    """Ours against PyTorch: read or refused, nothing executed, and the tensors that it loads."""
+    checkpoints.check(data, said_in_one_line)
+
+
 def _mutated_onnx(data: bytes, rng: random.Random, n_most: int, bytewise: Callable[[bytes], bytes]) -> bytes:
     return bytewise(data)[:n_most] if rng.random() < 0.08 else records.mutated(data, rng, n_most)
 
@@ -317,6 +322,7 @@ TARGETS = {
     for target in (
         Target("onnx", check_onnx, _mutated_onnx, seeds.onnx_files, 1 << 15),
         Target("safetensors", check_safetensors, _mutated_safetensors, seeds.safetensors_files, 1 << 13),
+        Target("checkpoint", check_checkpoint, pickles.mutated_checkpoint, checkpoints.seeds, 1 << 14),
         Target("folder", check_folder, boxes.mutated_box, seeds.folders, 1 << 14),
         Target("scan", check_scan, boxes.mutated_box, seeds.everything, 1 << 15),
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import tiny_onnx
 from click.testing import CliRunner, Result
 
 from tieaudit.cli import main
+from tieaudit.errors import RewriteRefused
 
 pytest.importorskip("onnxruntime")
 
@@ -236,6 +239,140 @@ def test_a_failure_while_writing_removes_the_workspace(tmp_path: Path, monkeypat
     assert listing(tmp_path) == before
 
 
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+@pytest.fixture
+def usual_umask() -> Iterator[None]:
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("usual_umask")
+@pytest.mark.parametrize(("given", "expected"), [(0o600, 0o600), (0o640, 0o640), (0o666, 0o644), (0o400, 0o600)])
+def test_a_private_model_does_not_become_readable(tmp_path: Path, given: int, expected: int) -> None:
+    """Not for the data beside it, nor the receipt, which names its weights. Its owner may always write what is new."""
+    source, to = tiny_onnx.lost(tmp_path / "m.onnx", external=True), tmp_path / "out" / "m.onnx"
+    for path in (source, tmp_path / "m.onnx.data"):
+        path.chmod(given)
+    assert run("apply", source, "--to", to).exit_code == 0
+    assert {path.name: mode(path) for path in to.parent.iterdir()} == dict.fromkeys(
+        ("m.onnx", "m.onnx.data", "m.onnx.receipt.json"), expected
+    )
+    assert mode(to.parent) == 0o755
+
+
+@pytest.mark.usefixtures("usual_umask")
+def test_a_private_data_file_makes_no_public_one_and_a_public_model_stays_public(tmp_path: Path) -> None:
+    source, to = tiny_onnx.lost(tmp_path / "m.onnx", external=True), tmp_path / "m-tied.onnx"
+    (tmp_path / "m.onnx.data").chmod(0o600)
+    assert run("apply", source, "--to", to).exit_code == 0
+    assert mode(tmp_path / "m-tied.onnx") == 0o644
+    assert mode(tmp_path / "m-tied.onnx.data") == 0o600  # a name that the source has not: what all of its files allow
+
+
+@pytest.mark.usefixtures("usual_umask")
+def test_a_delivered_folder_is_no_more_open_than_its_source(tmp_path: Path) -> None:
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for name in ("encoder_model.onnx", "decoder_model.onnx"):
+        tiny_onnx.lost(folder / name).chmod(0o600)
+    folder.chmod(0o700)
+    assert run("apply", folder, "--to", tmp_path / "out").exit_code == 0
+    assert mode(tmp_path / "out") == 0o700
+    assert {mode(path) for path in (tmp_path / "out").iterdir()} == {0o600}
+
+
+def test_folders_that_were_made_for_a_delivery_go_with_it(tmp_path: Path) -> None:
+    source, to = tiny_onnx.lost(tmp_path / "m.onnx"), tmp_path / "a" / "b" / "out.onnx"
+    before = sorted(tmp_path.rglob("*"))
+    assert run("apply", source, "--to", to).exit_code == 0
+    assert run("apply", "--undo", f"{to}.receipt.json").exit_code == 0
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_folders_that_hold_something_else_by_now_stay(tmp_path: Path) -> None:
+    source, to = tiny_onnx.lost(tmp_path / "m.onnx"), tmp_path / "a" / "b" / "out.onnx"
+    assert run("apply", source, "--to", to).exit_code == 0
+    (tmp_path / "a" / "mine").write_text("mine")
+    assert run("apply", "--undo", f"{to}.receipt.json").exit_code == 0
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["mine"]
+
+
+def test_an_empty_folder_that_was_there_before_stays_when_a_delivery_is_undone(tmp_path: Path) -> None:
+    source, to = tiny_onnx.lost(tmp_path / "m.onnx"), tmp_path / "a" / "b" / "out.onnx"
+    (tmp_path / "a").mkdir()
+    assert run("apply", source, "--to", to).exit_code == 0
+    assert run("apply", "--undo", f"{to}.receipt.json").exit_code == 0
+    assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_folders_that_were_made_for_a_delivery_that_failed_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny_onnx.lost(tmp_path / "m.onnx")
+    before = sorted(tmp_path.rglob("*"))
+
+    def refused(source: Path, target: Path) -> None:
+        raise RewriteRefused(f"{target}: cannot be moved into place")
+
+    monkeypatch.setattr(importlib.import_module("tieaudit.deliver"), "_rename_new", refused)
+    assert run("apply", source, "--to", tmp_path / "a" / "b" / "out.onnx").exit_code == 2
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def dead_process() -> int:
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    return done.pid
+
+
+@pytest.mark.skipif(not Path("/proc/self/ns/pid").exists(), reason="the system does not tell which process ran")
+def test_what_a_killed_run_left_is_removed_by_the_next_one_and_what_may_be_alive_is_named(tmp_path: Path) -> None:
+    source = tiny_onnx.lost(tmp_path / "m.onnx")
+    here = importlib.import_module("tieaudit.rewrite")._this_machine()
+    dead, alive, elsewhere, not_ours = (
+        tmp_path / f".out.onnx.tieaudit-{name}"
+        for name in (
+            f"{here}-{dead_process()}-0123456789ab",
+            f"{here}-{os.getppid()}-0123456789ab",
+            "00000000-1-0123456789ab",
+            "of-a-friend",
+        )
+    )
+    for folder in (dead, alive, elsewhere, not_ours):
+        folder.mkdir()
+        (folder / "m.onnx").write_bytes(b"x")
+    result = run("apply", source, "--to", tmp_path / "out.onnx")
+    assert result.exit_code == 0, result.output
+    assert not dead.exists()
+    assert f"removed {dead}" in result.output
+    for folder in (alive, elsewhere):
+        assert (folder / "m.onnx").exists()
+        assert f"{folder} belongs to another run" in result.output
+    assert (not_ours / "m.onnx").exists()
+    assert not_ours.name not in result.output
+
+
+@pytest.mark.skipif(not Path("/proc/self/ns/pid").exists(), reason="the system does not tell which process ran")
+def test_a_run_that_is_killed_leaves_a_workspace_that_the_next_run_removes(tmp_path: Path) -> None:
+    source, to = tiny_onnx.lost(tmp_path / "m.onnx"), tmp_path / "out.onnx"
+    code = (
+        "import os, signal, sys, tieaudit.rewrite as stage\n"
+        "stage.flush = lambda path: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from tieaudit.cli import main\n"
+        "main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, "apply", str(source), "--to", str(to)]
+    killed = subprocess.run(command, capture_output=True, timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".out.onnx.tieaudit-*"))) == 1
+    assert run("apply", source, "--to", to).exit_code == 0
+    assert list(tmp_path.glob(".out.onnx.tieaudit-*")) == []
+
+
 def test_too_little_room_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny_onnx.lost(tmp_path / "m.onnx")
 
@@ -249,13 +386,22 @@ def test_too_little_room_is_said_before_anything_is_written(tmp_path: Path, monk
     assert not (tmp_path / "out.onnx").exists()
 
 
-@pytest.mark.parametrize("command", ["plan", "apply", "verify"])
+@pytest.mark.parametrize("command", ["plan", "apply", "verify", "receipt-check", "undo"])
 def test_the_json_of_every_command_fits_its_published_schema(tmp_path: Path, command: str) -> None:
     import jsonschema
 
     source, to = tiny_onnx.lost(tmp_path / "m.onnx"), tmp_path / "out.onnx"
-    words = {"plan": (source,), "apply": (source, "--to", to), "verify": (source, source)}[command]
-    result = run(command, *words, "--format", "json")
+    receipt = tmp_path / "out.onnx.receipt.json"
+    if command in ("receipt-check", "undo"):
+        run("apply", source, "--to", to)
+    words = {
+        "plan": ("plan", source),
+        "apply": ("apply", source, "--to", to),
+        "verify": ("verify", source, source),
+        "receipt-check": ("verify", "--receipt", receipt),
+        "undo": ("apply", "--undo", receipt),
+    }[command]
+    result = run(*words, "--format", "json")
     assert result.exit_code == 0, result.output
     schema = Path(__file__).parent.parent / "docs" / "schema" / f"{command}-1.schema.json"
     wanted = json.loads(schema.read_text())

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
+import inspect
 import pkgutil
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tieaudit import errors
+from tieaudit.formats import Format
 from tieaudit.registry import discover
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,6 +123,31 @@ def test_a_module_without_a_member_is_refused_by_name(monkeypatch: pytest.Monkey
     finally:
         discover.cache_clear()
         sys.modules.pop("tieaudit.relations.zz_empty", None)
+
+
+def test_what_a_format_imports_later_fits_the_field_that_it_is_given_to() -> None:
+    n_compared = 0
+    for form in discover("formats", Format).values():
+        for field in dataclasses.fields(Format):
+            where = getattr(getattr(form, field.name), "__qualname__", "")
+            if re.fullmatch(r"tieaudit\.[\w.]+:\w+", where):
+                module, name = where.split(":")
+                assert str(field.type).removesuffix(" | None") in _spelled(
+                    getattr(importlib.import_module(module), name)
+                )
+                n_compared += 1
+    assert n_compared >= 15
+
+
+def _spelled(function: Any) -> list[str]:
+    """How the annotation of a callable field can spell a function; arguments with a default may be left out."""
+    given = inspect.signature(function)
+    arguments = [str(one.annotation) for one in given.parameters.values()]
+    n_needed = sum(one.default is inspect.Parameter.empty for one in given.parameters.values())
+    return [
+        f"Callable[[{', '.join(arguments[:n])}], {given.return_annotation}]"
+        for n in range(n_needed, len(arguments) + 1)
+    ]
 
 
 def test_no_source_file_outgrows_four_hundred_lines() -> None:

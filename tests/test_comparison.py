@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
+from click.testing import CliRunner, Result
 
+from tieaudit.cli import main
 from tieaudit.comparison import Choice, compare, frontier
 from tieaudit.merges import Statistics
 from tieaudit.model import Model, Part, Role, Weight
@@ -99,3 +104,62 @@ def test_the_front_holds_what_nothing_beats_in_both_size_and_damage() -> None:
         assert not any(other.n_bytes_saved >= one.n_bytes_saved and other.damage < one.damage for other in choices), one
     assert [one.n_bytes_saved for one in front] == sorted({one.n_bytes_saved for one in front})
     assert len(front) > 2
+
+
+def plan_of(*words: object) -> Result:
+    return CliRunner().invoke(main, ["plan", *map(str, words)])
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A lookup and a head of its own, as ONNX."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng = np.random.default_rng(0)
+    tables = {"embed": rng.standard_normal((300, 16)), "head": rng.standard_normal((16, 300))}
+    graph = helper.make_graph(
+        [
+            helper.make_node("Gather", ["embed", "ids"], ["h"]),
+            helper.make_node("MatMul", ["h", "head"], ["logits"]),
+        ],
+        "lm",
+        [helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", "length"])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "length", 300])],
+        [numpy_helper.from_array(table.astype(np.float32), name) for name, table in tables.items()],
+    )
+    path = tmp_path_factory.mktemp("untied") / "lm.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    return path
+
+
+def test_a_plan_without_a_scheme_shows_what_could_be_shared_and_at_what_damage(untied: Path) -> None:
+    said = plan_of(untied)
+    assert said.exit_code == 0
+    rows = [line.split() for line in said.output.splitlines() if line.startswith("  io ")]
+    assert ["io", "keep:head", "-4,800", "19.2", "kB"] in [row[:5] for row in rows]
+    assert ["io", "low-rank:8", "-2,272", "9.1", "kB"] in [row[:5] for row in rows]  # 8·(300 + 16) = 2,528 less
+    front = plan_of(untied, "--frontier")
+    assert "keep:embedding" not in front.output
+    assert len(front.output.splitlines()) < len(said.output.splitlines())
+    told = json.loads(plan_of(untied, "--format", "json").output)
+    assert {one["policy"] for one in told["choices"]} >= {"keep:head", "mean", "low-rank:8"}
+
+
+def test_the_table_is_not_shown_for_a_scheme_that_was_asked_for(untied: Path) -> None:
+    assert "what could be shared" not in plan_of(untied, "--scheme", "io").output
+    refused = plan_of(untied, "--scheme", "io", "--frontier")
+    assert refused.exit_code == 2 and "without --scheme" in refused.output
+
+
+def test_a_picture_is_drawn_where_nothing_is_yet(untied: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for name in ("front.svg", "front.png"):
+        assert plan_of(untied, "--plot", tmp_path / name).exit_code == 0
+        assert (tmp_path / name).stat().st_size > 1000
+    assert "low-rank:8" in (tmp_path / "front.svg").read_text() or "io" in (tmp_path / "front.svg").read_text()
+    again = plan_of(untied, "--plot", tmp_path / "front.svg")
+    assert again.exit_code == 2 and "exists already" in again.output
+    wrong = plan_of(untied, "--plot", tmp_path / "front.pdf")
+    assert wrong.exit_code == 2 and ".png or .svg" in wrong.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["front.png", "front.svg"]

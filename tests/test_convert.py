@@ -543,6 +543,7 @@ class Extra(torch.nn.Linear):
         ),
     ],
 )
+@pytest.mark.filterwarnings("ignore:ComplexHalf support")
 def test_a_live_module_without_plain_values_is_refused_by_name(tmp_path: Path, make: Any, because: str) -> None:
     with pytest.raises(RewriteRefused) as caught:
         tieaudit.apply(make(), to=tmp_path / "a.pt")

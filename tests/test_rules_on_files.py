@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -160,3 +161,93 @@ def test_the_command_of_a_finding_mends_it_when_it_is_run(code: str, tmp_path: P
     assert codes(mended) == []
     assert mended.summary.n_bytes <= report.summary.n_bytes
     assert mended.summary.n_bytes_duplicate == 0
+
+
+def refusing_models(folder: Path) -> dict[str, Path]:
+    """Duplicates that `apply` refuses to share, by what stands in the way."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    def written(name: str, nodes: list[Any], weights: dict[str, Any], outputs: tuple[str, ...], **more: Any) -> Path:
+        tensors = [numpy_helper.from_array(np.ascontiguousarray(values), key) for key, values in weights.items()]
+        x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", H])
+        made = [helper.make_tensor_value_info(one, TensorProto.FLOAT, None) for one in outputs]
+        graph = helper.make_graph(nodes, "g", [x], made, tensors)
+        opsets = [helper.make_opsetid("", 17), helper.make_opsetid("mine", 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=8, **more)
+        path = make_folder(folder / name) / "model.onnx"
+        path.write_bytes(model.SerializeToString())
+        return path
+
+    product = [node("MatMul", ["x", "a"], "h"), node("MatMul", ["h", "b"], "y")]
+    square = ramp(H, H)
+    bodies = [
+        helper.make_function(
+            "mine",
+            f"f{index}",
+            ["x"],
+            ["y"],
+            [
+                helper.make_node("Constant", [], ["w"], value=numpy_helper.from_array(square, "w")),
+                helper.make_node("MatMul", ["x", "w"], ["y"]),
+            ],
+            [helper.make_opsetid("", 17)],
+        )
+        for index in range(2)
+    ]
+    calls = [
+        helper.make_node("f0", ["x"], ["h"], domain="mine"),
+        helper.make_node("f1", ["h"], ["y"], domain="mine"),
+    ]
+    return {
+        "both are outputs": written("outputs", product, {"a": square, "b": square}, ("y", "a", "b")),
+        "one is an output": written("output", product, {"a": square, "b": square}, ("y", "a")),
+        "inside functions": written("functions", calls, {}, ("y",), functions=bodies),
+    }
+
+
+@pytest.mark.parametrize("case", ["both are outputs", "one is an output", "inside functions"])
+def test_a_finding_recommends_apply_exactly_where_apply_will_do_it(case: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    path = refusing_models(tmp_path)[case]
+    (finding,) = scanned(path).findings
+    assert finding.code == "TIE201"
+    assert finding.fix is not None
+    run = CliRunner().invoke(cli, ["apply", str(path), "--scheme", "dedup", "--to", str(tmp_path / "OUT.onnx")])
+    assert (finding.fix.safety, run.exit_code) == (("safe", 0) if case == "one is an output" else ("manual", 2)), (
+        run.output
+    )
+    if case == "both are outputs":
+        assert finding.fix.command == ("no automatic fix: a and b are both outputs of a graph, so both names must stay")
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (
+            {"architectures": ["NobodyKnowsItForCausalLM"], "model_type": "nobody_knows_it"},
+            "config.json:tie_word_embeddings is not in the file, and the class is not known here, nor what it does "
+            "without, but ",
+        ),
+        (
+            {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+            "config.json:tie_word_embeddings is not in the file, the class default is false, but ",
+        ),
+        (
+            {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False},
+            "config.json:tie_word_embeddings says untied, but ",
+        ),
+    ],
+    ids=["a class that nobody knows", "the key is not written", "the key is written"],
+)
+def test_a_key_that_the_configuration_lacks_is_not_said_to_say_something(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], expected: str
+) -> None:
+    pytest.importorskip("safetensors")
+    from safetensors.numpy import save_file
+
+    # the data files answer at once, and do not change with what is installed
+    monkeypatch.setattr("tieaudit.formats.huggingface.asking.installed", lambda: False)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"model.embed_tokens.weight": E, "lm_head.weight": E.copy()}, tmp_path / "model.safetensors")
+    (finding,) = (one for one in scanned(tmp_path).findings if one.code == "TIE104")
+    assert finding.message.startswith(expected)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tieaudit.compare import same_through
 from tieaudit.model import Weight
 from tieaudit.regions import aliases, overlaps
 from tieaudit.storage import BLOCK_BYTES, MemoryStorage
 from tieaudit.strided import Strided, footprint, is_row_major, row_major, runs, span, view_between
+from tieaudit.view import TRANSPOSED
 
 N = 240
 FLAT = np.arange(N, dtype=np.int32)
@@ -152,3 +156,39 @@ def test_big_endian_numbers_are_turned_and_halves_of_complex_ones_alone(item: in
 def test_the_stride_of_an_axis_of_one_does_not_matter() -> None:
     assert is_row_major((3, 1, 2), (2, 99, 1))
     assert not is_row_major((3, 2), (1, 3))
+
+
+@dataclass
+class _Counted:
+    """Bytes in memory, and how many ranges were asked for."""
+
+    data: bytes
+    n_ranges: int = 0
+
+    @property
+    def n_bytes(self) -> int:
+        return len(self.data)
+
+    @property
+    def region(self) -> tuple[str, int, int]:
+        return ("counted", 0, len(self.data))
+
+    def read_ranges(self, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
+        asked = list(ranges)
+        self.n_ranges += len(asked)
+        return [self.data[begin : begin + length] for begin, length in asked]
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_transpose_of_a_stored_transpose_is_compared_as_it_lies(swapped: bool, changed: bool) -> None:
+    """As in a checkpoint whose transposed names share one storage: element by element that took a minute for 65 MB."""
+    table = np.arange(300 * 200, dtype=np.float32).reshape(300, 200)
+    other = table.copy()
+    other[-1, -1] += changed
+    one, two = _Counted(table.tobytes()), _Counted(other.tobytes())
+    a = Weight("a", "a", (300, 200), "float32", one)
+    b = Weight("b", "b", (200, 300), "float32", Strided(two, 0, (200, 300), (1, 200), 4))
+    pair = (b, a) if swapped else (a, b)
+    assert same_through(*pair, TRANSPOSED) is not changed
+    assert one.n_ranges + two.n_ranges < 10

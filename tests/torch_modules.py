@@ -96,3 +96,109 @@ def dies() -> None:
 
 def makes_text() -> str:
     return "a"
+
+
+class Words(nn.Module):
+    """An embedding, a tanh and a head, tied or not, with the same values; the batch comes first."""
+
+    def __init__(self, tied: bool = True) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(40, 6)
+        self.head = nn.Linear(6, 40, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+        else:
+            self.head.weight = nn.Parameter(self.embed.weight.detach().clone())
+
+    def forward(self, words: torch.Tensor) -> dict[str, Any]:
+        scores = self.head(torch.tanh(self.embed(words)))
+        return {"scores": scores, "best": scores.argmax(-1), "n": words.numel()}
+
+
+class Steeper(Words):
+    """The same outputs, and twice the gradient through the head."""
+
+    def forward(self, words: torch.Tensor) -> dict[str, Any]:
+        weight = self.head.weight + (self.head.weight - self.head.weight.detach())
+        scores = nn.functional.linear(torch.tanh(self.embed(words)), weight)
+        return {"scores": scores, "best": scores.argmax(-1), "n": words.numel()}
+
+
+class CutOff(Words):
+    """The same outputs, and no gradient through the head."""
+
+    def forward(self, words: torch.Tensor) -> dict[str, Any]:
+        scores = nn.functional.linear(torch.tanh(self.embed(words)), self.head.weight.detach())
+        return {"scores": scores, "best": scores.argmax(-1), "n": words.numel()}
+
+
+def words_tied() -> nn.Module:
+    return Words()
+
+
+def words_untied() -> nn.Module:
+    return Words(tied=False)
+
+
+def words_steeper() -> nn.Module:
+    return Steeper()
+
+
+def words_cut_off() -> nn.Module:
+    return CutOff()
+
+
+def words_cut_off_untied() -> nn.Module:
+    return CutOff(tied=False)
+
+
+def words_shifted() -> nn.Module:
+    made = Words(tied=False)
+    made.head.weight.data += 0.1
+    return made
+
+
+def words_with_inputs() -> tuple[nn.Module, Any]:
+    return Words(), {"words": torch.tensor([[1, 2, 3]])}
+
+
+class Unguessable(nn.Module):
+    """Takes what no layer tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(3, 2)
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.last(batch["x"])
+
+
+def unguessable() -> nn.Module:
+    return Unguessable()
+
+
+def unguessable_with_inputs() -> tuple[nn.Module, Any]:
+    return Unguessable(), ({"x": torch.ones(2, 3)},)
+
+
+def unpools() -> nn.Module:
+    """An operation that PyTorch has no deterministic version of, on the CPU either."""
+
+    class Unpools(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found, where = nn.functional.max_pool2d(self.first(x), 2, return_indices=True)
+            return nn.functional.max_unpool2d(found, where, 2)
+
+    made = Unpools()
+    made.first = nn.Conv2d(1, 2, 3, padding=1)
+    return made
+
+
+def leaves_while_running() -> nn.Module:
+    class Leaves(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            import os
+
+            os._exit(5)
+
+    return Leaves(2, 2)

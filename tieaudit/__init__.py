@@ -143,10 +143,13 @@ def verify(
     inputs: Any = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     max_drift: float | None = None,
+    gradients: bool | None = None,
 ) -> Proof:
     """Run both models on the same inputs and compare: two paths of one signature, or two live modules.
 
-    Modules run where they are, in this process. UsageError for one of each, or where inputs are needed.
+    Modules run where they are, in this process; paths, `package.module:factory` among them, in a child process.
+    `gradients`: training parity as a fourth level; None: for two factories only. Facts of the proof: latency and memory
+    of both. UsageError for a path and a module, or where inputs are needed.
 
     >>> import torch, tieaudit
     >>> model = torch.nn.Linear(4, 4)
@@ -162,13 +165,13 @@ def verify(
         from tieaudit.verify import compare
 
         one, other = load_one(str(before)), load_one(str(after))
-        return compare(one, other, device=device, inputs=inputs, max_drift=max_drift)
+        return compare(one, other, device=device, inputs=inputs, max_drift=max_drift, gradients=gradients)
     if not all(live) or device != "auto":
         what = "a device" if all(live) else "a path and a module"
         raise UsageError(f"expected two paths or two modules, which run where they are, found {what}")
     from tieaudit.calling import compare_modules
 
-    return compare_modules(_live(before), _live(after), inputs, max_drift)
+    return compare_modules(_live(before), _live(after), inputs, max_drift, gradients=bool(gradients))
 
 
 def tie(

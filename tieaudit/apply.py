@@ -15,7 +15,7 @@ from tieaudit.formats import Format
 from tieaudit.model import Model
 from tieaudit.proving import Request, peak_bytes, prove_apart
 from tieaudit.registry import choose, discover
-from tieaudit.rewrite import Stamps, rewrite, stamps, workspace
+from tieaudit.rewrite import Stamps, left_behind, rewrite, stamps, workspace
 from tieaudit.verify import LEVELS, prove
 
 _OF_FILES = frozenset({".onnx", ".safetensors", ".bin", ".pt", ".pt2", ".pth", ".ckpt", ".gguf", ".h5", ".npz"})
@@ -60,6 +60,7 @@ def apply(
     if plan.into is None and source.is_file() and destination.suffix == source.suffix:
         plan = replace(plan, data_names=_data_names(model, destination))
     seen = stamps(model) if seen is None else seen
+    plan = replace(plan, notes=(*plan.notes, *left_behind(destination)))
     with workspace(destination) as folder:
         written, after = rewrite(model, plan, folder)
         seen.check()

@@ -2,43 +2,62 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from tieaudit.arithmetic import attempt, device_name, device_of, exact, held_bytes, timed
+from tieaudit.backward import across, floats_in_float64, in_float64
 from tieaudit.change import Level, Proof
+from tieaudit.cost import N_ROUNDS, N_RUNS, SECONDS_OF_RUNS, Cost, costs, merged
 from tieaudit.errors import UsageError
 from tieaudit.floor import difference, limit_of, rounding_bound, says_something
 from tieaudit.formats.torch_module.read import held
 from tieaudit.formats.torch_module.samples import samples
 from tieaudit.formats.torch_module.tensors import locate
 from tieaudit.formats.torch_module.uses import arguments
+from tieaudit.levels import label, training_level
+from tieaudit.nested import arrays_of, tensors_of
 from tieaudit.storage import same_bytes
+from tieaudit.torch_session import on_device
 
 if TYPE_CHECKING:
     import torch
 
     from tieaudit.runners import Array
 
+__all__ = ["call", "comparable", "compare_modules", "outputs", "sample_inputs", "tensors_of"]
+
 
 def sample_inputs(module: torch.nn.Module) -> Any:
-    """The first made-up inputs with which the module runs: by its class, else by its first layers.
+    """The first made-up inputs with which the module runs: by its class, by its first layers, else by trial.
 
-    UsageError if there are none. Cost: a forward pass for each offer that is tried.
+    UsageError if there are none. Cost: a forward pass, in eval mode, for each offer that is tried.
     """
     import torch
 
-    said = "none could be made up"
     for sample in samples(module):
         try:
             with comparable(module), torch.no_grad():
                 call(module, sample.inputs)
-        except Exception as error:  # whatever a foreign forward raises on arguments that do not fit it
-            said = f"made-up ones did not fit: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        except Exception:  # whatever a foreign forward raises on arguments that do not fit it
             continue
         return sample.inputs
-    raise UsageError(f"{type(module).__name__}: expected inputs=…, found none, and {said}")
+    return _by_trial(module)
+
+
+def _by_trial(module: torch.nn.Module) -> dict[str, Any]:
+    from tieaudit.inputs import made_up
+    from tieaudit.nested import tensor_of
+    from tieaudit.runners.torch_module import taken_by
+
+    with comparable(module):
+        taken = taken_by(module)
+    feed = next((feed for _, feed in made_up(taken.signature)), None)
+    if feed is None or not feed.arrays:
+        said = f": {taken.because}" if taken.because else ""
+        raise UsageError(f"{type(module).__name__}: expected inputs=…, found none{said}")
+    return {name: tensor_of(array) for name, array in feed.arrays.items()}
 
 
 def call(module: torch.nn.Module, inputs: Any) -> Any:
@@ -48,80 +67,81 @@ def call(module: torch.nn.Module, inputs: Any) -> Any:
 
 
 def outputs(module: torch.nn.Module, inputs: Any) -> dict[str, Array]:
-    """All tensors of the output as arrays, in eval mode and without gradients; half precision as float32."""
+    """All tensors and numbers of the output as arrays, in eval mode and without gradients.
+
+    Inputs are moved to where the module is.
+    """
+    return _outputs(module, inputs, set())
+
+
+def _outputs(module: torch.nn.Module, inputs: Any, noted: set[str]) -> dict[str, Array]:
+    placed = on_device(inputs, device_of(module))
+    with comparable(module):
+        return arrays_of(attempt(lambda: _forward(module, placed), noted))
+
+
+def _forward(module: torch.nn.Module, inputs: Any) -> Any:
     import torch
 
-    with comparable(module), torch.no_grad():
-        found = tensors_of(call(module, inputs))
-    return {name: _array(tensor) for name, tensor in found.items()}
-
-
-def _array(tensor: torch.Tensor) -> Array:
-    import torch
-
-    tensor = tensor.detach().cpu()
-    if tensor.is_floating_point() and tensor.dtype not in (torch.float64, torch.float32, torch.float16):
-        tensor = tensor.float()
-    array: Array = tensor.resolve_conj().numpy()
-    return array
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return call(module, inputs)
 
 
 @contextmanager
 def comparable(module: torch.nn.Module) -> Iterator[None]:
-    """Eval mode, a fixed seed, full-precision matrix products; everything is put back."""
+    """Eval mode, a fixed seed, full-precision matrix products, deterministic algorithms; everything is put back."""
     import torch
 
     modes = {one: one.training for one in module.modules()}
-    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    with suppress(NotImplementedError):  # the module of an exported program has only the mode it was traced in
-        module.eval()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.random.fork_rng(devices=[]):
+    device = device_of(module)
+    with exact(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with suppress(NotImplementedError):  # the module of an exported program has only the mode it was traced in
+            module.eval()
+        try:
             torch.manual_seed(0)
             yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
-        for one, mode in modes.items():
-            one.training = mode
-
-
-def tensors_of(value: Any, name: str = "") -> dict[str, torch.Tensor]:
-    """Every tensor of a nested output, by where it is: mappings, sequences, dataclasses and objects with `to_tuple`."""
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return {name or "output": value}
-    if isinstance(value, Mapping):
-        parts: Iterator[tuple[Any, Any]] = iter(value.items())
-    elif isinstance(value, (list, tuple)):
-        parts = iter(enumerate(value))
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        parts = iter((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
-    elif hasattr(value, "to_legacy_cache") or type(value).__name__.endswith("Cache"):
-        return {}  # what a next call would need, not what this one says
-    else:
-        return {}
-    found: dict[str, torch.Tensor] = {}
-    for key, part in parts:
-        found.update(tensors_of(part, f"{name}.{key}" if name else str(key)))
-    return found
+        finally:
+            for one, mode in modes.items():
+                one.training = mode
 
 
 def compare_modules(
-    before: torch.nn.Module, after: torch.nn.Module, inputs: Any = None, max_drift: float | None = None
+    before: torch.nn.Module,
+    after: torch.nn.Module,
+    inputs: Any = None,
+    max_drift: float | None = None,
+    *,
+    gradients: bool = False,
 ) -> Proof:
     """Whether two live modules hold the same tensors under the same names, and give the same outputs.
 
     Equal if no output differs by more than the rounding bound, or than `max_drift` where it is given. They run where
-    they are. UsageError if inputs are needed and not given.
+    they are; inputs are moved there. `gradients`: a fourth level, training parity. UsageError if inputs are needed
+    and not given. Cost: some twenty runs of each; for gradients, a float64 copy of each.
     """
     given = sample_inputs(before) if inputs is None else inputs
     first = _same_tensors(before, after)
     second = Level("regional", "not run", "no plan says what was rewritten")
-    one, other = outputs(before, given), outputs(after, given)
+    noted: set[str] = set()
+    one, other = _outputs(before, given, noted), _outputs(after, given, noted)
     if not one:
         return Proof((first, second, Level("end to end", "not run", "the output holds no tensor")))
+    third = _end_to_end(before, after, one, other, max_drift)
+    levels = (first, second, third)
+    if gradients:
+        levels += (_training(before, after, given, noted),)  # type: ignore[assignment]
+    rounds = [(_cost(before, given), _cost(after, given)) for _ in range(N_ROUNDS)]
+    facts = costs(*(merged([pair[side] for pair in rounds]) for side in (0, 1)))
+    if noted:
+        facts["not_deterministic"] = sorted(noted)
+    return Proof(levels, (), third.max_difference if max_drift is not None else None, facts)
+
+
+def _end_to_end(
+    before: torch.nn.Module, after: torch.nn.Module, one: dict[str, Array], other: dict[str, Array],
+    max_drift: float | None,
+) -> Level:  # fmt: skip
     found = difference(one, other)
     summed = max((min(p.shape) for p in before.parameters() if p.dim() == 2), default=1)
     limit = limit_of(0.0, rounding_bound(one, summed)) if max_drift is None else max_drift
@@ -131,9 +151,37 @@ def compare_modules(
         said = f"{found.problem or f'{found.where} differs by {found.absolute:.3g}'}; {said}"
     elif not says_something(one):
         said += "; they are one value each, so that this says little"
-    device = str(next((p.device for p in before.parameters()), "cpu"))
-    third = Level("end to end", "failed" if failed else "held", said, found.relative, limit, device)
-    return Proof((first, second, third), (), found.relative if max_drift is not None else None)
+    devices = dict.fromkeys(_label(module) for module in (before, after))
+    return Level("end to end", "failed" if failed else "held", said, found.relative, limit, " and ".join(devices))
+
+
+def _training(before: torch.nn.Module, after: torch.nn.Module, inputs: Any, noted: set[str]) -> Level:
+    data = floats_in_float64(arguments(inputs))
+    with exact():
+        try:
+            found = across(
+                in_float64(before), in_float64(after), lambda: on_device(data, device_of(before)),
+                lambda: on_device(data, device_of(after)), noted,
+            )  # fmt: skip
+        except UsageError as error:
+            return Level("training", "not run", error.message)
+    return training_level(found, _label(after))
+
+
+def _label(module: torch.nn.Module) -> str:
+    device = device_of(module)
+    return label(device.type, device_name(device))
+
+
+def _cost(module: torch.nn.Module, inputs: Any) -> Cost:
+    """One round of runs of a live module where it is."""
+    device = device_of(module)
+    placed = on_device(inputs, device)
+    with comparable(module):
+        found = timed(lambda: _forward(module, placed), device, N_RUNS, SECONDS_OF_RUNS)
+    n_bytes = held_bytes(module)
+    peak = None if found.n_bytes_peak is None else n_bytes + found.n_bytes_peak
+    return Cost(found.seconds, device_name(device), n_bytes, peak, device.type == "cuda")
 
 
 def _same_tensors(before: torch.nn.Module, after: torch.nn.Module) -> Level:

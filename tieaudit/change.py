@@ -143,6 +143,8 @@ class Plan:
     transposed_as: Literal["auto", "gemm", "gather", "fused"] = "auto"
     share_files: bool | None = None
     """Whether files may keep equal weights in one common data file; None: those that are parts of one export."""
+    optimizer: Literal["adjust", "keep"] = "adjust"
+    """What becomes of an optimizer's state beside parameters that are tied, where adjusting it is certain."""
     data_names: Mapping[str, str] = field(default_factory=dict)
     """Data file as the model names it → its name in the result, where the first one is taken at the destination."""
     into: Container | None = None
@@ -225,7 +227,7 @@ Outcome = Literal["held", "failed", "not run"]
 class Level:
     """One level of proof."""
 
-    name: Literal["structural", "regional", "end to end"]
+    name: Literal["structural", "regional", "end to end", "training"]
     outcome: Outcome
     because: str
     """What was checked, what failed, or why it could not run."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from tieaudit.dtypes import dtype
 from tieaudit.model import Weight, storage_of
 from tieaudit.storage import BLOCK_BYTES, Storage, blocks, fill, next_stored, same_bytes
+from tieaudit.strided import Strided, is_row_major
 from tieaudit.view import AS_STORED, Shape, View
 
 if TYPE_CHECKING:  # a scan of a model in which nothing collides never needs it
@@ -198,10 +200,21 @@ def same_through(a: Weight, b: Weight, view: View, *, progress: Callable[[int], 
         return same_bytes(one, other, progress)
     if not comparable(a.dtype, view):
         return False
+    lying, standing = _unturned(one, a.shape), _unturned(other, b.shape)
+    if lying is not None or standing is not None:  # a transpose of what is stored as a transpose: as it lies there
+        return same_bytes(lying or one, other if lying is not None else standing or other, progress)
     bits, item = packed_bits(a.dtype), dtype(a.dtype).item_bytes
     if item is None:
         return _same_packed_transposed(one, other, a.shape, bits, progress)
     return _same_transposed(one, other, a.shape, item, progress)
+
+
+def _unturned(storage: Storage, shape: Shape) -> Storage | None:
+    """The transpose of a matrix that steps through its bytes column by column: they lie row by row; else None."""
+    if not isinstance(storage, Strided) or len(storage.shape) != 2 or storage.shape != tuple(shape):
+        return None
+    turned = replace(storage, shape=storage.shape[::-1], strides=storage.strides[::-1])
+    return turned if is_row_major(turned.shape, turned.strides) else None
 
 
 def transposed_block(storage: Storage, shape: Sequence[int], item: int, begin: int, end: int) -> Bytes:

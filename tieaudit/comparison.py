@@ -23,7 +23,11 @@ from tieaudit.verdict import Candidate, Subject
 RESIDUAL_RANKS = (8, 16, 32, 64, 128, 256)
 """Ranks of the residuals that are compared, as far as they save anything."""
 _ROWS_PER_DIRECTION = 8
-_POLICIES = ("keep:head", "keep:first", "mean", "norm-matched", "scaled", "linear")
+_POLICIES = ("keep:head", "keep:first", "mean", "norm-matched", "scaled")
+_LEAST_SAMPLED = 1 << 14
+"""Numbers of each class of a scheme with very many of them."""
+_MOST_SQUARE = 1024
+"""Columns up to which a columns × columns map is fitted without being asked for: it costs their third power."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,8 @@ def compare(
 ) -> tuple[Choice, ...]:
     """Every scheme that saves something on this model, under every policy that fits, the largest saving first.
 
-    `statistics` by weight id, from calibration. Cost: reads a sample of each weight that a scheme would share, at most
-    `pairing.N_SAMPLED` numbers for each class; with `deep` all of it, for every policy.
+    `statistics` by weight id, from calibration. Cost: for each scheme a sample of `pairing.N_SAMPLED` numbers of all
+    weights that it would share (of many classes at least 16,384 each); with `deep` all of it, for every policy.
     """
     found: list[Choice] = []
     for scheme in discover("schemes", Scheme).values():
@@ -90,14 +94,16 @@ def _choices(
     if not lossy:
         yield Choice(scheme, "", _n_parameters(subject, candidates), saved, 0.0, None, len(candidates), True)
         return
-    seen = [(one, found) for one in lossy if (found := _sites(subject, one, statistics, deep)) is not None]
+    n_numbers = None if deep else max(N_SAMPLED // len(lossy), _LEAST_SAMPLED)
+    seen = [(one, found) for one in lossy if (found := _sites(subject, one, statistics, n_numbers)) is not None]
     if len(seen) < len(lossy):
         return  # codes, or types that cannot be merged: plan says why, by name
     fitted = [name for name in discover("merges", Merge) if statistics and _fitted(name)]
     n_rows = min(sites.n_rows for _, sites in seen)
     # a sample of as many rows as the residual has directions would be restored completely, which tells nothing
     dials = [f"low-rank:{rank}" for rank in RESIDUAL_RANKS if n_rows >= _ROWS_PER_DIRECTION * rank]
-    for policy in (*_POLICIES, *fitted, *dials):
+    narrow = max(sites.n_columns for _, sites in seen) <= _MOST_SQUARE
+    for policy in (*_POLICIES, *(("linear",) if narrow or deep else ()), *fitted, *dials):
         choice = _choice(subject, scheme, policy, candidates, seen)
         if choice is not None and choice.n_bytes_saved > 0:
             yield choice
@@ -120,9 +126,14 @@ def _choice(
         size += sum(energies)
         cost = sites.predicted_nats(merged)
         known, nats = known and cost is not None, nats + (cost or 0.0)
-        for correction in merged.corrections.values():
-            n = replace(correction, n_rows=weight.n_elements // max(sites.n_columns, 1)).n_parameters
-            n_added, n_bytes_added = n_added + n, n_bytes_added + n * weight.n_bytes // max(weight.n_elements, 1)
+        corrected = [
+            replace(one, n_rows=weight.n_elements // max(sites.n_columns, 1)).n_parameters
+            for one in merged.corrections.values()
+        ]
+        costs = sum(corrected) * weight.n_bytes // max(weight.n_elements, 1)
+        if corrected and (costs >= candidate.n_bytes_saved or len(weight.shape) != 2):
+            return None  # it would cost what it saves; and a bias needs no adapter
+        n_added, n_bytes_added = n_added + sum(corrected), n_bytes_added + costs
         exact = exact and sites.n_rows * sites.n_columns == weight.n_elements
     return Choice(
         scheme=scheme,
@@ -181,15 +192,21 @@ class _Sample:
         return self.values[begin:end]
 
 
-def _sites(subject: Subject, candidate: Candidate, statistics: Mapping[str, Statistics], deep: bool) -> Sites | None:
-    """The members of a class, calibrated, and sampled unless `deep`; None for what is no floating-point tensor."""
+def _sites(
+    subject: Subject, candidate: Candidate, statistics: Mapping[str, Statistics], n_numbers: int | None
+) -> Sites | None:
+    """The members of a class, calibrated; a sample of `n_numbers` of all members together, or all rows.
+
+    None for what is no floating-point tensor.
+    """
     kinds = {id: role.kind for id, role in subject.roles.items()}
     try:
         whole = sites_of([(subject.model.by_id[member.id], member) for member in candidate.members], kinds)
     except RewriteRefused:
         return None
     known = tuple(statistics.get(id) for id in whole.ids)
-    runs = None if deep else sampled_runs(whole.n_rows, whole.n_columns, N_SAMPLED // len(whole.ids))
+    n = None if n_numbers is None else n_numbers // len(whole.ids)
+    runs = None if n is None else sampled_runs(whole.n_rows, whole.n_columns, n)
     if runs is None:
         return replace(whole, statistics=known)
     picked = np.concatenate([np.arange(begin, end) for begin, end in runs])

@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from tieaudit.errors import TieAuditError, in_one_line
+from tieaudit.errors import TieAuditError, UsageError, in_one_line
 from tieaudit.printable import N_MOST_MESSAGE, printable
 
 EXIT_INTERRUPTED = 130
@@ -26,8 +26,18 @@ TRACEBACK_VARIABLE = "TIEAUDIT_TRACEBACK"
 _ARGUMENTS = "tieaudit.arguments"
 
 
+class Command(click.Command):
+    """A command whose help needs no reader."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        with _help_for_nobody():
+            return super().parse_args(ctx, args)
+
+
 class Commands(click.Group):
     """A group that suggests the nearest command for a misspelt one, and out of which no traceback comes."""
+
+    command_class = Command
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
@@ -38,7 +48,8 @@ class Commands(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta[_ARGUMENTS] = list(args)  # an unexpected error shall say what was being worked on
-        return super().parse_args(ctx, args)
+        with _help_for_nobody():
+            return super().parse_args(ctx, args)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Like click's, but every error of the tool is one line on stderr and its own exit code."""
@@ -47,6 +58,9 @@ class Commands(click.Group):
         except TieAuditError as error:
             complain(error)
             sys.exit(error.exit_code)
+        except BrokenPipeError:  # click's own complaint about the arguments, to a standard error that nobody reads
+            _hush(sys.stderr)
+            sys.exit(UsageError.exit_code)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Like click's, but an interrupt has its usual code, and a fault of ours is one line, too."""
@@ -57,7 +71,7 @@ class Commands(click.Group):
             with _ended_in_order():
                 return super().invoke(ctx)
         except KeyboardInterrupt:
-            click.echo("interrupted; nothing was delivered", err=True)
+            say("interrupted; nothing was delivered")
             sys.exit(EXIT_INTERRUPTED)
         except (click.ClickException, click.exceptions.Exit, click.Abort, TieAuditError):
             raise
@@ -82,9 +96,33 @@ def _ended_in_order() -> Iterator[None]:
 
 def complain(error: TieAuditError) -> None:
     """One line on stderr, and a second one with what to do."""
-    click.echo(f"error: {printable(error.message, N_MOST_MESSAGE)}", err=True)
+    say(f"error: {printable(error.message, N_MOST_MESSAGE)}")
     if error.hint:
-        click.echo(f"  {printable(error.hint, N_MOST_MESSAGE)}", err=True)
+        say(f"  {printable(error.hint, N_MOST_MESSAGE)}")
+
+
+def say(line: str) -> None:
+    """One line on stderr; whether anybody reads it changes nothing about the exit code."""
+    try:
+        click.echo(line, err=True)
+    except OSError:
+        _hush(sys.stderr)
+
+
+def _hush(stream: Any) -> None:
+    """What is still in the buffer of a stream that cannot be written must not be tried again at the exit."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@contextmanager
+def _help_for_nobody() -> Iterator[None]:
+    """Help and version are printed by click: `--help | true` has ended well, too."""
+    try:
+        yield
+    except BrokenPipeError:
+        _hush(sys.stdout)
+        raise click.exceptions.Exit(0) from None
 
 
 def print_result(text: str) -> None:
@@ -92,8 +130,7 @@ def print_result(text: str) -> None:
     try:
         click.echo(text, color=True)
     except OSError as error:
-        with suppress(OSError, ValueError):  # what is still in the buffer must not be tried again at the exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _hush(sys.stdout)
         if not isinstance(error, BrokenPipeError):
             message = f"standard output: the result cannot be printed: {error.strerror}"
             raise TieAuditError(message, hint="all else was done; what was delivered stays") from error

@@ -106,7 +106,7 @@ class _Draft:
         """Why a tie that is there cannot be kept. One storage under several names stays what it was, whatever a class
         makes of them: it was that in memory."""
         if self.into.form == "torch":
-            return cannot_share_storage(self.model, edit)
+            return cannot_share_storage(self.model, edit, self.into.form, self.target)
         return self.reason_for_new(edit)
 
     def reason_for_new(self, edit: Edit) -> str | None:

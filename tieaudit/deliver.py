@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +16,7 @@ from tieaudit.errors import CorruptFile, RewriteRefused, UsageError
 from tieaudit.formats import RECEIPT_NAME
 from tieaudit.model import Model
 from tieaudit.plain import plain
-from tieaudit.rewrite import flush
+from tieaudit.rewrite import flush, keep_private
 from tieaudit.storage import BLOCK_BYTES
 
 SCHEMA = "tieaudit/receipt/1"
@@ -35,36 +35,77 @@ def deliver(model: Model, plan: Plan, written: Written, proof: Proof, folder: Pa
     """Move a written and proved model from its workspace to its name, with the receipt.
 
     A folder arrives by one rename. A single file arrives after its data files and its receipt, so that a model is
-    visible only when everything it needs is there. RewriteRefused if something else took the name meanwhile.
+    visible only when everything it needs is there. RewriteRefused if something else took the name meanwhile; folders
+    that were made for it are removed again then.
     """
     if plan.into is None:
         as_folder = Path(model.path).is_dir() or not _names_a_file(destination, model)
         single = None if Path(model.path).is_dir() else Path(model.path).name
     else:  # written under the very name that the destination has, or into a folder of that name
         as_folder, single = plan.into.file != destination.name, plan.into.file
-    if as_folder:
-        receipt = folder / RECEIPT_NAME
-        _write_receipt(receipt, model, plan, written, proof, folder, destination, {})
-        _flush_folder(folder)
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        _rename_new(folder, destination)
-        return Delivered(destination, destination / RECEIPT_NAME)
-    renames = {str(single): destination.name}
-    receipt = folder / f"{destination.name}.receipt.json"
-    _write_receipt(receipt, model, plan, written, proof, folder, destination.parent, renames)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    moved: list[Path] = []
+    renames = {} if as_folder else {str(single): destination.name}
+    receipt = folder / (RECEIPT_NAME if as_folder else f"{destination.name}.receipt.json")
+    home = destination if as_folder else destination.parent
+    made = _missing(destination.absolute().parent)
+    _write_receipt(receipt, model, plan, written, proof, folder, home, renames, made)
+    keep_private(model, folder, [receipt.name])
     try:
-        for name in [*(n for n in written.files if n != single), receipt.name, str(single)]:
-            target = destination.parent / renames.get(name, name)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        if as_folder:
+            _open_up(model, folder)
+            _flush_folder(folder)
+            _rename_new(folder, destination)
+            return Delivered(destination, destination / RECEIPT_NAME)
+        names = [*(name for name in written.files if name != single), receipt.name, str(single)]
+        _move(folder, destination.parent, names, renames)
+    except BaseException:
+        _remove_empty(made)
+        raise
+    return Delivered(destination, destination.parent / receipt.name)
+
+
+def _missing(folder: Path) -> list[Path]:
+    """The folder and those above it that do not exist yet, innermost first."""
+    above = [folder, *folder.parents]
+    return above[: next((place for place, one in enumerate(above) if one.exists()), len(above))]
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders, innermost first, as long as they are empty."""
+    for one in folders:
+        try:
+            one.rmdir()
+        except OSError:
+            return
+
+
+def _open_up(model: Model, folder: Path) -> None:
+    """Give the workspace the permissions of any new folder, but not more than the source's own folder has."""
+    probe = folder / ".mode"
+    probe.mkdir()
+    mode = probe.stat().st_mode
+    probe.rmdir()
+    if Path(model.path).is_dir():
+        mode &= Path(model.path).stat().st_mode | 0o700
+    folder.chmod(mode & 0o777)
+
+
+def _move(folder: Path, home: Path, names: Iterable[str], renames: Mapping[str, str]) -> None:
+    """Move files to their places, in this order; if one cannot be moved, none is left there."""
+    moved: list[Path] = []
+    made: list[Path] = []
+    try:
+        for name in names:
+            target = home / renames.get(name, name)
+            made += _missing(target.parent)
             target.parent.mkdir(parents=True, exist_ok=True)
             _rename_new(folder / name, target)
             moved.append(target)
     except BaseException:
         for path in reversed(moved):
             path.unlink(missing_ok=True)
+        _remove_empty(sorted(set(made), key=lambda one: -len(one.parts)))
         raise
-    return Delivered(destination, destination.parent / receipt.name)
 
 
 def _names_a_file(destination: Path, model: Model) -> bool:
@@ -98,6 +139,7 @@ def _write_receipt(
     folder: Path,
     home: Path,
     renames: Mapping[str, str],
+    made: Sequence[Path],
 ) -> None:
     inputs = dict.fromkeys(str(Path(name).absolute()) for part in model.parts for name in part.paths)
     receipt = {
@@ -108,6 +150,7 @@ def _write_receipt(
         "output": {
             "path": str(home.absolute()),
             "files": {renames.get(name, name): digest_of(folder / name) for name in written.files},
+            "folders_made": [str(one) for one in made],
         },
         "plan": plain(plan),
         "proof": plain(proof),
@@ -213,4 +256,7 @@ def undo(path: Path) -> list[Path]:
     for folder in sorted(inside, key=lambda one: -len(one.parts)):
         if (folder != home or path.name == RECEIPT_NAME) and not any(folder.iterdir()):
             folder.rmdir()
+    made = receipt["output"].get("folders_made", [])
+    if receipt["output"]["path"] == str(home) and isinstance(made, list):  # else it was moved out of them
+        _remove_empty(one for one in map(Path, map(str, made)) if home.is_relative_to(one))
     return removed

@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from tieaudit import matching
 from tieaudit.controls import Baseline
+from tieaudit.drift import Drift
+from tieaudit.drift import drift as drift_of
 from tieaudit.floor import Difference, difference, limit_of, rounding_bound, says_something, unstable_elements
 from tieaudit.formats.onnx.limits import id_limits
 from tieaudit.inputs import Feed, Sizes, corrected, made_up, stored_beside
@@ -59,6 +62,10 @@ class Compared:
     drift: float | None = None
     baseline: Baseline | None = None
     spread: float = 0.0
+    feed_after: Feed | None = None
+    """What the second model got for the first of the inputs."""
+    moved: Drift | None = None
+    """Of a lossy plan: how far all outputs moved, and what that means for predictions."""
 
 
 def compare(pair: Pair, n_summed: int) -> Compared:
@@ -97,6 +104,8 @@ def _common(signature: Signature, pair: Pair) -> Signature | str:
     """The first model's signature with what the second one fixes, or why there is none."""
     try:
         with opened_whole(pair.other, pair.after) as after:
+            if not signature.inputs:  # the first one does not say what it takes
+                return after.signature
             return matching.narrowed(signature, after.signature)
     except ChildFailed as error:
         return f"the second model does not load: {error}"
@@ -121,11 +130,14 @@ def _with_limits(signature: Signature, path: Paths) -> Signature:
 def _feeds(model: Opened | Chained, signature: Signature, pair: Pair) -> tuple[list[Ran], str]:
     """Inputs that the original accepts, with what it gave; and its last complaint."""
     if pair.given is not None:
-        missing = [port.name for port in signature.inputs if port.name not in pair.given]
+        given = _by_name(pair.given, signature)
+        missing = [port.name for port in signature.inputs if port.name not in given]
         if missing:
             return [], f"--inputs lacks {', '.join(missing)}"
-        feed = Feed(pair.given, "the given inputs")
+        feed = Feed(given, "the given inputs")
         return _first_runs(model, signature, iter([feed]))
+    if isinstance(model, Opened) and not signature.inputs and (reason := model.facts.get("no_inputs")):
+        return [], str(reason)
     home = pair.original or pair.before
     stored = stored_beside(Path(home), signature) if isinstance(home, str) and Path(home).is_file() else []
     if stored:
@@ -136,7 +148,16 @@ def _feeds(model: Opened | Chained, signature: Signature, pair: Pair) -> tuple[l
         names = [port.name for port in signature.inputs if not port.dtype]
         return [], f"the input {names[0]} is no tensor; give --inputs"
     offers = (feed for sizes, feed in made_up(signature) if _fits(sizes, signature, pair))
-    return _first_runs(model, signature, offers)
+    own = [Feed(model.sample, "its own sample inputs")] if isinstance(model, Opened) and model.sample else []
+    return _first_runs(model, signature, chain(own, offers))
+
+
+def _by_name(given: Mapping[str, Array], signature: Signature) -> Mapping[str, Array]:
+    """Arrays that `numpy.savez` numbered (arr_0, arr_1 …) are the inputs in their order."""
+    numbered = [f"arr_{index}" for index in range(len(signature.inputs))]
+    if set(given) != set(numbered):
+        return given
+    return {port.name: given[name] for port, name in zip(signature.inputs, numbered, strict=True)}
 
 
 def _fits(sizes: Sizes, signature: Signature, pair: Pair) -> bool:
@@ -200,11 +221,13 @@ def _against(
 ) -> Compared:  # fmt: skip
     baseline = _baseline(pair, feeds, spread, n_summed)
     worst, worst_limit, alone = Difference(0.0, 0.0, ""), min(baseline.limits), ()
-    results = []
+    results: list[Mapping[str, Array]] = []
+    first: Feed | None = None
     for (feed, usual), limit, mask in zip(feeds, baseline.limits, unstable, strict=True):
         own = matching.feed_for(feed, signature, after.signature)
         if isinstance(own, str):
             return Compared("not run", own, baseline=baseline, spread=spread)
+        first = first or own
         results.append(after.run(own.arrays))
         matched = matching.outputs(usual, results[-1])
         if not matched.before:
@@ -220,8 +243,8 @@ def _against(
     outcome = "failed" if worst.problem or worst.relative > worst_limit else "held"
     if outcome == "failed":
         said = f"{worst.problem or f'{worst.where} differs by {worst.absolute:.3g}'}; {said}"
-    drift = _drift(pair, feeds, results) if outcome == "held" else None
-    return Compared(outcome, said, worst, worst_limit, drift, baseline, spread)
+    drift, moved = _drift(pair, feeds, results, signature) if outcome == "held" else (None, None)
+    return Compared(outcome, said, worst, worst_limit, drift, baseline, spread, first, moved)
 
 
 def _said(feeds: Sequence[Ran], alone: Sequence[str], worst: Difference) -> str:
@@ -233,20 +256,29 @@ def _said(feeds: Sequence[Ran], alone: Sequence[str], worst: Difference) -> str:
     return said + (f"; without a partner: {', '.join(alone[:3])}" if alone else "")
 
 
-def _drift(pair: Pair, feeds: Sequence[Ran], results: Sequence[Mapping[str, Array]]) -> float | None:
+def _drift(
+    pair: Pair, feeds: Sequence[Ran], results: Sequence[Mapping[str, Array]], signature: Signature
+) -> tuple[float | None, Drift | None]:
     """The largest difference of the result from the original, where that is not what it was compared against."""
     if pair.original is None:
-        return None
+        return None, None
     worst = 0.0
+    vocabularies = {port.limit for port in signature.inputs if port.limit is not None}
+    before: list[Array] = []
+    after: list[Array] = []
+    scores: list[bool] = []
     with opened_whole(pair.sandbox, pair.original) as original:
         for (feed, _), result in zip(feeds, results, strict=True):
             matched = matching.outputs(original.run(feed.arrays), result)
-            found = difference(
-                {n: a for n, a in matched.before.items() if a.dtype.kind not in "iub"},
-                {n: a for n, a in matched.after.items() if a.dtype.kind not in "iub"},
-            )
-            worst = max(worst, found.relative)
-    return worst
+            floats = [name for name, array in matched.before.items() if array.dtype.kind not in "iub"]
+            one, other = ({name: held[name] for name in floats} for held in (matched.before, matched.after))
+            worst = max(worst, difference(one, other).relative)
+            for name in floats:
+                if one[name].shape == other[name].shape and one[name].dtype.kind != "c":
+                    before.append(one[name])
+                    after.append(other[name])
+                    scores.append("logits" in name or bool(one[name].ndim) and one[name].shape[-1] in vocabularies)
+    return worst, drift_of(before, after, scores)
 
 
 def on_each_device(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -20,6 +20,10 @@ _N_MOST_LEARNED = 6
 """Weights that one fixed value is computed from; of more, the first ones are known."""
 _N_MOST_STEPS = 1500
 """Values that one walk visits."""
+_N_MOST_ADDED = 20
+"""Views and sums behind a product in which its biases are looked for."""
+_N_MOST_STEPS_OF_ALL = 1_000_000
+"""Of all walks in one graph: a made-up graph may ask for billions."""
 _COUNTED_NAMES = re.compile(r"position|past|length|seq_?len|cache", re.IGNORECASE)
 _MIXING = frozenset("product convolve recur attend experts normalise softmax".split())
 
@@ -59,6 +63,7 @@ class Flow:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.operations: Sequence[Operation] = tuple(model.operations)
+        self.n_left = _N_MOST_STEPS_OF_ALL
         known = {
             name: meaning for one in discover("dialects", Dialect).values() for name, meaning in one.meanings.items()
         }
@@ -74,6 +79,12 @@ class Flow:
                     self.readers.setdefault(value, []).append((index, slot))
         self.natures: dict[str, Nature] = {}
         self._learned: dict[str, tuple[str, ...]] = {}
+        self._chosen: set[str] = set()
+        """Fixed values of which data chose a part: the weights of some experts."""
+        self._short: set[str] = set()
+        """Integers that a caller gives, one or a row of them."""
+        self._ranges: set[str] = set()
+        """Positions counted up, those of a fixed length included."""
         for weight in model.weights:
             self.natures[weight.id] = Nature.FIXED
             self._learned[weight.id] = (weight.id,) if _may_be_learned(weight) else ()
@@ -107,14 +118,18 @@ class Flow:
         return max((self.model.by_id[id].n_elements for id in self.learned(value)), default=0)
 
     def is_vector(self, value: str) -> bool:
-        """A learned value with at most one axis longer than one: a scale or a bias."""
-        return all(
-            sum(size > 1 for size in self.model.by_id[id].shape) <= 1 for id in self.learned(value)
-        ) and bool(self.learned(value))
+        """A learned value with at most one axis longer than one: a scale or a bias, or one of each expert's."""
+        shapes = [self.model.by_id[id].shape for id in self.learned(value)]
+        if value in self._chosen:
+            shapes = [shape[1:] for shape in shapes]
+        return bool(shapes) and all(sum(size > 1 for size in shape) <= 1 for shape in shapes)
 
     def _conclude(self, index: int) -> None:
         operation, meaning = self.operations[index], self.meanings[index]
         nature, learned = self._result(operation, meaning)
+        by_data = meaning.does == "lookup" and any(map(self.is_data, operation.inputs))
+        if learned and (by_data or not self._chosen.isdisjoint(operation.inputs)):
+            self._chosen.update(operation.outputs)
         for value in operation.outputs:
             if value and value not in self.natures:
                 self.natures[value] = nature
@@ -127,7 +142,11 @@ class Flow:
             if not operation.attributes.get("integer"):
                 return Nature.DATA, ()
             counted = _COUNTED_NAMES.search(str(operation.attributes.get("name", "")))
+            if (rank := operation.attributes.get("rank")) in (0, 1) and rank is not None:
+                self._short.update(operation.outputs)
             return (Nature.COUNTED if counted else Nature.IDS), ()
+        if does == "positions":
+            self._ranges.update(operation.outputs)
         if does in ("shape", "positions", "compare"):
             fixed = all(self.nature(value) is Nature.FIXED for value in operation.inputs)
             return (Nature.FIXED if fixed and does != "shape" else Nature.COUNTED), ()
@@ -140,6 +159,14 @@ class Flow:
             return self.nature(first), self.learned(first)
         natures = [self.nature(value) for value in operation.inputs if value]
         nature = max(natures, default=Nature.FIXED)
+        if (
+            does in ("add", "subtract")
+            and nature is Nature.IDS
+            and (Nature.COUNTED in natures or not self._ranges.isdisjoint(operation.inputs))
+        ):
+            given = [value for value in operation.inputs if self.nature(value) is Nature.IDS]
+            if self._short.issuperset(given):  # positions that begin where a caller says
+                return Nature.COUNTED, ()
         if nature is Nature.IDS and (does in _MIXING or does == "other"):
             nature = Nature.DATA
         if nature is not Nature.FIXED:
@@ -169,11 +196,13 @@ class Flow:
 
     def shape_at(self, index: int, id: str) -> tuple[int, ...]:
         """The shape in which an operation sees a weight, its own transposition of it included; else as stored."""
-        operation, weight = self.operations[index], self.model.by_id[id]
-        for use in self.uses.get((operation.part, operation.scope, operation.node), ()):
-            if use.weight == id:
-                return use.view.shape(weight.shape)
-        return weight.shape
+        weight, use = self.model.by_id[id], self._use(index, id)
+        return weight.shape if use is None else use.view.shape(weight.shape)
+
+    def _use(self, index: int, id: str) -> Use | None:
+        operation = self.operations[index]
+        uses = self.uses.get((operation.part, operation.scope, operation.node), ())
+        return next((use for use in uses if use.weight == id), None)
 
     @cached_property
     def projections(self) -> dict[int, Projection]:
@@ -203,43 +232,43 @@ class Flow:
         return Projection(index, weights, others[0], out, (*biases, *added), n_in, n_out)
 
     def _sizes(self, index: int, id: str, slot: int) -> tuple[int, int]:
-        attributes, shape = self.operations[index].attributes, self.shape_at(index, id)
+        attributes, shape = self.operations[index].attributes, tuple(self.shape_at(index, id))
         if isinstance(n := attributes.get("N"), int) and isinstance(k := attributes.get("K"), int):
             return k, n
         if len(shape) < 2:
-            return (0, 0)
-        if self.operations[index].op == "linear":
-            return shape[-1], shape[-2]
-        return (shape[-2], shape[-1]) if slot != 0 else (shape[-1], shape[-2])
+            return 0, 0
+        columns, rows = shape[::-1][0], shape[::-1][1]
+        linear = self.operations[index].op == "linear"  # y = x·Wᵀ: a use tells W as it is multiplied, a name as stored
+        turned = slot == 0 or linear and self._use(index, id) is None
+        return (columns, rows) if turned else (rows, columns)
 
     def added_after(self, value: str) -> tuple[str, tuple[str, ...]]:
         """Behind the learned vectors that are added to a value: the last sum, and the vectors."""
         found: list[str] = []
-        while len(readers := self.readers.get(value, ())) == 1:
-            index, slot = readers[0]
+        at = value  # views are passed to see whether a vector is added behind them
+        for _ in range(_N_MOST_ADDED):
+            readers = self.readers.get(at, [])
+            if len(readers) != 1:
+                break
+            (index, slot), other = readers[0], ""
             operation, meaning = self.operations[index], self.meanings[index]
             if meaning.does == "add" and meaning.bias is None and len(operation.inputs) == 2:
                 other = operation.inputs[1 - slot]
+                if not (self.nature(other) is Nature.FIXED and self.is_vector(other)):
+                    break
             elif meaning.bias is not None and meaning.does != "product" and meaning.bias < len(operation.inputs):
-                if slot == meaning.bias:
-                    break
-                found += [id for id in self.learned(operation.inputs[meaning.bias]) if id not in found]
-                break  # fused with what follows: the sum itself is nowhere
-            else:
-                other = ""
-                if meaning.does != "view" or slot != 0 or operation.op == "Split":
-                    break
-            if other and not (self.nature(other) is Nature.FIXED and self.is_vector(other)):
+                if slot != meaning.bias:  # fused with what follows: the sum itself is nowhere
+                    found += [id for id in self.learned(operation.inputs[meaning.bias]) if id not in found]
                 break
-            following, vectors = operation.outputs[0], self.learned(other) if other else ()
-            if not vectors:  # a view: only worth passing if a vector is added behind it
-                ahead, more = self.added_after(following)
-                return (ahead, (*found, *more)) if more else (value, tuple(found))
-            found.extend(vectors)
-            value = following
+            elif meaning.does != "view" or slot != 0 or len(operation.outputs) != 1:
+                break
+            at = operation.outputs[0]
+            if other:
+                found += self.learned(other)
+                value = at
         return value, tuple(found)
 
-    def back(self, value: str, through: frozenset[str], stops: frozenset[str] | set[str] = frozenset()) -> Iterator[int]:
+    def back(self, value: str, through: frozenset[str], stops: Container[str] = ()) -> Iterator[int]:
         """Operations behind a data value, nearest first; what `through` does not name is given and not passed.
 
         A value in `stops` is not looked behind. Cost: at most 1,500 values.
@@ -247,8 +276,9 @@ class Flow:
         pending, seen = deque([value]), {value}
         while pending:
             current = pending.popleft()
+            self.n_left -= 1
             index = self.maker.get(current)
-            if index is None or current in stops:
+            if index is None or current in stops or self.n_left < 0:
                 continue
             yield index
             if self.does(index) not in through or index in self.projections or len(seen) > _N_MOST_STEPS:

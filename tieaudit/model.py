@@ -181,11 +181,15 @@ class Declaration:
     condition: str = ""
     """The setting that switches it, as `file:key`, e.g. `config.json:text_config.tie_word_embeddings`; or empty."""
     because: str = ""
+    """Why it is active or not; `UNWRITTEN` and what then holds, where the setting has no value."""
 
     @property
     def documented(self) -> bool:
         """Whether nobody claims it but an alias map in the metadata of safetensors, by which no loader acts."""
         return self.claimed_by.endswith(("__metadata__", " metadata"))
+
+
+UNWRITTEN = "not in the file"
 
 
 @dataclass(frozen=True)

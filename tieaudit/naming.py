@@ -1,7 +1,6 @@
 """Roles told by names and shapes, for files without a graph: words that module paths are made of, and what is beside.
 
-The words are those of transformers, of the original checkpoints of its models, of timm, fairseq and open_clip, and of
-llama.cpp (gguf-py/gguf/constants.py). A name says *query* or *norm* plainly; where it only says *dense* or *c_proj*,
+A name says *query* or *norm* plainly; where it only says *dense* or *c_proj*,
 the modules around it and its neighbour's shape decide.
 """
 
@@ -9,114 +8,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from tieaudit.model import Model, Role, Weight
+from tieaudit.words import HEAD, NORM_BIASES, NORM_SCALES, PERHAPS_HEAD, PERHAPS_TOKEN, PLAIN, TOKEN, Path, path_of
 
-
-def _words(table: Mapping[str, str]) -> dict[str, str]:
-    return {word: kind for kind, words in table.items() for word in words.split()}
-
-
-PLAIN = _words(
-    {
-        "attention_query": "q_proj query q wq to_q query_proj linear_q q_lin q_head q_a_proj q_b_proj attn_q query_global "
-        "query_layer q_attn wq_a wq_b attn_q_a attn_q_b queries q_linear fc_q w_q in_proj_q q_proj_weight q_down_proj "
-        "q_up_proj qproj",
-        "attention_key": "k_proj key k wk to_k key_proj linear_k k_lin k_head attn_k key_global key_layer keys k_linear "
-        "fc_k w_k k_proj_weight kproj",
-        "attention_value": "v_proj value v wv to_v value_proj linear_v v_lin v_head attn_v value_global value_layer values "
-        "v_linear fc_v w_v v_proj_weight vproj",
-        "attention_qkv": "qkv qkv_proj query_key_value c_attn wqkv in_proj_weight to_qkv attn_qkv qkv_linear qkv_fused",
-        "attention_kv": "kv kv_proj to_kv kv_a_proj_with_mqa kv_b_proj wkv_a wkv_b attn_kv_a_mqa attn_kv_b key_value kv_a "
-        "kv_b kv_linear wkv",
-        "attention_output": "o_proj attn_output out_lin to_out post_proj o_a_proj o_b_proj attn_out o_net wo_a wo_b",
-        "ffn_gate": "gate_proj wi_0 ffn_gate gate_layer ffn_gate_exps ffn_gate_shexp w_gate",
-        "ffn_up": "up_proj wi_1 ffn_up c_fc fc_in dense_h_to_4h intermediate_dense ffn_up_exps ffn_up_shexp w_up lin1 "
-        "fc_up",
-        "ffn_down": "down_proj ffn_down fc_out dense_4h_to_h output_dense ffn_down_exps ffn_down_shexp w_down lin2 fc_down",
-        "ffn_gate_up": "gate_up_proj gate_up gate_and_up_proj ffn_gate_up",
-        "router": "router ffn_gate_inp shared_expert_gate router_proj ffn_gate_inp_shexp",
-        "position_embedding": "wpe embed_positions embed_position position_embeddings position_embedding positions_embed "
-        "pos_embed pos_embedding position_embd relative_attention_bias rel_pos_emb distance_embedding positional_embedding "
-        "pos_emb relative_position_bias_table rel_pos_h rel_pos_w pe_k x_position_embeddings y_position_embeddings "
-        "h_position_embeddings w_position_embeddings bias_values rel_embeddings attn_rel_b pos_embeds embed_pos",
-        "type_embedding": "token_type_embeddings token_types segment_embeddings task_type_embeddings token_type_embedding "
-        "seg_embed type_embeddings language_embeddings langs_embeddings lang_embeddings",
-        "adapter_a": "lora_a lora_embedding_a adapter_down down_sampler",
-        "adapter_b": "lora_b lora_embedding_b adapter_up up_sampler",
-        "recurrent_input": "weight_ih input_gates wx",
-        "recurrent_hidden": "weight_hh",
-    }
-)
-"""Last component of a module's path → kind, in lower case."""
-_TOKEN = frozenset(
-    "embed_tokens wte word_embeddings word_embedding tok_embeddings token_embedding token_embeddings tokens_embed embed_in "
-    "token_embd embed_token shared word_embed embedding_tokens".split()
-)
-_PERHAPS_TOKEN = frozenset("embeddings embedding embed emb embedder encoder_embed decoder_embed encoder wemb lut".split())
-_HEAD = frozenset("lm_head embed_out output_projection generator_lm_head proj_out score_head lm_proj".split())
-_PERHAPS_HEAD = frozenset("decoder head output proj_out generator final_proj logits fc out projection to_logits".split())
-_WRAPPERS = frozenset("weight bias base_layer module qweight kernel default modules_to_save original_module".split())
 _ATTENTION = re.compile(r"attn|attention|(^|[._])(att|mha|sa|ca)([._]|$)|encdecattention")
-_MIXER = re.compile(r"mixer|mamba|ssm|delta|linear_attn|recurrent|temporal_block|rwkv|short_?conv|(^|\.)conv(\.|$)|mlstm")
+_MIXER = re.compile(
+    r"mixer|mamba|ssm|delta|linear_attn|recurrent|temporal_block|rwkv|short_?conv|(^|\.)conv(\.|$)|mlstm"
+)
 _FEED = re.compile(
     r"mlp|ffn|ff(\.|_|\d|$)|feed_?forward|expert|moe|dense(gated)?(relu|act)|intermediate|swiglu|geglu|blocksparse"
 )
 _NORM = re.compile(r"norm|(^|_)(ln|bn|gn|rms)(_|\d|$)|layer_?norm|^ln|^bn\d|layrnorm")
-_NORM_SCALES = frozenset("weight gamma scale g alpha a_2".split())
-_NORM_BIASES = frozenset("bias beta b b_2 shift".split())
 _BUFFERS = re.compile(r"running_(mean|var)$|num_batches_tracked$|inv_freq$|position_ids$|(^|\.)attn\.(masked_)?bias$")
-_VOCABULARIES = re.compile(r"(^|\.)((src|tgt|source|target|encoder|decoder|text|padded)_)?(vocab_size|n_vocab|vocabulary_size)$")
+_VOCABULARIES = re.compile(
+    r"(^|\.)((src|tgt|source|target|encoder|decoder|text|padded)_)?(vocab_size|n_vocab|vocabulary_size)$"
+)
 _LAYERS = re.compile(r"(^h|layers?|blocks?|blk|stages?|cells?|encoders|decoders)$")
 _WITH_BIAS = ("attention_", "ffn_", "output_head", "recurrent_")
 _CLASSES = re.compile(r"class|label|time(step)?|speaker|lang|style|emotion|prompt|codebook|quantiz|spatial")
-
-
-@dataclass(frozen=True)
-class Path:
-    """A name taken apart."""
-
-    modules: tuple[str, ...]
-    """Lower-case components of the module that owns the tensor."""
-    end: str
-    """What the tensor is called there."""
-
-    @property
-    def leaf(self) -> str:
-        """The module's own name: the last component that is not a number."""
-        return next((part for part in reversed(self.modules) if not part.isdigit()), "")
-
-    @cached_property
-    def around(self) -> str:
-        """The modules around the leaf."""
-        modules = self.modules
-        while modules and modules[-1].isdigit():
-            modules = modules[:-1]
-        return ".".join(modules[:-1])
-
-    @property
-    def ends_in_number(self) -> bool:
-        return bool(self.modules) and self.modules[-1].isdigit()
-
-
-def path_of(name: str) -> Path:
-    """`model.layers.0.mlp.gate_proj.weight` → its modules and `weight`. Wrappers of other libraries are left out."""
-    parts = [part for part in re.split(r"[./]", name.lower()) if part and part not in ("_orig_mod", "parametrizations")]
-    end = parts.pop() if parts else ""
-    if end in ("original0", "weight_g") or "sink" in end:  # a length without its direction; scores of no position
-        return Path(tuple(parts), "apart")
-    if end.startswith(("original", "weight_")) and not end.startswith(("weight_ih", "weight_hh")):
-        parts, end = (parts[:-1], "weight") if parts and parts[-1] == "weight" else (parts, "weight")
-    while parts and parts[-1] in _WRAPPERS:
-        end = parts.pop() if parts[-1] in ("weight", "bias") else (parts.pop(), end)[1]
-    if end in _WRAPPERS | _NORM_SCALES | _NORM_BIASES or end.startswith(("bias_", "weight_ih", "weight_hh")):
-        return Path(tuple(parts), end)
-    if end.endswith("_bias") and (end.removesuffix("_bias") in PLAIN or end == "in_proj_bias"):
-        stem = end.removesuffix("_bias")
-        return Path((*parts, "in_proj_weight" if stem == "in_proj" else stem), "bias")
-    return Path((*parts, end), "weight") if end in PLAIN or end in _TOKEN | _HEAD else Path(tuple(parts), end)
 
 
 class Names:
@@ -140,13 +52,13 @@ class Names:
         return side in modules and any(part.isdigit() for part in modules[modules.index(side) :])
 
     def roles(self) -> dict[str, Role]:
-        """A role for every weight whose name and shape tell one. Cost: linear in the weights."""
+        """A role for every weight, *other* where name and shape tell no more. Cost: linear in the weights."""
         found: dict[str, Role] = {}
         for weight in self.model.weights:
             path = self.paths[weight.id]
             kind = self._kind(weight, path)
-            if kind is not None:
-                found[weight.id] = self.placed(weight, kind, f"by its name {weight.name}")
+            because = f"by its name {weight.name}" if kind is not None else "no evidence for a more specific role"
+            found[weight.id] = self.placed(weight, kind or "other", because)
         return found
 
     def placed(self, weight: Weight, kind: str, because: str) -> Role:
@@ -154,7 +66,7 @@ class Names:
         modules = self.paths[weight.id].modules
         side = next((part for part in modules if part in ("encoder", "decoder")), None) if self.has_sides else None
         expert = None
-        for before, part in zip(modules, modules[1:], strict=False):
+        for before, part in pairwise(modules):
             if part.isdigit() and "expert" in before:
                 expert = int(part)
         return Role(kind, because, self._layer(modules), side, expert)  # type: ignore[arg-type]
@@ -185,14 +97,14 @@ class Names:
     def _kind(self, weight: Weight, path: Path) -> str | None:
         if _BUFFERS.search(weight.name.lower()):
             return "buffer"
-        if path.end == "bias" or path.end.startswith("bias_"):
+        if path.end == "bias" or path.end.startswith(("bias_ih", "bias_hh")):
             return self._bias(weight, path)
         return self._matrix(weight, path)
 
     def _bias(self, weight: Weight, path: Path) -> str | None:
         if _is_norm(path):
             return "norm_bias"
-        if path.end.startswith("bias_"):
+        if path.end.startswith(("bias_ih", "bias_hh")):
             return "recurrent_hidden_bias" if path.end.startswith("bias_hh") else "recurrent_input_bias"
         owner = self.beside.get(path.modules[:-1], {}).get(path.modules[-1]) if path.modules else None
         kind = None
@@ -200,9 +112,16 @@ class Names:
             kind = self._matrix(owner, self.paths[owner.id])
         elif path.leaf in PLAIN:
             kind = PLAIN[path.leaf]
-        elif weight.shape and weight.shape[-1] in self.vocabularies and "predictions" in path.modules + (path.leaf,):
-            kind = "output_head"
-        elif len(weight.shape) == 1 and weight.shape[0] in self.vocabularies and path.leaf in _HEAD | {"cls", "lm_head"}:
+        elif (
+            weight.shape
+            and weight.shape[-1] in self.vocabularies
+            and "predictions" in (*path.modules, path.leaf)
+            or (
+                len(weight.shape) == 1
+                and weight.shape[0] in self.vocabularies
+                and path.leaf in HEAD | {"cls", "lm_head"}
+            )
+        ):
             kind = "output_head"
         return f"{kind}_bias" if kind is not None and kind.startswith(_WITH_BIAS) else "bias"
 
@@ -210,8 +129,8 @@ class Names:
         rank, leaf = len(weight.shape), path.leaf
         if path.end.startswith(("weight_ih", "weight_hh")):
             return "recurrent_input" if path.end.startswith("weight_ih") else "recurrent_hidden"
-        if _is_norm(path) and (path.end in _NORM_SCALES or path.end in _NORM_BIASES) and rank <= 2:
-            return "norm_bias" if path.end in _NORM_BIASES else "norm_scale"
+        if _is_norm(path) and (path.end in NORM_SCALES or path.end in NORM_BIASES) and rank <= 2:
+            return "norm_bias" if path.end in NORM_BIASES else "norm_scale"
         if path.end != "weight":
             return self._loose(weight, path)
         if rank > 2 and not weight.name.lower().endswith("weight") and leaf in ("query", "key", "value", "q", "k", "v"):
@@ -232,7 +151,7 @@ class Names:
             return None
         if re.search(r"pos(ition(al)?)?_?emb", path.end):
             return "position_embedding"
-        if (path.end.endswith("bias") or re.fullmatch(r"b\d?", path.end)) and len([size for size in weight.shape if size > 1]) <= 2:
+        if re.search(r"bias(_[a-z])?$|^b\d?$", path.end) and len([size for size in weight.shape if size > 1]) <= 2:
             return "bias"
         if re.search(r"(_|^)(proj|projection|kernel)(_weight)?$", path.end) and len(weight.shape) >= 2:
             return "projection"
@@ -244,18 +163,19 @@ class Names:
             return None
         n_rows = weight.shape[0]
         in_layer = self._layer(path.modules) is not None
-        if leaf in _TOKEN:
+        if leaf in TOKEN:
             return "token_embedding"
-        if leaf in _PERHAPS_TOKEN and not in_layer and not _CLASSES.search(weight.name.lower()):
+        if leaf in PERHAPS_TOKEN and not in_layer and not _CLASSES.search(weight.name.lower()):
             known = n_rows in self.vocabularies if self.vocabularies else n_rows > 2 * weight.shape[1]
             if known and not (leaf == "encoder" and not self._tops(path)):
                 return "token_embedding"
-        if leaf in _HEAD and (leaf != "proj_out" or not in_layer):
+        if leaf in HEAD and (leaf != "proj_out" or not in_layer):
             return "output_head"
         if in_layer or _ATTENTION.search(path.around) or "emb" in leaf:
             return None
-        if n_rows in self.vocabularies if self.vocabularies else leaf in _PERHAPS_HEAD and self._scores(weight):
-            return "output_head"
+        if n_rows in self.vocabularies if self.vocabularies else leaf in PERHAPS_HEAD and self._scores(weight):
+            named = leaf in HEAD or leaf in PERHAPS_HEAD or not self._has_head
+            return "output_head" if named else "token_embedding"
         if leaf == "decoder" and "predictions" in path.modules:
             return "output_head"
         return None
@@ -265,10 +185,15 @@ class Names:
 
     def _scores(self, weight: Weight) -> bool:
         """Whether some token table has its shape."""
-        return any(
-            other.id != weight.id and other.shape == weight.shape and self.paths[other.id].leaf in _TOKEN
-            for other in self.model.weights
-        )
+        return weight.shape in self._token_shapes
+
+    @cached_property
+    def _has_head(self) -> bool:
+        return any(path.leaf in HEAD and path.end == "weight" for path in self.paths.values())
+
+    @cached_property
+    def _token_shapes(self) -> set[tuple[int, ...]]:
+        return {weight.shape for weight in self.model.weights if self.paths[weight.id].leaf in TOKEN}
 
     def _plain(self, weight: Weight, path: Path) -> str | None:
         kind, leaf = PLAIN.get(path.leaf), path.leaf
@@ -298,19 +223,52 @@ class Names:
         last = re.split(r"\.\d+", around)[-1]  # of the layer, not of what holds the layers
         near = last or around
         attention, mixer, feed = (pattern.search(near) for pattern in (_ATTENTION, _MIXER, _FEED))
-        if leaf in ("gate", "wg", "classifier", "layer") and re.search(r"moe|mixer|expert|mlp|router|gat(e|ing)|feed_forward", near):
+        if leaf in ("gate", "wg", "classifier", "layer") and re.search(
+            r"moe|mixer|ffn|expert|mlp|router|gat(e|ing)|feed_forward", near
+        ):
             if leaf != "gate" or weight.shape[0] <= weight.shape[-1]:
                 return "router"
         if mixer and not attention and leaf in ("in_proj", "out_proj", "x_proj", "dt_proj", "output", "o", "wo"):
             return "projection"
-        if leaf in ("w1", "w2", "w3", "wi", "wo", "fc1", "fc2", "fc11", "fc12", "linear1", "linear2", "linear_1", "linear_2") and not attention:
+        if (
+            leaf
+            in (
+                "w1",
+                "w2",
+                "w3",
+                "wi",
+                "wo",
+                "fc1",
+                "fc2",
+                "fc11",
+                "fc12",
+                "linear1",
+                "linear2",
+                "linear_1",
+                "linear_2",
+            )
+            and not attention
+        ):
             return self._numbered_feed(weight, path, bool(feed))
         if attention and not (feed and near.rfind(feed[0]) > near.rfind(attention[0])):
             if mixer and leaf.startswith("in_proj"):
                 return "projection"
             if leaf == "in_proj":
                 return "attention_qkv"
-            if leaf in ("out_proj", "o", "wo", "c_proj", "dense", "proj", "output", "out", "linear_out", "to_out", "fc", "proj_out"):
+            if leaf in (
+                "out_proj",
+                "o",
+                "wo",
+                "c_proj",
+                "dense",
+                "proj",
+                "output",
+                "out",
+                "linear_out",
+                "to_out",
+                "fc",
+                "proj_out",
+            ):
                 return "projection" if "linear_attn" in near else "attention_output"
             return None
         if leaf in ("attention", "selfattention"):
@@ -323,7 +281,11 @@ class Names:
             return "ffn_up" if leaf == "ffn" else "ffn_down"
         if feed or leaf in ("mlp", "ffn", "ff", "feed_forward"):
             return self._feed(weight, path)
-        if leaf == "out_proj" and self._layer(path.modules) is not None and "in_proj_weight" in self._names_beside(path):
+        if (
+            leaf == "out_proj"
+            and self._layer(path.modules) is not None
+            and "in_proj_weight" in self._names_beside(path)
+        ):
             return "attention_output"
         return None
 
@@ -341,7 +303,9 @@ class Names:
             return "ffn_up" if "w3" not in beside else "ffn_gate" if leaf == "w1" else "ffn_up"
         if leaf in ("w2", "wo", "fc2", "linear2", "linear_2"):
             partner = {"w2": "w1", "wo": "wi", "fc2": "fc1", "linear2": "linear1", "linear_2": "linear_1"}[leaf]
-            return "ffn_down" if partner in beside or f"{partner}1" in beside or f"{partner}_0" in beside or feed else None
+            return (
+                "ffn_down" if partner in beside or f"{partner}1" in beside or f"{partner}_0" in beside or feed else None
+            )
         return "ffn_gate_up" if self._doubles(weight, path) else "ffn_up"
 
     _DOWNS: Mapping[str, str] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tieaudit import __version__
@@ -12,15 +13,18 @@ from tieaudit.change import Edit, Equalise, Level, Plan, Pool, Proof, Respell, S
 from tieaudit.equality import can_declare
 from tieaudit.model import Member, Model
 from tieaudit.plain import plain
-from tieaudit.printable import counted, listed, printable, size
+from tieaudit.printable import columns, counted, listed, printable, size
 from tieaudit.verdict import Finding
 from tieaudit.view import AS_STORED
 
 if TYPE_CHECKING:  # printing a plan needs nothing that runs models
     from tieaudit.apply import Applied
+    from tieaudit.comparison import Choice
+    from tieaudit.survival.ties import Survival
 
 N_MOST_LINES = 12
 N_MOST_LEFT = 3
+N_MOST_CHOICES = 24
 NOT_TRIED = "(one of many: not tried)"
 """How `controls.py` marks uses beyond the number that it perturbs."""
 _MARKS = {"held": "held", "failed": "FAILED", "not run": "not run"}
@@ -33,13 +37,15 @@ def planned(
     *,
     left: Sequence[Finding] = (),
     asked_to_write: bool = False,
+    choices: Sequence[Choice] = (),
 ) -> str:
     """A plan: what would be done, what is refused and why, and how to do it.
 
     `left`: findings of the model where there is nothing to do, so that this is never read as *nothing is wrong*.
+    `choices`: other schemes and policies, as a table below it.
     """
     if format_name == "json":
-        return _json("plan", plan=plan)
+        return _json("plan", plan=plan, choices=list(choices))
     lines = [f"{printable(model.path)}  {model.format}", *_plan_lines(model, plan)]
     if not plan.edits and not plan.refusals and plan.into is None:
         lines.append(f"nothing to do for {', '.join(plan.schemes)}")
@@ -49,7 +55,32 @@ def planned(
         lines.append(f"{'do' if model.format == 'torch_module' else 'write'} it with: {_apply_command(model, plan)}")
     elif asked_to_write:
         lines.append("nothing was written")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(_table(choices) if choices else ())])
+
+
+def _table(choices: Sequence[Choice]) -> list[str]:
+    """Schemes and policies beside each other."""
+    sampled = "" if all(one.exact for one in choices) else "; from a sample of the weights"
+    rows = [("scheme", "policy", "parameters", "bytes", "damage")]
+    for one in choices[:N_MOST_CHOICES]:
+        damage = f"{one.nats:.3g} nats a token" if one.nats is not None else f"{one.changed:.1%} changed"
+        rows.append(
+            (
+                one.scheme,
+                one.policy or "lossless",
+                f"{-one.n_parameters_saved:+,}",
+                size(one.n_bytes_saved),
+                damage if one.policy else "none",
+            )
+        )
+    more = len(choices) - N_MOST_CHOICES
+    return [
+        "",
+        f"what could be shared, and the share of these weights' energy that would change{sampled}:",
+        *(f"  {line}" for line in columns(rows, "<<>>>")),
+        *([f"  … and {more:,} more (--format json lists all, --frontier what nothing beats)"] if more > 0 else []),
+        "  (tieaudit explain NAME says what each does; --allow-lossy --scheme S --merge POLICY does it knowingly)",
+    ]
 
 
 def applied(model: Model, done: Applied, format_name: str) -> str:
@@ -77,6 +108,29 @@ def compared(one: Model, other: Model, proof: Proof, format_name: str) -> str:
     if proof.drift is not None and not proof.failed and ran:
         verdict = f"drift {proof.drift:.3g}, within the limit"
     return "\n".join([*lines, *_proof_lines(proof), verdict])
+
+
+def survived(name: str, found: Survival, format_name: str) -> str:
+    """Which operations break the ties of a live module."""
+    if format_name == "json":
+        return _json("survival", model=name, **{field: getattr(found, field) for field in ("ties", "rows")})
+    return "\n".join(printable(line, None) for line in [name, *str(found).splitlines()])
+
+
+def checked(receipt: Path, problems: Sequence[str], format_name: str) -> str:
+    """What no longer agrees with a receipt."""
+    if format_name == "json":
+        return _json("receipt-check", receipt=str(receipt), problems=problems)
+    lines = [printable(problem, None) for problem in problems]
+    return "\n".join(lines) or "input and output are exactly what the receipt says"
+
+
+def undone(receipt: Path, removed: Sequence[Path], format_name: str) -> str:
+    """A delivery that was taken back."""
+    if format_name == "json":
+        return _json("undo", receipt=str(receipt), removed=[str(file) for file in removed])
+    files = counted(len(removed), "file")
+    return f"undone: {files} and the receipt removed; the input was checked and is unchanged"
 
 
 def _json(command: str, **content: object) -> str:
@@ -155,10 +209,23 @@ def _cut(lines: list[str]) -> list[str]:
     return [*lines[:N_MOST_LINES], f"  … and {len(lines) - N_MOST_LINES} more (--format json lists all)"]
 
 
+def _moved(moved: object) -> list[str]:
+    """What a drift means for predictions, where an output scores a vocabulary."""
+    if not isinstance(moved, Mapping) or not moved["n_tokens"]:
+        return []
+    said = (
+        f"KL {moved['kl_mean']:.3g} nats a token on average, 99.9 % below {moved['kl_999']:.3g}; the same most likely "
+        f"token for {moved['top1']:.1%} of {counted(moved['n_tokens'], 'token')}"
+    )
+    yardstick = f" ({moved['yardstick']})" if moved["yardstick"] else ""
+    return [f"    {said}{yardstick}", "    made-up inputs say little about this: give real ones with --inputs"]
+
+
 def _proof_lines(proof: Proof, packs: bool = False) -> list[str]:
     lines = ["proof:", *(f"  {_level_line(level)}" for level in proof.levels)]
     if proof.drift is not None:
         lines.append(f"  drift against the original: {proof.drift:.3g} of the outputs' own size at most")
+        lines += _moved(proof.facts.get("moved"))
     untried = [use for use in proof.not_exercised if use.endswith(NOT_TRIED)]
     silent = tuple(use for use in proof.not_exercised if not use.endswith(NOT_TRIED))
     if silent:
@@ -172,8 +239,11 @@ _PAIRED = {
     "n_bytes_stored": "stored",
     "n_bytes_optimised": "as the runtime optimises it",
     "n_bytes_resident": "resident while it runs",
-    "seconds_per_run": "time per run",
+    "n_bytes_process_peak": "memory of the process at most, over what it was before",
+    "n_bytes_device_peak": "device memory at most",
 }
+_LEAST_PEAK_BYTES = 1 << 24
+"""Below it the growth of a process says more about its libraries than about the model."""
 _PEAKS = {
     "n_bytes_peak_writing": "writing",
     "n_bytes_peak_verifying": "verifying",
@@ -194,13 +264,10 @@ def _fact_lines(facts: Mapping[str, object], packs: bool) -> list[str]:
 
     `packs`: a runtime that may hold a shared matrix twice ran it.
     """
-    lines = []
-    for name, label in _PAIRED.items():
-        before, after = facts.get(f"{name}_before"), facts.get(f"{name}_after")
-        if isinstance(before, (int, float)) and isinstance(after, (int, float)):
-            lines.append(f"  {label}: {_amount(name, before)} → {_amount(name, after)}")
-            if name == "n_bytes_resident" and packs and after > MUCH_MORE * before:
-                lines += PREPACKED
+    lines = _paired_lines(facts, packs)
+    on_gpu = facts.get("on_cuda")
+    if isinstance(on_gpu, Mapping):
+        lines += _paired_lines(on_gpu, False)
     if (apart := facts.get("folded_apart_by_the_runtime")) is not None:
         lines.append(f"  folded apart by the runtime: {printable(str(apart))}")
     if (wider := facts.get("held_in_a_wider_type_by_the_runtime")) is not None:
@@ -213,12 +280,47 @@ def _fact_lines(facts: Mapping[str, object], packs: bool) -> list[str]:
     peaks = [f"{label} {size(n)}" for name, label in _PEAKS.items() if isinstance(n := facts.get(name), int)]
     if peaks:
         lines.append(f"  memory at most: {', '.join(peaks)}")
-    ran = [f"{name} {facts[name]}" for name in ("onnxruntime", "torch", "transformers") if name in facts]
+    loose = facts.get("not_deterministic")
+    if isinstance(loose, (list, tuple)) and loose:
+        names = listed(tuple(str(name) for name in loose))
+        lines.append(f"  no deterministic algorithm in PyTorch for {names}: runs may differ in their rounding")
+    ran = [f"{name} {facts[name]}" for name in ("onnxruntime", "torch", "transformers", "cuda") if name in facts]
     return [*lines, *([f"  with {', '.join(ran)}"] if ran else [])]
 
 
-def _amount(name: str, value: float) -> str:
-    return f"{value * 1000:.3g} ms" if name.startswith("seconds") else size(int(value))
+def _paired_lines(facts: Mapping[str, object], packs: bool) -> list[str]:
+    """Memory and time of both on one device."""
+    lines = []
+    for name, label in _PAIRED.items():
+        before, after = facts.get(f"{name}_before"), facts.get(f"{name}_after")
+        if not isinstance(before, int) or not isinstance(after, int):
+            continue
+        if name == "n_bytes_process_peak" and max(before, after) < _LEAST_PEAK_BYTES:
+            continue
+        where = f" ({printable(str(facts.get('runs_on', '')))})" if name == "n_bytes_device_peak" else ""
+        lines.append(f"  {label}{where}: {size(before)} → {size(after)}")
+        if name == "n_bytes_resident" and packs and after > MUCH_MORE * before:
+            lines += PREPACKED
+    return lines + _time_lines(facts)
+
+
+def _time_lines(facts: Mapping[str, object]) -> list[str]:
+    """Medians, the middle half of the runs, and no arrow where the difference lies within the spread."""
+    before, after = _times(facts, "before"), _times(facts, "after")
+    if not before or not after:
+        return []
+    where = f"time per run on {printable(str(facts.get('runs_on', 'the CPU')))}"
+    if facts.get("time_differs"):
+        return [f"  {where}: {before} → {after}"]
+    return [f"  {where}: no measurable difference: {before} before, {after} after"]
+
+
+def _times(facts: Mapping[str, object], side: str) -> str:
+    middle, spread = facts.get(f"seconds_per_run_{side}"), facts.get(f"seconds_per_run_quartiles_{side}")
+    if not isinstance(middle, (int, float)) or not isinstance(spread, (list, tuple)):
+        return ""
+    low, high = (f"{float(one) * 1000:.3g}" for one in spread)
+    return f"{middle * 1000:.3g} ms (middle half of {facts.get(f'n_runs_{side}')} runs {low} … {high})"
 
 
 def _level_line(level: Level) -> str:
@@ -241,4 +343,6 @@ def _apply_command(model: Model, plan: Plan) -> str:
         words.append("--allow-lossy")
     if plan.share_files is not None:
         words.append("--share-files" if plan.share_files else "--no-share-files")
+    if plan.optimizer != "adjust":
+        words += ["--optimizer", plan.optimizer]
     return f"{printable(' '.join(shlex.quote(word) for word in words), None)} --to OUT"

@@ -10,7 +10,10 @@ from tieaudit.model import Role
 from tieaudit.recognisers import Reading
 from tieaudit.spine import Block
 
-_NO_LAYER = ("token_embedding", "position_embedding", "type_embedding", "output_head", "output_head_bias", "buffer")
+_N_MOST_NESTED = 20
+"""Streams inside a block of another stream, inside a block of another one …"""
+NO_LAYER = ("token_embedding", "position_embedding", "type_embedding", "output_head", "output_head_bias", "buffer")
+"""Kinds that belong to no layer."""
 
 
 def placed(reading: Reading) -> Mapping[str, Role]:
@@ -23,10 +26,10 @@ def placed(reading: Reading) -> Mapping[str, Role]:
     found = {}
     for id, role in reading.roles.items():
         layers = {_layer(reading, index, numbers, encoder) for index in readers.get(id, ())}
-        layer = next(iter(layers)) if len(layers) == 1 and role.kind not in _NO_LAYER else None
+        layer = next(iter(layers)) if len(layers) == 1 and role.kind not in NO_LAYER else None
         because = role.because
         several = sorted(one for one in layers if one is not None)
-        if len(several) > 1 and role.kind not in _NO_LAYER:
+        if len(several) > 1 and role.kind not in NO_LAYER:
             because += f"; shared by {len(several)} layers"
         found[id] = replace(role, because=because, layer=layer, side=sides.get(id), expert=experts.get(id))  # type: ignore[arg-type]
     return found
@@ -44,28 +47,28 @@ def _readers(reading: Reading) -> dict[str, list[int]]:
     return found
 
 
-def _layer(reading: Reading, index: int, numbers: Mapping[int, int], encoder: frozenset[int]) -> int | None:
+def _layer(reading: Reading, index: int, numbers: Mapping[int, int | None], encoder: frozenset[int]) -> int | None:
     block = reading.spine.block_of.get(index)
     if block is None or index in encoder and block.sum not in encoder:  # behind the encoder's last block
         return None
     return numbers.get(block.sum)
 
 
-def _numbers(reading: Reading) -> dict[int, int]:
+def _numbers(reading: Reading) -> dict[int, int | None]:
     """Layer of every block, by its sum."""
     streams: dict[int, list[Block]] = {}
     for block in reading.spine.blocks:
         streams.setdefault(block.stream, []).append(block)
     letters = _letters(reading)
-    outer: dict[int, int] = {}
+    outer: dict[int, int | None] = {}
     for blocks in streams.values():
         marks = [letters.get(block.sum, "") for block in blocks]
         for block, number in zip(blocks, _grouped(marks), strict=True):
             outer[block.sum] = number
-    found = {}
+    found: dict[int, int | None] = {}
     for block in reading.spine.blocks:
         at, steps = block, 0
-        while at.inside is not None and len(streams[at.inside.stream]) > 1 and steps < 20:
+        while at.inside is not None and len(streams[at.inside.stream]) > 1 and steps < _N_MOST_NESTED:
             at, steps = at.inside, steps + 1
         found[block.sum] = outer[at.sum]
     return found
@@ -77,10 +80,10 @@ def _letters(reading: Reading) -> dict[int, str]:
     found: dict[int, set[str]] = {}
 
     def note(index: int, letter: str) -> None:
-        block = spine.block_of.get(index)
-        while block is not None:
+        block, steps = spine.block_of.get(index), 0
+        while block is not None and steps < _N_MOST_NESTED:
             found.setdefault(block.sum, set()).add(letter)
-            block = block.inside
+            block, steps = block.inside, steps + 1
 
     for index, one in flow.projections.items():
         kind = reading.kinds.get(index, "")
@@ -98,17 +101,23 @@ def _letters(reading: Reading) -> dict[int, str]:
     return {sum: "X" if "X" in marks else "".join(sorted(marks)) for sum, marks in found.items()}
 
 
-def _grouped(marks: list[str]) -> list[int]:
-    """Layer of each block: by the shortest pattern that repeats, else a new one wherever positions are mixed."""
-    for period in range(1, len(marks) // 2 + 1):
-        if len(marks) % period == 0 and all(a == b for a, b in zip(marks, marks[period:], strict=False)):
-            if len(set(marks)) > 1 or "M" in marks[0] or period == 1:
-                return [index // period for index in range(len(marks))]
-    begins = [bool(mark) and "X" not in mark and mark != "F" or not mark for mark in marks]
+def _grouped(marks: list[str]) -> list[int | None]:
+    """Layer of each block: by the shortest pattern that repeats, else a new one wherever positions are mixed.
+
+    Up to two blocks before the first that mixes positions (convolutions over the input) belong to no layer.
+    """
+    for n_before in range(min(3, len(marks))):
+        if n_before and ("M" in marks[n_before - 1] or "M" not in marks[n_before]):
+            continue
+        rest = marks[n_before:]
+        for period in range(1, len(rest) // 2 + 1):
+            if len(rest) % period == 0 and all(a == b for a, b in zip(rest, rest[period:], strict=False)):
+                return [None] * n_before + [index // period for index in range(len(rest))]
     alone = all(mark == "F" for mark in marks)
-    numbers, number = [], -1
-    for index, begin in enumerate(begins):
-        if begin or alone or index == 0:
+    numbers: list[int | None] = []
+    number = -1
+    for index, mark in enumerate(marks):
+        if alone or index == 0 or mark != "F" and "X" not in mark:
             number += 1
         numbers.append(number)
     return numbers

@@ -35,6 +35,8 @@ class Choices:
     transposed_as: Literal["auto", "gemm", "gather", "fused"] = "auto"
     share_files: bool | None = None
     """False: every file stays whole by itself. True or None: the parts of a model may share a data file."""
+    optimizer: Literal["adjust", "keep"] = "adjust"
+    """Whether an optimizer's state in a checkpoint follows the parameters that are tied."""
 
 
 @dataclass
@@ -99,7 +101,7 @@ def plan(subject: Subject, choices: Choices, as_format: Format | None = None) ->
     draft.notes.extend(_of_merged(draft))
     draft.notes.extend(_of_equal_values(draft))
     if format_.notes is not None:
-        draft.notes.extend(format_.notes(draft.model, draft.edits))
+        draft.notes.extend(format_.notes(draft.model, draft.edits, choices.optimizer == "adjust"))
     return Plan(
         path=subject.model.path,
         target=target,
@@ -111,6 +113,7 @@ def plan(subject: Subject, choices: Choices, as_format: Format | None = None) ->
         notes=tuple(dict.fromkeys(draft.notes)),
         transposed_as=choices.transposed_as,
         share_files=choices.share_files,
+        optimizer=choices.optimizer,
     )
 
 
@@ -264,18 +267,10 @@ def _anchored(members: tuple[Member, ...], kept: str) -> tuple[Member, ...]:
 
 def _realisable(draft: _Draft, edit: Edit) -> list[Edit]:
     """The edit, with the settings it needs; RewriteRefused with the format's reason if it cannot be made."""
-    if draft.format.can_realise is None:
-        raise RewriteRefused(f"the format {draft.format.name} cannot be rewritten")
-    because = draft.format.can_realise(draft.model, edit, draft.target)
-    if because is None:
-        return [edit]
-    if because.startswith(NEEDS_SETTING) and draft.format.switch is not None and isinstance(edit, Share):
-        ids = tuple(member.id for member in edit.members)
-        settings = draft.format.switch(draft.model, ids, True, draft.target)
-        if isinstance(settings, str):
-            raise RewriteRefused(settings)
-        return [*settings, edit]
-    raise RewriteRefused(because.removeprefix(NEEDS_SETTING))
+    settings = draft.format.settings(draft.model, edit, draft.target)
+    if isinstance(settings, str):
+        raise RewriteRefused(settings)
+    return [*settings, edit]
 
 
 def _pool(draft: _Draft, candidate: Candidate) -> list[Edit]:

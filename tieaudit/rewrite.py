@@ -5,12 +5,16 @@ Nothing is written in place. `deliver.py` alone moves the result to its name.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from tieaudit.change import Plan, Written
@@ -21,6 +25,8 @@ from tieaudit.registry import choose, discover
 
 SPARE_BYTES = 16 * 1024 * 1024
 """Room that is left for receipts and headers when disk space is checked."""
+MARK = ".tieaudit-"
+_WORKSPACE = re.compile(r"\..*\.tieaudit-(?P<machine>[0-9a-f]{8})-(?P<pid>\d{1,10})-[0-9a-f]{12}", re.DOTALL)
 ALIGNMENT_BYTES = 65536
 """The most that comes before a large tensor in a data file, so that it can be mapped."""
 
@@ -68,14 +74,63 @@ def workspace(destination: Path) -> Iterator[Path]:
     home = nearest_existing(destination)
     try:
         # cut: a name may have 255 bytes, and that of the destination may have nearly as many
-        folder = home / f".{destination.name[:40]}.tieaudit-{secrets.token_hex(6)}"
-        folder.mkdir()  # with the user's own permissions: the folder itself may become the delivery
+        folder = home / f".{destination.name[:40]}{MARK}{_this_machine()}-{os.getpid()}-{secrets.token_hex(6)}"
+        folder.mkdir(
+            0o700
+        )  # nobody else reads what is not proved yet; `deliver` gives it the permissions it is to have
     except OSError as error:
         raise RewriteRefused(f"{home}: cannot be written: {error.strerror}") from error
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def left_behind(destination: Path) -> list[str]:
+    """Sentences about workspaces beside a destination that killed runs left, after removing those that are surely dead.
+
+    Surely dead: of this machine since it was started and of this space of process numbers, and no such process is
+    running. Whatever else has such a name may be somebody's at work, and is only named.
+    """
+    found = []
+    with suppress(OSError, RewriteRefused):
+        for path in sorted(nearest_existing(destination).glob(f".*{MARK}*")):
+            name = _WORKSPACE.fullmatch(path.name)
+            if name is None or path.is_symlink() or not path.is_dir():
+                continue
+            if name["machine"] == _this_machine() and not _running(int(name["pid"])):
+                shutil.rmtree(path, ignore_errors=True)
+            if not path.exists():
+                found.append(f"removed {path}, which a run that was killed had left")
+            elif int(name["pid"]) != os.getpid():
+                found.append(
+                    f"{path} belongs to another run; if none is at work there, it was killed: remove the folder"
+                )
+    return found
+
+
+def _running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        pass
+    return True
+
+
+@cache
+def _this_machine() -> str:
+    """Equal in two processes only if a process number means the same in both: one start of one machine, one namespace.
+
+    Empty facts where the system does not tell make another value in every process, so that nothing is taken for dead.
+    """
+    try:
+        started = Path("/proc/sys/kernel/random/boot_id").read_text()
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return secrets.token_hex(4)
+    return hashlib.sha256(f"{socket.gethostname()}\0{started}\0{namespace}".encode()).hexdigest()[:8]
 
 
 def nearest_existing(path: Path) -> Path:
@@ -104,6 +159,7 @@ def rewrite(model: Model, plan: Plan, folder: Path) -> tuple[Written, Model]:
     try:
         _check_room(model, plan, folder)
         written = write(model, plan, folder)
+        keep_private(model, folder, written.files)
         for name in written.files:
             flush(folder / name)
         return written, _read_back(format_, model, plan, folder)
@@ -116,6 +172,32 @@ def _format_name(model: Model, plan: Plan) -> str:
     if plan.into is None or not plan.into.file:
         return model.format
     return "safetensors" if plan.into.form == "safetensors" else "torch_checkpoint"
+
+
+def keep_private(model: Model, folder: Path, names: Iterable[str]) -> None:
+    """Nobody may read a new file who may not read what it was made of; its owner may always write it.
+
+    A file has the permissions of the source's file of its name, a new one those that all files of the model have in
+    common, both within what the user's own settings give to new files. Folders likewise.
+    """
+    home = Path(model.path) if Path(model.path).is_dir() else Path(model.path).absolute().parent
+    common = 0o777
+    for path in (path for part in model.parts for path in part.paths):
+        with suppress(OSError):
+            common &= os.stat(path).st_mode
+    for name in names:
+        given = common
+        with suppress(OSError):
+            given = os.stat(home / name).st_mode
+        _narrow(folder / name, given)
+        for parent in (one for one in Path(name).parents if one != Path()):
+            with suppress(OSError):
+                _narrow(folder / parent, os.stat(home / parent).st_mode)
+
+
+def _narrow(path: Path, mode: int) -> None:
+    now = path.stat().st_mode
+    path.chmod(now & 0o777 & (mode | (0o700 if path.is_dir() else 0o600)))
 
 
 def _read_back(format_: Format, model: Model, plan: Plan, folder: Path) -> Model:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from tieaudit.flow import Flow
 from tieaudit.model import Model, Role, Use, Weight
 from tieaudit.naming import roles_by_name
-from tieaudit.places import placed
+from tieaudit.places import NO_LAYER, placed
 from tieaudit.recognisers import Reading, Recogniser, in_order
 from tieaudit.registry import discover
 from tieaudit.spine import Spine
@@ -64,37 +64,30 @@ def roles(model: Model) -> Mapping[str, Role]:
     for id, kind in model.hints.items():
         if id in model.by_id:
             found.setdefault(id, Role(kind, told))
+    found.update(_by_other_names(model, found))
     named = roles_by_name(model)
     for weight in model.weights:
-        found[weight.id] = _agreed(weight, found.get(weight.id), named.get(weight.id), model)
+        found[weight.id] = _agreed(weight, found.get(weight.id), named[weight.id], model)
     return found
 
 
-def _agreed(weight: Weight, told: Role | None, named: Role | None, model: Model) -> Role:
+def _agreed(weight: Weight, told: Role | None, named: Role, model: Model) -> Role:
     """One role from what the graph or the class tells and what the name says."""
     if weight.parameter is False and (told is None or told.kind == "other"):
         return Role("buffer", weight.because or "not learned")
-    if named is None:
-        return told or OTHER
-    if told is None or told.kind in _VAGUE:
-        if model.has_graph and not named.kind.startswith(_ONLY_NAMED):
-            return told or OTHER
-        if told is None:
-            return named
-        because = f"{named.because}; the graph says no more than {told.kind}: {told.because}"
-        return replace(named, because=because, layer=_either(told.layer, named.layer), side=told.side or named.side)
-    if told.kind != named.kind and named.kind not in _VAGUE:
+    surer = named.kind not in _VAGUE and (not model.has_graph or named.kind.startswith(_ONLY_NAMED))
+    if told is None:
+        told = named if surer or not model.has_graph else OTHER
+    elif told.kind in _VAGUE and surer:
+        seen = f"the graph says no more than {told.kind}: {told.because}"
+        told = replace(told, kind=named.kind, because=f"{named.because}; {seen}")
+    elif told.kind not in (*_VAGUE, named.kind) and named.kind not in _VAGUE:
         told = replace(told, because=f"{told.because}; its name says {named.kind}")
-    return replace(
-        told,
-        layer=_either(told.layer, named.layer),
-        side=told.side or named.side,
-        expert=_either(told.expert, named.expert),
-    )
-
-
-def _either(first: int | None, second: int | None) -> int | None:
-    return second if first is None else first
+    if told.kind in NO_LAYER:
+        return replace(told, side=told.side or named.side)
+    expert = named.expert if told.expert is None else told.expert
+    layer = named.layer if told.layer is None and "shared by" not in told.because else told.layer
+    return replace(told, layer=layer, side=told.side or named.side, expert=expert)
 
 
 def _by_flow(model: Model) -> Mapping[str, Role]:
@@ -149,7 +142,6 @@ def _from_graph(model: Model) -> dict[str, Role]:
                 found[weight.id] = Role(
                     "output_head_bias", f"added to the scores of the vocabulary ({use.op} @ {use.node})"
                 )
-    found.update(_by_other_names(model, found))
     return found
 
 
@@ -161,7 +153,7 @@ def _by_other_names(model: Model, found: Mapping[str, Role]) -> dict[str, Role]:
         if weight.storage is not None and weight.id not in found and not model.uses_of.get(weight.id):
             first = known.get(weight.storage.region)
             if first is not None and model.by_id[first].shape == weight.shape:
-                others[weight.id] = Role(found[first].kind, f"another name of {first}, {found[first].because}")
+                others[weight.id] = replace(found[first], because=f"another name of {first}, {found[first].because}")
     return others
 
 

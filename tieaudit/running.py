@@ -48,6 +48,8 @@ VARIATIONS: Mapping[str, tuple[Setting, ...]] = {
         Setting("two threads", {}, {"threads": 2}),
         Setting("batch split", {}, {"split": True}),
     ),
+    # a module of the user's own need not have its batch in front, nor treat its rows apart
+    "torch_module": (Setting("one thread", {}, {"threads": 1}), Setting("two threads", {}, {"threads": 2})),
 }
 """Changes that may not matter, by runner: the spread of the original under them is the noise floor."""
 
@@ -62,6 +64,8 @@ class Opened:
     generation: int
     signature: Signature
     facts: Mapping[str, Any]
+    sample: Mapping[str, Array] = field(default_factory=dict)
+    """Inputs that came with it."""
 
     def run(self, feed: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs by name. ChildFailed."""
@@ -135,7 +139,7 @@ def path_of(model: Model, part: str) -> str:
     """What a runner opens: the main file of a part, or the folder."""
     if model.format == "onnx":
         return next(one.paths[0] for one in model.parts if one.name == part)
-    if model.format == "torch_export":
+    if model.format in ("torch_export", "torch_module"):
         return model.path
     return model.path if Path(model.path).is_dir() else str(Path(model.path).parent)
 
@@ -180,8 +184,9 @@ def _instead(sandbox: Sandbox, path: str) -> Mapping[str, Any]:
 @contextmanager
 def opened(sandbox: Sandbox, path: str, setting: Setting = USUAL) -> Iterator[Opened]:
     """Load one part, and free it afterwards. ChildFailed if the runtime cannot load it."""
-    facts, _ = sandbox.ask("open", {"path": path, **_instead(sandbox, path), **setting.opening})
-    one = Opened(sandbox, setting, facts["handle"], sandbox.generation, Signature.from_json(facts["signature"]), facts)
+    facts, sample = sandbox.ask("open", {"path": path, **_instead(sandbox, path), **setting.opening})
+    signature = Signature.from_json(facts["signature"])
+    one = Opened(sandbox, setting, facts["handle"], sandbox.generation, signature, facts, sample)
     try:
         yield one
     finally:

@@ -1,4 +1,4 @@
-"""JSON Schemas of what plan, apply and verify print, made from the nouns themselves so that they cannot disagree."""
+"""JSON Schemas of what every command but scan prints, made from the nouns themselves so that they cannot disagree."""
 
 from __future__ import annotations
 
@@ -10,14 +10,52 @@ from collections.abc import Mapping
 from typing import Any
 
 from tieaudit.change import Plan, Proof
+from tieaudit.comparison import Choice
 from tieaudit.storage import Storage
+from tieaudit.survival.ties import Survived
 from tieaudit.view import View
 
 COMMANDS: Mapping[str, Mapping[str, type]] = {
-    "plan": {"plan": Plan},
+    "plan": {"plan": Plan, "choices": tuple[Choice, ...]},
     "apply": {"plan": Plan, "proof": Proof, "output": str, "receipt": str},
     "verify": {"before": str, "after": str, "proof": Proof},
+    "survival": {"model": str, "ties": tuple[tuple[str, ...], ...], "rows": tuple[Survived, ...]},
+    "receipt-check": {"receipt": str, "problems": tuple[str, ...]},
+    "undo": {"receipt": str, "removed": tuple[str, ...]},
 }
+_SPELT = {"survival": "verify --survival", "receipt-check": "verify --receipt", "undo": "apply --undo"}
+"""How a document is asked for, where it has not the name of its command."""
+
+PER_SIDE: Mapping[str, Any] = {
+    "n_bytes_stored": int,
+    "n_bytes_optimised": int,
+    "n_bytes_resident": int,
+    "n_bytes_process_peak": int,
+    "n_bytes_device_peak": int,
+    "seconds_per_run": float,
+    "seconds_per_run_quartiles": tuple[float, float],
+    "n_runs": int,
+    "operations": Mapping[str, int],
+}
+"""Facts of a proof that come twice, with `_before` and `_after`."""
+FACTS: Mapping[str, Any] = {
+    "runs_on": str,
+    "time_differs": bool,
+    "not_deterministic": tuple[str, ...],
+    "spread_of_the_original": float,
+    "moved": Mapping[str, float],
+    "folded_apart_by_the_runtime": str,
+    "held_in_a_wider_type_by_the_runtime": str,
+    "n_bytes_peak_writing": int,
+    "n_bytes_peak_verifying": int,
+    "n_bytes_peak_running": int,
+    "onnxruntime": str,
+    "numpy": str,
+    "torch": str,
+    "transformers": str,
+    "cuda": str,
+}
+"""The others."""
 
 
 def schemas() -> dict[str, str]:
@@ -27,13 +65,14 @@ def schemas() -> dict[str, str]:
 
 def _text(command: str, fields: Mapping[str, type]) -> str:
     nouns: dict[str, Any] = {}
+    spelt = _SPELT.get(command, command)
     tool = {"type": "object", "properties": {"name": {"const": "tieaudit"}, "version": {"type": "string"}}}
     content = {name: _of(kind, nouns) for name, kind in fields.items()}
     schema = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": f"https://tieaudit.invalid/schema/{command}-1.schema.json",
-        "title": f"tieaudit {command}, version 1",
-        "description": f"What `tieaudit {command} --format json` prints. Additive only. Made by tools/make_docs.py.",
+        "title": f"tieaudit {spelt}, version 1",
+        "description": f"What `tieaudit {spelt} --format json` prints. Additive only. Made by tools/make_docs.py.",
         "type": "object",
         "properties": {"schema": {"const": f"tieaudit/{command}/1"}, "tool": tool, **content},
         "required": ["schema", "tool", *fields],
@@ -77,9 +116,19 @@ def _noun(kind: Any, nouns: dict[str, Any]) -> dict[str, Any]:
         nouns[kind.__name__] = {}  # taken, in case it refers to itself
         hints = typing.get_type_hints(kind)
         fields = {field.name: _of(hints[field.name], nouns) for field in dataclasses.fields(kind)}
+        if kind is Proof:
+            fields["facts"] = _facts(nouns)
         nouns[kind.__name__] = {
             "type": "object",
             "properties": {"kind": {"const": kind.__name__}, **fields},
             "required": ["kind", *fields],
         }
     return {"$ref": f"#/$defs/{kind.__name__}"}
+
+
+def _facts(nouns: dict[str, Any]) -> dict[str, Any]:
+    """What was measured; each only where it was. Facts of one part of several end in its name, ` (part)`."""
+    per_side = {f"{name}_{side}": _of(kind, nouns) for name, kind in PER_SIDE.items() for side in ("before", "after")}
+    known = {**per_side, **{name: _of(kind, nouns) for name, kind in FACTS.items()}}
+    on_gpu = {name: known[name] for name in (*per_side, "runs_on", "time_differs")}
+    return {"type": "object", "properties": {**known, "on_cuda": {"type": "object", "properties": on_gpu}}}

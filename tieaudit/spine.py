@@ -17,7 +17,7 @@ _SCORING = frozenset("view multiply divide choose add activate".split())
 _LIGHT = frozenset("normalise add multiply divide subtract view adjust root reduce choose activate join".split())
 
 
-@dataclass
+@dataclass(eq=False)
 class Block:
     """What happens between two sums of one stream."""
 
@@ -47,8 +47,12 @@ class Spine:
             self._look(index)
         self._end_normed()
         self._last = self._latest()
+        self._nested: set[int] = set()
+        self._ended: dict[Block, list[str]] = {}
         self.block_of = self._assign()
         self._nest()
+        if self._nested:  # what leads to a stream inside a block belongs to that block
+            self.block_of = self._assign()
 
     @property
     def values(self) -> Mapping[str, Block | int]:
@@ -60,7 +64,7 @@ class Spine:
         fused = flow.does(index) == "normalise" and len(flow.data_inputs(index)) == 2
         if flow.does(index) != "add" and not fused:
             return
-        data = [value for value in flow.data_inputs(index) if flow.is_data(value)]
+        data = [self._unscaled(value) for value in flow.data_inputs(index) if flow.is_data(value)]
         if len(data) != 2 or data[0] == data[1]:
             return
         older, newer = sorted(data, key=lambda value: flow.maker.get(value, -1))
@@ -86,6 +90,20 @@ class Spine:
         for value in operation.outputs:
             if value:
                 self.on_stream[value] = block
+
+    def _unscaled(self, value: str) -> str:
+        """A residual without the learned scale that some models put on it."""
+        flow = self.flow
+        index = flow.maker.get(value)
+        if index is None or flow.does(index) != "multiply":
+            return value
+        data = [one for one in flow.data_inputs(index) if flow.is_data(one)]
+        fixed = [one for one in flow.operations[index].inputs if flow.learned(one)]
+        if len(data) != 1 or len(fixed) != 1:
+            return value
+        maker = flow.maker.get(data[0])
+        begins = maker is not None and flow.does(maker) in ("lookup", "embed", "add", "normalise")
+        return data[0] if begins or data[0] in self.on_stream else value
 
     def _extend(self, block: Block, end: str, index: int) -> None:
         """A second branch that is worked out from the same residual is added to the sum: the block ends here."""
@@ -115,8 +133,9 @@ class Spine:
         pending, seen, works, found = deque([newer]), {newer}, False, False
         while pending and len(seen) < _N_MOST_STEPS and not (works and found):
             value = pending.popleft()
+            flow.n_left -= 1
             index = flow.maker.get(value)
-            if index is None or index <= first:
+            if index is None or index <= first or flow.n_left < 0:
                 continue
             works = works or flow.does(index) in _WORK
             for one in flow.data_inputs(index):
@@ -212,7 +231,7 @@ class Spine:
             best: Block | None = None
             for value in flow.operations[index].outputs:
                 here = self.on_stream.get(value)
-                if here is not None:  # the beginning of a stream, or the normalised end of a block
+                if here is not None and here not in self._nested:  # a stream begins, or a block's normalised end
                     reached = here if isinstance(here, Block) else None
                     if isinstance(here, Block) and here.sum > index:
                         reached = None
@@ -227,6 +246,9 @@ class Spine:
 
     def _nest(self) -> None:
         """A stream that begins and ends inside a block of another stream is part of that block."""
+        for value, here in self.on_stream.items():
+            if isinstance(here, Block):
+                self._ended.setdefault(here, []).append(value)
         by_stream: dict[int, list[Block]] = {}
         for block in self.blocks:
             by_stream.setdefault(block.stream, []).append(block)
@@ -237,16 +259,16 @@ class Spine:
             if outer is None or outer.stream == stream or came_from is None:
                 continue
             if outer.before is came_from or came_from == outer.stream:
+                self._nested.add(stream)
                 for block in blocks:
                     block.inside = outer
 
     def _outer(self, last: Block) -> Block | None:
         flow, best = self.flow, None
-        ends = {id(block): block for block in self.blocks}
-        for value in flow.operations[last.sum].outputs:
+        for value in self._ended.get(last, ()):
             for reader, _ in flow.readers.get(value, ()):
                 block = self.block_of.get(reader)
-                if block is not None and id(block) in ends and block.stream != last.stream:
+                if block is not None and block.stream != last.stream:
                     if best is None or block.sum < best.sum:
                         best = block
         return best

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import copy
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tieaudit.calling import call, comparable, tensors_of
-from tieaudit.errors import UsageError
+from tieaudit.arithmetic import device_of, exact
+from tieaudit.backward import LIMIT, across, backward, floats_in_float64, in_float64, own_loss
 from tieaudit.formats.torch_module.read import held
-from tieaudit.formats.torch_module.tensors import identity
+from tieaudit.formats.torch_module.tensors import extent, identity
+from tieaudit.formats.torch_module.uses import arguments
 from tieaudit.live import untie
+from tieaudit.printable import listed
+from tieaudit.regions import overlapping
+from tieaudit.torch_session import on_device
 
 if TYPE_CHECKING:
     import torch
 
-LIMIT = 1e-10
-"""Largest difference of a float64 gradient, relative to its own largest element: sums in another order, no more."""
 N_STEPS = 2
-_ORIGINAL = ".original"
-_BOX = "parametrizations."
+_N_MOST_MARKED = 1 << 28
+"""Elements of one block of memory that are marked to see whether strided parameters meet; beyond it they count as
+meeting."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,17 @@ class TiedGradient:
     """Largest difference between its gradient and the sum over the untied slots, relative to its largest element."""
     reached: tuple[str, ...]
     """Slots with a gradient other than zero: with fewer than two of them the sum proves nothing."""
+    limit: float = LIMIT
+    """The largest difference that counts as rounding: more where the module itself rounds to a narrower type."""
 
     @property
     def held(self) -> bool:
-        return self.difference <= LIMIT
+        return self.difference <= self.limit
+
+    @property
+    def cut_off(self) -> tuple[str, ...]:
+        """Slots through which nothing is learnt: detached, or not used for these inputs."""
+        return tuple(name for name in self.slots if name not in self.reached)
 
 
 @dataclass(frozen=True)
@@ -46,14 +56,41 @@ class GradientParity:
 
     tied: tuple[TiedGradient, ...]
     updated_twice: tuple[tuple[str, ...], ...]
-    """Names of one memory in separate `Parameter` objects: an optimizer moves it once for each of them."""
+    """Names whose separate `Parameter` objects share memory: an optimizer moves it once for each of them."""
     kept: Mapping[str, bool]
-    """By optimizer: whether every tie was still one tensor after two steps."""
+    """By optimizer: whether every tie, of buffers too, was still one tensor after two steps."""
+    not_deterministic: tuple[str, ...] = ()
+    """Operations without a deterministic version, whose rounding may differ from run to run."""
 
     @property
     def held(self) -> bool:
-        """Whether all gradients are the sums, no memory is updated twice, and every optimizer keeps the ties."""
+        """Whether all gradients are the sums, no memory is updated twice, and every optimizer keeps the ties.
+
+        A sum of one part holds, too, and proves nothing: see `proved`.
+        """
         return all(one.held for one in self.tied) and not self.updated_twice and all(self.kept.values())
+
+    @property
+    def proved(self) -> bool:
+        """Whether it holds and every tied gradient is a sum of at least two parts."""
+        return self.held and bool(self.tied) and all(len(one.reached) > 1 for one in self.tied)
+
+    def __str__(self) -> str:
+        lines = [_line(one) for one in self.tied] or ["no parameter of this module has several names"]
+        lines += [f"updated twice: {listed(names)} share memory in separate Parameters" for names in self.updated_twice]
+        lines += [f"two steps of {name}: ties {'kept' if kept else 'LOST'}" for name, kept in self.kept.items()]
+        if self.not_deterministic:
+            lines.append(f"not deterministic: {', '.join(self.not_deterministic)}")
+        return "\n".join(lines)
+
+
+def _line(one: TiedGradient) -> str:
+    verdict = "is" if one.held else "is NOT"
+    said = f"{one.name}: its gradient {verdict} the sum over {len(one.slots)} slots"
+    said += f" (difference {one.difference:.3g}, limit {one.limit:.3g})"
+    if len(one.reached) < 2:
+        said += ", which proves nothing"
+    return f"{said}; nothing is learnt through {listed(one.cut_off)}" if one.cut_off else said
 
 
 def gradients(
@@ -61,122 +98,101 @@ def gradients(
 ) -> GradientParity:
     """Compare the module's tied gradients with those of an untied copy, both in float64 on the same data.
 
-    `loss` maps the output to a number; without it, all floating-point outputs are weighted by fixed random numbers.
-    The module itself is not changed: two copies of it are made. UsageError where nothing has a gradient.
+    `loss` maps the output to a number; without it the output's own `loss` counts (transformers, given labels), else
+    all floating-point outputs weighted by fixed random numbers. Inputs move to where the module is. The module itself
+    is not changed: up to four copies of it are made. UsageError where nothing has a gradient.
     """
-    with comparable(module):
-        tied = _in_float64(module)
-        apart = _in_float64(module)
-    groups = _groups(tied)
-    untie(apart)
-    data = _floats_in_float64(inputs)
-    loss = loss or _weighted
-    _backward(tied, data, loss)
-    _backward(apart, data, loss)
-    ours, theirs = _named(tied), _named(apart)
-    found = tuple(_against(names, ours, theirs) for names in groups if ours[names[0]].requires_grad)
-    return GradientParity(found, _updated_twice(module), _steps(module, data, loss))
-
-
-def _in_float64(module: torch.nn.Module) -> torch.nn.Module:
-    """A copy that computes in float64 with the same ties."""
-    return copy.deepcopy(module).double()
-
-
-def _named(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    return dict(module.named_parameters(remove_duplicate=False))
+    data = floats_in_float64(on_device(arguments(inputs), device_of(module)))
+    noted: set[str] = set()
+    with exact():
+        tied, apart = in_float64(module), in_float64(module)
+        untie(apart)
+        found = across(tied, apart, lambda: data, lambda: data, noted, loss or own_loss)
+        rows = tuple(
+            TiedGradient(one.name, one.slots, one.difference, one.reached, found.limit)
+            for one in found.summed if len(one.slots) > 1
+        )  # fmt: skip
+        del tied, apart
+        kept = _steps(module, data, loss or own_loss, noted)
+    return GradientParity(rows, _updated_twice(module), kept, tuple(sorted(noted)))
 
 
 def _groups(module: torch.nn.Module) -> list[tuple[str, ...]]:
-    """Names of each parameter that has several."""
-    by_place: dict[object, list[str]] = {}
+    """Names of each parameter or buffer that has several."""
+    by_place: dict[object, list[str]] = defaultdict(list)
     for one in held(module):
-        if one.parameter:
-            by_place.setdefault(identity(one.tensor), []).append(one.name)
+        by_place[identity(one.tensor)].append(one.name)
     return [tuple(names) for names in by_place.values() if len(names) > 1]
 
 
 def _updated_twice(module: torch.nn.Module) -> tuple[tuple[str, ...], ...]:
-    parameters = _named(module)
-    return tuple(
-        names for names in _groups(module)
-        if len({id(parameters[name]) for name in names}) > 1 and parameters[names[0]].requires_grad
-    )  # fmt: skip
+    """Separate trained `Parameter` objects over one memory, the same elements, transposed, or slices of it."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    names = list(parameters)
+    places = [_place(parameters[name]) for name in names]
+    found = []
+    for group in overlapping(places):
+        together = [names[index] for index in sorted(group)]
+        separate = {id(parameters[name]): parameters[name] for name in together if parameters[name].requires_grad}
+        if len(separate) > 1 and _meet(list(separate.values())):
+            found.append(tuple(together))
+    return tuple(found)
 
 
-def _floats_in_float64(value: Any) -> Any:
-    import torch
-    from torch.utils import _pytree
-
-    def convert(item: Any) -> Any:
-        floating = isinstance(item, torch.Tensor) and item.is_floating_point()
-        return item.detach().double() if floating else item
-
-    return _pytree.tree_map(convert, value)
-
-
-def _weighted(output: Any) -> torch.Tensor:
+def _meet(tensors: list[torch.nn.Parameter]) -> bool:
+    """Whether tensors whose spans of memory overlap have an element in common: columns of one matrix may have none."""
     import torch
 
-    generator = torch.Generator().manual_seed(0)
-    terms = []
-    for tensor in tensors_of(output).values():
-        if tensor.is_floating_point() and tensor.requires_grad:
-            weights = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
-            terms.append((tensor * weights).sum())
-    if not terms:
-        raise UsageError("expected an output with a gradient, found none; give loss=…")
-    return torch.stack(terms).sum()
+    begin = min(one.data_ptr() for one in tensors)
+    n_items = max(-(-(one.data_ptr() - begin + extent(one)) // one.element_size()) for one in tensors)
+    plain = all(one.is_contiguous() for one in tensors)
+    if plain or n_items > _N_MOST_MARKED or len({one.dtype for one in tensors}) > 1:
+        return True
+    marks = torch.zeros(n_items, dtype=torch.uint8)
+    for one in tensors:
+        place = marks.as_strided(one.shape, one.stride(), (one.data_ptr() - begin) // one.element_size())
+        if bool(place.any()):
+            return True
+        place.fill_(1)
+    return False
 
 
-def _backward(module: torch.nn.Module, inputs: Any, loss: Callable[[Any], torch.Tensor]) -> None:
+def _place(tensor: torch.nn.Parameter) -> tuple[str, int, int]:
+    """(device, begin, end) of a parameter in memory; of one without an address, a place that only its object has."""
     import torch
 
-    module.zero_grad(set_to_none=True)
-    with comparable(module), torch.enable_grad():
-        number = loss(call(module, inputs))
-        number.backward()
+    if tensor.layout != torch.strided or tensor.device.type == "meta" or not tensor.numel():
+        return f"object {id(tensor)}", 0, 1
+    try:
+        begin = tensor.data_ptr()
+    except RuntimeError:
+        begin = 0
+    return (str(tensor.device), begin, begin + extent(tensor)) if begin else (f"object {id(tensor)}", 0, 1)
 
 
-def _against(
-    names: tuple[str, ...], ours: Mapping[str, torch.nn.Parameter], theirs: Mapping[str, torch.nn.Parameter]
-) -> TiedGradient:
-    import torch
+def _steps(module: torch.nn.Module, data: Any, loss: Callable[[Any], Any], noted: set[str]) -> dict[str, bool]:
+    """Two steps of each optimizer in training mode: are the names that were one tensor still one?
 
-    total = torch.zeros_like(ours[names[0]])
-    reached = []
-    for name in names:
-        slot, transposed = _slot(name, theirs)
-        if slot.grad is None:
-            continue
-        total = total + (slot.grad.mT if transposed else slot.grad).to_dense()
-        if bool(slot.grad.to_dense().any()):
-            reached.append(name)
-    held_by = {id(ours[name]): ours[name] for name in names}  # separate objects over one memory each have a part
-    mine = sum((one.grad.to_dense() for one in held_by.values() if one.grad is not None), torch.zeros_like(total))
-    size = max(float(total.abs().max()), float(mine.abs().max())) if total.numel() else 0.0
-    gap = float((total - mine).abs().max()) / size if size else 0.0
-    return TiedGradient(names[0], names, gap, tuple(reached))
-
-
-def _slot(name: str, parameters: Mapping[str, torch.nn.Parameter]) -> tuple[torch.nn.Parameter, bool]:
-    """The untied slot of a name, and whether it lies transposed: a tie behind a `Transposition` has its plain name."""
-    if name in parameters:
-        return parameters[name], False
-    return parameters[name.replace(_BOX, "").removesuffix(_ORIGINAL)], True
-
-
-def _steps(module: torch.nn.Module, inputs: Any, loss: Callable[[Any], torch.Tensor]) -> dict[str, bool]:
-    """Two steps of each optimizer: are the names that were one tensor still one, with a value that moved?"""
+    In eval mode where the module does not run in the other one on these inputs (BatchNorm and a batch of one).
+    """
     import torch
 
     kept = {}
     for kind in (torch.optim.SGD, torch.optim.AdamW):
-        copied = _in_float64(module)
-        before = _groups(copied)
-        optimizer = kind(copied.parameters(), lr=1e-3)
-        for _ in range(N_STEPS):
-            _backward(copied, inputs, loss)
-            optimizer.step()
-        kept[kind.__name__] = _groups(copied) == before
+        for mode in (True, False):
+            copied = in_float64(module)
+            if mode:
+                copied.train()
+            before = _groups(copied)
+            optimizer = kind(copied.parameters(), lr=1e-3)
+            try:
+                for _ in range(N_STEPS):
+                    backward(copied, lambda: data, loss, noted)
+                    optimizer.step()
+            except (RuntimeError, ValueError):
+                if not mode:
+                    raise
+                continue
+            kept[kind.__name__] = _groups(copied) == before
+            break
     return kept

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tieaudit.change import Plan, SetConfig, Unshare, Written
 from tieaudit.formats import KEY_GIVEN, carried
 from tieaudit.model import Model
 from tieaudit.storage import BLOCK_BYTES
 from tieaudit.structural import Check
+
+if TYPE_CHECKING:
+    from tieaudit.formats.torch_checkpoint.adjustment import Adjustment
 
 _INDEX = ".index.json"
 
@@ -30,11 +34,11 @@ def differences(before: Model, after: Model, plan: Plan, written: Written, check
     if plan.into is not None:  # a container of its own, which holds the weights and nothing else
         return problems
     if not problems and before.format == after.format and before.format in ("torch_checkpoint", "huggingface"):
-        problems = list(_pickled(before, after, written))
+        problems = list(_pickled(before, after, plan, written))
     return problems
 
 
-def _pickled(before: Model, after: Model, written: Written) -> Iterator[str]:
+def _pickled(before: Model, after: Model, plan: Plan, written: Written) -> Iterator[str]:
     """Everything in checkpoint files besides the weights: optimizers, averages, what other classes left there."""
     from tieaudit.formats.torch_checkpoint import beside, discover
 
@@ -48,8 +52,16 @@ def _pickled(before: Model, after: Model, written: Written) -> Iterator[str]:
         if len(names[0]) == len(names[1]) == 1:
             other = Path(names[1][0])
         if other is not None and not one.name.endswith((".json", ".safetensors")) and discover.what_is(one)[0]:
-            for problem in beside.differences(one, other, key, gone, new):
+            adjusted = partial(_adjusted, before, plan, one)
+            for problem in beside.differences(one, other, key, gone, new, adjusted):
                 yield f"{one.name}: {problem}"
+
+
+def _adjusted(before: Model, plan: Plan, path: Path) -> Sequence[Adjustment]:
+    """What the plan makes of optimizer states in one file; beside a folder's weights they stay as they are."""
+    from tieaudit.formats.torch_checkpoint.write import adjustments
+
+    return adjustments(before, plan).get(path, ()) if before.format == "torch_checkpoint" else ()
 
 
 def _graphs(before: Model, after: Model, plan: Plan, written: Written, check: Check) -> list[str]:

@@ -7,8 +7,8 @@ Three levels, each held, failed, or not run because …: *structural* (bytes, vi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,12 +16,16 @@ from tieaudit import controls, cost, pooling, regional, structural
 from tieaudit.change import Equalise, Level, Plan, Pool, Proof, SetConfig, Share, Written
 from tieaudit.end_to_end import Compared, Pair, on_each_device
 from tieaudit.end_to_end import compare as run_pair
+from tieaudit.levels import Children, level_of
 from tieaudit.model import Model, Use
 from tieaudit.overlay import CannotChange, Overlay
 from tieaudit.runners import Array, Runner
-from tieaudit.running import Paths, chain_of, opened, parts_of, path_of, runner_for
+from tieaudit.running import opened, parts_of, path_of, runner_for
 from tieaudit.sandbox import LIMIT_SECONDS, Sandbox
+from tieaudit.strangers import compare
 from tieaudit.untouched import differences
+
+__all__ = ["LEVELS", "compare", "prove"]
 
 LEVELS: tuple[Literal["structural", "regional", "end to end"], ...] = ("structural", "regional", "end to end")
 """From the least to the most."""
@@ -72,7 +76,7 @@ def prove(
     if isinstance(runner, str):
         return Proof((first, Level("regional", "not run", runner), Level("end to end", "not run", runner)), facts=facts)
     gathered = _Gathered(facts=facts)
-    with _children(seconds, memory_bytes) as child:
+    with Children(seconds, memory_bytes) as child:
         try:
             with nullcontext(None) if plan.lossless else _reference(before, plan) as reference:
                 work = _Work(before, after, plan, written, check, reference, runner, child, device, inputs)
@@ -96,73 +100,8 @@ def prove(
     return Proof((first, second, third), tuple(gathered.silent), gathered.drift, gathered.facts)
 
 
-def compare(
-    before: Model,
-    after: Model,
-    *,
-    device: str = "auto",
-    inputs: Mapping[str, Array] | None = None,
-    max_drift: float | None = None,
-    seconds: float = LIMIT_SECONDS,
-    memory_bytes: int | None = None,
-) -> Proof:
-    """Compare any two models of one signature: ONNX, folders, or one of each.
-
-    They are equal if no output differs by more than the noise floor, or by more than `max_drift` where it is given.
-    """
-    facts: dict[str, Any] = {
-        "n_bytes_stored_before": cost.stored_bytes(before),
-        "n_bytes_stored_after": cost.stored_bytes(after),
-    }
-    first = _same_weights(before, after)
-    second = Level("regional", "not run", "no plan says what was rewritten")
-    runners = [runner_for(model) for model in (before, after)]
-    reasons = [one for one in runners if isinstance(one, str)]
-    if reasons:
-        return Proof((first, second, Level("end to end", "not run", reasons[0])), facts=facts)
-    gathered = _Gathered(facts=facts)
-    with _children(seconds, memory_bytes) as child:
-
-        def boxes(name: str) -> tuple[Sandbox, Sandbox]:
-            one, other = (child(runner, name) for runner in runners if isinstance(runner, Runner))
-            return one, other
-
-        pairs, left = _pairs(before, after)
-        if not pairs:
-            said = f"no part of one is a part of the other: {', '.join(left)}"
-            return Proof((first, second, Level("end to end", "not run", said)), facts=facts)
-        results = []
-        for part, (path, other_path) in pairs.items():
-
-            def run(one: Sandbox, other: Sandbox, path: Paths = path, other_path: Paths = other_path) -> Compared:
-                across = one.runner is not other.runner
-                return run_pair(Pair(path, other_path, one, other, inputs, strangers=True), _n_summed(before, across))
-
-            results += [(part, label, _within(one, max_drift)) for label, one in on_each_device(device, boxes, run)]
-        gathered.facts.update(_versions([child(r, "cpu") for r in runners if isinstance(r, Runner)], device))
-    third = _level(results)
-    if left:
-        third = replace(third, because=f"{third.because}; not compared: {', '.join(left)}")
-    return Proof((first, second, third), (), third.max_difference if max_drift is not None else None, gathered.facts)
-
-
 def _only_settings(plan: Plan) -> bool:
     return bool(plan.edits) and all(isinstance(edit, SetConfig) for edit in plan.edits)
-
-
-@contextmanager
-def _children(seconds: float, memory_bytes: int | None) -> Iterator[Callable[[Runner, str], Sandbox]]:
-    """One child per runner and device, ended together."""
-    with ExitStack() as stack:
-        known: dict[tuple[str, str], Sandbox] = {}
-
-        def child(runner: Runner, device: str) -> Sandbox:
-            key = (runner.name, device)
-            if key not in known:
-                known[key] = stack.enter_context(Sandbox(runner, device, seconds=seconds, memory_bytes=memory_bytes))
-            return known[key]
-
-        yield child
 
 
 def _what_held(before: Model, check: structural.Check) -> str:
@@ -182,7 +121,7 @@ class _Work:
     reference: Overlay | None
     """For a lossy plan: the original with the planned values in its untied slots."""
     runner: Runner
-    child: Callable[[Runner, str], Sandbox]
+    child: Children
     device: str
     inputs: Mapping[str, Array] | None
 
@@ -232,10 +171,14 @@ def _proved_by_running(work: _Work, gathered: _Gathered) -> Level:
         results += [(part, label, result) for label, result in on_each_device(work.device, boxes, run)]
     drifts = [result.drift for _, _, result in results if result.drift is not None]
     gathered.drift = max(drifts) if drifts else None
+    moved = [result.moved for _, _, result in results if result.moved is not None]
+    if moved:
+        most = max(moved, key=lambda one: (one.kl_mean, one.max_abs))
+        gathered.facts["moved"] = {**asdict(most), "yardstick": most.yardstick}
     _control(work, results, gathered)
-    gathered.facts.update(_versions([work.child(work.runner, "cpu")], work.device))
+    gathered.facts.update(work.child.facts())
     gathered.facts["spread_of_the_original"] = max((result.spread for _, _, result in results), default=0.0)
-    return _level(results)
+    return level_of(results)
 
 
 @contextmanager
@@ -279,6 +222,18 @@ def _control(work: _Work, results: Sequence[tuple[str, str, Compared]], gathered
         served = sorted({one.id for one in work.check.served.values() if after.by_id[one.id].part == part})
         facts = cost.of_part(before, after, part, served, ran.baseline.feeds[0], box)
         gathered.facts.update(facts if not part else {f"{key} ({part})": value for key, value in facts.items()})
+    _cost_on_gpu(work, results, gathered)
+
+
+def _cost_on_gpu(work: _Work, results: Sequence[tuple[str, str, Compared]], gathered: _Gathered) -> None:
+    """Latency and device memory of both models where the proof ran on a GPU as well; of the first part that did."""
+    for part, label, ran in results:
+        if label.startswith("CUDA") and ran.outcome == "held" and ran.baseline is not None:
+            box, feed = work.child(work.runner, "cuda"), ran.baseline.feeds[0]
+            sides = [cost.measuring(path_of(model, part), feed, box) for model in (work.before, work.after)]
+            n_bytes = cost.stored_bytes(work.before) + cost.stored_bytes(work.after)
+            gathered.facts["on_cuda"] = cost.alternated(sides[0], sides[1], n_bytes)
+            return
 
 
 def _read(uses: Sequence[Use]) -> list[Use]:
@@ -297,93 +252,3 @@ def _control_folder(before: Model, plan: Plan, ran: Compared, sandbox: Sandbox) 
     ]
     with opened(sandbox, path_of(before, "")) as model:
         return controls.of_folder(model, names, ran.baseline, sandbox)
-
-
-def _level(results: Sequence[tuple[str, str, Compared]]) -> Level:
-    """One level from all parts and devices: failed if one failed, held if one held."""
-    for outcome in ("failed", "held", "not run"):
-        chosen = [(part, label, one) for part, label, one in results if one.outcome == outcome]
-        if chosen:
-            break
-    said = [f"{part}: {one.because}" if part else one.because for part, _, one in chosen]
-    if outcome == "held":
-        said += [
-            f"not run on {label}{f' ({part})' if part else ''}: {one.because}"
-            for part, label, one in results
-            if one.outcome != "held"
-        ]
-    measured = [one for _, _, one in chosen if one.found is not None]
-    worst = max(measured, key=lambda one: _ratio(one), default=None)
-    devices = ", ".join(dict.fromkeys(label for _, label, one in chosen if one.outcome != "not run"))
-    difference = worst.found.relative if worst is not None and worst.found is not None else None
-    because = "; ".join(dict.fromkeys(said))
-    limit = worst.limit if worst is not None else None
-    if outcome == "held":
-        return Level("end to end", "held", because, difference, limit, devices)
-    if outcome == "failed":
-        return Level("end to end", "failed", because, difference, limit, devices)
-    return Level("end to end", "not run", because)
-
-
-def _ratio(one: Compared) -> float:
-    return one.found.relative / max(one.limit, 1e-300) if one.found is not None else 0.0
-
-
-def _within(result: Compared, max_drift: float | None) -> Compared:
-    """The verdict under the user's limit instead of the noise floor."""
-    if max_drift is None or result.found is None:
-        return result
-    held = not result.found.problem and result.found.relative <= max_drift
-    return Compared(
-        "held" if held else "failed", result.because, result.found, max_drift, None, result.baseline, result.spread
-    )
-
-
-def _pairs(before: Model, after: Model) -> tuple[dict[str, tuple[Paths, Paths]], list[str]]:
-    """Parts to run against each other, and those without a partner.
-
-    Where one side is a whole and the other an encoder and a decoder, these two are run as one.
-    """
-    a, b = parts_of(before), parts_of(after)
-    if len(a) == 1 or len(b) == 1:
-        whole = [
-            chain_of(model) if len(parts) > 1 else path_of(model, parts[0])
-            for model, parts in ((before, a), (after, b))
-        ]
-        return {"": (whole[0], whole[1])}, []
-    common = [part for part in a if part in b]
-    left = [part for part in (*a, *b) if part not in common]
-    return {part: (path_of(before, part), path_of(after, part)) for part in common}, left
-
-
-def _same_weights(before: Model, after: Model) -> Level:
-    """Held if both hold the same bytes under the same names; different ones are a matter of drift, not of parity."""
-    if before.format != after.format or before.by_id.keys() != after.by_id.keys():
-        return Level("structural", "not run", "no plan is known, and the two do not hold the same names")
-    plan = Plan(before.path, "", (), (), 0, True)
-    written = Written(())
-    check = structural.check(before, after, plan, written)
-    problems = check.problems or differences(before, after, plan, written, check)
-    if problems:
-        return Level("structural", "not run", f"no plan is known, and the two differ: {problems[0]}")
-    return Level("structural", "held", f"{check.n_untouched} weights equal bit for bit, everything else as well")
-
-
-def _n_summed(model: Model, across: bool) -> int:
-    """The largest inner size of a matrix product in the model, as far as the shapes tell.
-
-    Across runtimes every product has another kernel: their errors add up like those of one longer sum.
-    """
-    matrices = [min(w.shape) for w in model.weights if len(w.shape) == 2 and w.is_float and min(w.shape) > 1]
-    return max(matrices, default=1024) * (len(matrices) + 1 if across else 1)
-
-
-def _versions(boxes: Sequence[Sandbox], device: str) -> dict[str, Any]:
-    facts: dict[str, Any] = {}
-    for box in dict.fromkeys(boxes):
-        if box.alive or device != "cuda":
-            try:
-                facts.update(box.ask("hello")[0]["versions"])
-            except Exception:
-                continue
-    return facts

@@ -454,7 +454,8 @@ def test_an_optimizer_is_kept_and_the_plan_says_whether_it_fits_the_tied_model(
     tmp_path: Path, tied: bool, said: str
 ) -> None:
     _with_optimizer(tmp_path / "m.ckpt", tied)
-    done = CliRunner().invoke(main, ["apply", str(tmp_path / "m.ckpt"), "--to", str(tmp_path / "o.ckpt")])
+    words = ["apply", str(tmp_path / "m.ckpt"), "--optimizer", "keep", "--to", str(tmp_path / "o.ckpt")]
+    done = CliRunner().invoke(main, words)
     assert done.exit_code == 0, done.output
     assert said in " ".join(done.output.split())
     assert ("2·g₁·g₂" in done.output) is not tied

@@ -26,6 +26,14 @@ ANGLES = np.arange(9)[:, None] / 10 ** np.arange(4)[None]
 SINES = np.concatenate([np.sin(ANGLES), np.cos(ANGLES)], axis=1)
 ONE_BY_ONE = [_then("MatMul", "x v", "h"), _node("Add", "h w")]
 
+# how ONNX Runtime's quantize_dynamic writes a product: of whole numbers, with the scales multiplied afterwards
+QUANTISED = [
+    helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"]),
+    _then("MatMulInteger", "q k z", "p"),
+    _then("Cast", "p", "f", to=1),
+]
+CODES = tensor("k", np.eye(3), np.int8)
+
 CASES: dict[str, Case] = {
     # learned
     "a matrix": ([_node("MatMul", "x w")], [rows("w", 3, 3)], True),
@@ -65,6 +73,9 @@ CASES: dict[str, Case] = {
         [_node("MatMulNBits", "x w s", domain="com.microsoft", K=32, N=2)],
         [tensor("w", np.ones((2, 1, 16)), np.uint8), rows("s", 2)],
         True,
+    ),
+    "a gain behind a quantised product": (
+        [*QUANTISED, _then("Mul", "f s", "t"), _node("Mul", "t w")], [CODES, rows("w", 3)], True,
     ),
     # not learned
     "a target shape": ([_node("Reshape", "x w")], [tensor("w", [-1, 3], np.int64)], False),
@@ -109,6 +120,12 @@ CASES: dict[str, Case] = {
     "the mean of the pixels": ([_node("Sub", "x w")], [rows("w", 3)], False),
     "strings": ([_node("Equal", "t w")], [helper.make_tensor("w", TensorProto.STRING, [1], [b"a"])], False),
     "nothing": ([_node("Add", "x w")], [tensor("w", np.zeros((0, 3)))], False),
+    "scales of the columns of a matrix, with that of an input": ([*QUANTISED, _then("Mul", "s w", "t"),
+                                                                 _node("Mul", "f t")], [CODES, rows("w", 3)], False),
+    "scales of the columns of a matrix, with that of a table": (
+        [*QUANTISED, _then("Mul", "one_scale w", "t"), _node("Mul", "f t")],
+        [CODES, rows("w", 3), tensor("one_scale", 0.5)], False,
+    ),
     # cannot be told
     "nobody's": ([_node("Relu", "x")], [rows("w", 3, 3)], None),
     "probabilities of a random node": ([_then("Bernoulli", "w", "b"), _node("Mul", "x b")], [rows("w", 3, 3)], None),

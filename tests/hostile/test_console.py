@@ -47,6 +47,35 @@ def test_a_reader_that_has_gone_changes_no_exit_code_and_prints_nothing(tmp_path
     assert (done.returncode, done.stderr) == (0, "")
 
 
+COMMANDS = {
+    "--help": 0,
+    "--version": 0,
+    "scan --help": 0,
+    "scan MODEL": 0,
+    "scan nowhere.onnx": 2,
+    "scan --no-such-option": 2,
+    "plan MODEL": 0,
+    "apply MODEL": 0,
+    "apply --undo nowhere": 2,
+    "verify --receipt nowhere": 2,
+    "explain": 0,
+    "explain TIE201": 0,
+    "nonsense": 2,
+}
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_whether_anybody_reads_an_output_changes_no_exit_code_of_any_command(tmp_path: Path, words: str) -> None:
+    given = words.replace("MODEL", str(tiny_onnx.lost(tmp_path / "m.onnx")))
+    line = f"TIEAUDIT {given} 2> errors | true; echo ${{PIPESTATUS[0]}}; TIEAUDIT {given} 2>&1 > /dev/null | true; "
+    done = shell(f"cd {tmp_path}; {line} echo ${{PIPESTATUS[0]}}")
+    assert done.stdout.split() == [str(COMMANDS[words])] * 2
+    said = (tmp_path / "errors").read_text()
+    assert "Traceback" not in said
+    assert "Broken pipe" not in said
+    assert bool(said) == bool(COMMANDS[words])
+
+
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
 def test_a_closed_output_is_no_traceback(tmp_path: Path, closed: str) -> None:
     model = tiny_onnx.lost(tmp_path / "m.onnx")

@@ -160,8 +160,8 @@ def test_data_that_goes_away_between_reading_and_comparing_is_named_and_nothing_
     broken, fine = tiny_onnx.lost(tmp_path / "a.onnx", external=True), tiny_onnx.lost(tmp_path / "b.onnx")
     real = Source.load
 
-    def load_and_lose(source: Source, key: str = "") -> object:
-        model = real(source, key)
+    def load_and_lose(source: Source, *chosen: object) -> object:
+        model = real(source, *chosen)
         (tmp_path / "a.onnx.data").unlink(missing_ok=True)
         return model
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from fuzz.boxes import FILE, PIPE, pack
 from fuzz.guard import Violation, guarded
 from fuzz.targets import TARGETS
+from tieaudit.errors import UsageError
 from tieaudit.formats.onnx import wire
 
 pytest.importorskip("safetensors")
@@ -52,6 +53,8 @@ def test_a_few_structural_changes_break_no_reader(name: str) -> None:
     # Each example changes one input to begin with a few times; `make fuzz` does the same for minutes.
     target = TARGETS[name]
     inputs = list(target.seeds())
+    if not inputs:
+        pytest.skip("the library that makes them is not installed")
 
     @settings(max_examples=150, deadline=None, derandomize=True, database=None)
     @given(st.integers(0, len(inputs) - 1), st.integers(0, 2**32 - 1), st.integers(1, 4))
@@ -93,6 +96,31 @@ def test_the_checks_notice_a_reader_that_sees_another_model_than_the_library(mon
         patch.setattr(header, "_check_layout", lambda *_: None)
         with pytest.raises(Violation, match="read what the library refuses"):
             TARGETS["safetensors"].check(checkpoint + b"left over")
+
+
+def test_the_checks_notice_a_checkpoint_that_is_read_otherwise_than_torch_reads_it_or_looks_a_class_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("torch")
+    import pickle
+
+    from tieaudit.formats.torch_checkpoint import read
+
+    tied = next(iter(TARGETS["checkpoint"].seeds()))
+    with monkeypatch.context() as patch:
+        patch.setattr(read, "is_row_major", lambda *_: True)
+        with pytest.raises(Violation, match="other bytes than torch's"):
+            TARGETS["checkpoint"].check(tied)
+    unpickled = pickle.dumps(Path)
+
+    def opens(path: Path, key: str) -> None:
+        pickle.loads(unpickled)
+        raise UsageError("read by unpickling")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(read, "read", opens)
+        with pytest.raises(Violation, match="looked up pathlib"):
+            TARGETS["checkpoint"].check(tied)
 
 
 def test_a_folder_of_pipes_is_refused_without_waiting() -> None:

@@ -36,7 +36,7 @@ def test_looking_for_runners_imports_no_runtime() -> None:
         "print(sorted(found))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "['onnxruntime', 'torch', 'torch_export']", done.stderr
+    assert done.stdout.strip() == "['onnxruntime', 'torch', 'torch_export', 'torch_module']", done.stderr
 
 
 def test_a_signature_survives_json() -> None:

@@ -41,8 +41,8 @@ Does = Literal[
 ]
 """view: the same numbers, cut, turned, repeated or converted · shape: sizes · positions: counted up · lookup: rows of a
 table by index · embed: several lookups added and normalised · product: a matrix product · pick: the best of several ·
-choose: one or the other by a condition · activate: element-wise and not linear · adjust: any other element-wise function
-of one input · root: square root or its inverse · join: concatenation · scatter: written into a part of another."""
+choose: one or the other by a condition · activate: element-wise and not linear · adjust: any other function of each
+element · root: square root or its inverse · join: concatenation · scatter: written into a part of another."""
 
 
 @dataclass(frozen=True)

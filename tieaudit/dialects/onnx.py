@@ -103,9 +103,7 @@ _CONTRIBUTED = in_domain(
         ),
         "MultiHeadAttention": Meaning("attend", (0, 1, 2), {3: "attention_qkv_bias"}, queries=(0, 1, 2)),
         "PackedMultiHeadAttention": Meaning("attend", (0, 1, 2), {3: "attention_qkv_bias"}, queries=(0, 1, 2)),
-        "DecoderMaskedMultiHeadAttention": Meaning(
-            "attend", (0, 1, 2), {10: "attention_qkv_bias"}, queries=(0, 1, 2)
-        ),
+        "DecoderMaskedMultiHeadAttention": Meaning("attend", (0, 1, 2), {10: "attention_qkv_bias"}, queries=(0, 1, 2)),
         **same("GroupQueryAttention SparseAttention PagedAttention", Meaning("attend", (0, 1, 2), queries=(0, 1, 2))),
         "LongformerAttention": Meaning(
             "attend",

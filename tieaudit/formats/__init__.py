@@ -5,15 +5,20 @@ Adding a format is one new module here that defines one `Format`; `load.py` find
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
     from tieaudit.change import Edit, Kind, Plan, Pool, SetConfig, Written
     from tieaudit.model import Model
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 NOT_CARRIED = frozenset({".git", ".cache", ".huggingface", "__pycache__", ".ipynb_checkpoints"})
 """Folders that belong to a tool and not to the model: a rewrite leaves them where they are."""
@@ -23,6 +28,8 @@ RECEIPT_NAME = "tieaudit.receipt.json"
 
 KEY_GIVEN = "key_given"
 """Metadata of a model: the key that the user chose in a file, so that what is written is read back in the same way."""
+_WORKSPACE = re.compile(r"\..*\.tieaudit-", re.DOTALL)
+"""Where `rewrite` writes; one that is left of a killed run is no part of the model it lies in."""
 
 NEEDS_SETTING = "needs flag: "
 """How a reason of `can_realise` begins when a setting would lift it; `switch` then names the setting."""
@@ -59,8 +66,9 @@ class Format:
     """As `load`, with an .npz of sample inputs, from which the uses then come."""
     named: Callable[[str], bool] | None = None
     """Whether a text that is no path names a model of this format (`package.module:factory`)."""
-    notes: Callable[[Model, Sequence[Edit]], tuple[str, ...]] | None = None
-    """(model, edits) → what making them means for other contents of the files, in sentences for the plan."""
+    notes: Callable[[Model, Sequence[Edit], bool], tuple[str, ...]] | None = None
+    """(model, edits, adjust) → what making them means for other contents of the files, in sentences for the plan;
+    `adjust`: whether an optimizer's state follows the edits."""
     equalises: bool = False
     """Whether unequal weights can get one value under each of their names (`Equalise`), where nobody would restore a
     name that is left out."""
@@ -76,6 +84,19 @@ class Format:
     precedence: int = 0
     """Among formats that own one path the highest wins (a Hugging Face folder over the safetensors inside)."""
 
+    def settings(self, model: Model, edit: Edit, target: str) -> tuple[SetConfig, ...] | str:
+        """What else must be set so that this edit can be made, mostly nothing; or why it cannot be made."""
+        from tieaudit.change import Share
+
+        if self.can_realise is None:
+            return f"the format {self.name} cannot be rewritten"
+        because = self.can_realise(model, edit, target)
+        if because is None:
+            return ()
+        if because.startswith(NEEDS_SETTING) and self.switch is not None and isinstance(edit, Share):
+            return self.switch(model, tuple(member.id for member in edit.members), True, target)
+        return because.removeprefix(NEEDS_SETTING)
+
 
 def carried(folder: Path) -> Iterator[Path]:
     """Every regular file below a model's folder that comes along when the model is written anew, in order.
@@ -83,8 +104,24 @@ def carried(folder: Path) -> Iterator[Path]:
     Links to files are followed, as in a Hub cache; links to folders are not.
     """
     for home, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name not in NOT_CARRIED)
+        folders[:] = sorted(name for name in folders if name not in NOT_CARRIED and not _WORKSPACE.match(name))
         for name in sorted(names):
             path = Path(home) / name
             if path.is_file() and path != folder / RECEIPT_NAME:
                 yield path
+
+
+def later(where: str) -> Callable[P, R]:
+    """The function `package.module:name`, imported when it is first called.
+
+    Asking whose a path is must not cost what reading it costs. What is imported must fit the field of `Format` that it
+    is given to: no type checker sees through a text, so a test compares the two for every format.
+    """
+    module, _, name = where.partition(":")
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        found: Callable[P, R] = getattr(importlib.import_module(module), name)
+        return found(*args, **kwargs)
+
+    call.__qualname__ = where
+    return call

@@ -37,13 +37,18 @@ def _merge(sites: Sites, argument: str) -> Merged:
 
 def _residual(sites: Sites, kept: int, other: int, rank: int) -> tuple[Correction, float]:
     """The truncated SVD of the difference D, through DᵀD: Vᵣ holds its leading right singular directions."""
-    gram = np.zeros((sites.n_columns, sites.n_columns))
-    for at in sites.blocks():
-        difference = sites.tables[other].rows(*at) - sites.tables[kept].rows(*at)
-        gram += difference.T @ difference
-    values, vectors = np.linalg.eigh(gram)
-    directions = np.ascontiguousarray(vectors[:, ::-1][:, :rank])
-    share = float(values[::-1][:rank].sum() / max(float(values.sum()), 1e-300))
+    if sites.n_rows < sites.n_columns:  # a matrix wider than high, or a sample of rows: its own SVD is the smaller one
+        whole = [sites.tables[other].rows(*at) - sites.tables[kept].rows(*at) for at in sites.blocks()]
+        _, singular, right = np.linalg.svd(np.concatenate(whole), full_matrices=False)
+        values, directions = np.square(singular), np.ascontiguousarray(right[:rank].T)
+    else:
+        gram = np.zeros((sites.n_columns, sites.n_columns))
+        for at in sites.blocks():
+            difference = sites.tables[other].rows(*at) - sites.tables[kept].rows(*at)
+            gram += difference.T @ difference
+        ascending, vectors = np.linalg.eigh(gram)
+        values, directions = ascending[::-1], np.ascontiguousarray(vectors[:, ::-1][:, :rank])
+    share = float(values[:rank].sum() / max(float(values.sum()), 1e-300))
     left = partial(_left, sites.tables[kept], sites.tables[other], directions)
     return Correction("low-rank", np.ascontiguousarray(directions.T), left, sites.n_rows), share
 

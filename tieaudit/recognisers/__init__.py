@@ -52,7 +52,7 @@ class Reading:
     def behind(self, value: str, through: frozenset[str]) -> list[Projection]:
         """The projections that a value is made of, without looking beyond the block's beginning."""
         flow, stops = self.flow, self.spine.on_stream
-        return [flow.projections[i] for i in flow.back(value, through, set(stops)) if i in flow.projections]
+        return [flow.projections[i] for i in flow.back(value, through, stops) if i in flow.projections]
 
     def ahead(self, value: str, through: frozenset[str]) -> Iterator[tuple[int, int]]:
         """(operation, slot) of what reads a value, on through `through` up to the end of the block, nearest first."""
@@ -61,6 +61,9 @@ class Reading:
         while pending and len(seen) < _N_MOST_STEPS:
             current = pending.popleft()
             for index, slot in flow.readers.get(current, ()):
+                flow.n_left -= 1
+                if flow.n_left < 0:
+                    return
                 yield index, slot
                 if flow.does(index) not in through or index in flow.projections:
                     continue

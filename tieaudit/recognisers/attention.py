@@ -9,7 +9,8 @@ from tieaudit.recognisers import Reading, Recogniser
 
 _SCORES = frozenset("view add subtract multiply divide choose activate adjust join reduce scatter".split())
 _MADE_OF = frozenset(
-    "view add subtract multiply divide choose activate adjust root reduce join scatter normalise convolve lookup".split()
+    "view add subtract multiply divide choose activate adjust root reduce join scatter normalise convolve "
+    "lookup".split()
 )
 _WEIGHED = frozenset("view multiply divide choose join softmax scatter add".split())
 _RESULT = frozenset(
@@ -42,19 +43,22 @@ def _core(reading: Reading, index: int) -> _Core | None:
     operation, meaning = flow.operations[index], flow.meanings[index]
     if meaning.does == "attend":
         given = [operation.inputs[slot] if slot < len(operation.inputs) else "" for slot in meaning.queries]
-        q, k, v = (given + ["", "", ""])[:3]
+        q, k, v = [*given, "", "", ""][:3]
         k, v = k or q, v or k or q
-        return _Core(index, (q,) if q and meaning.queries else (), (k,) if k else (), (v,) if v else (), operation.outputs[:1])
+        if not meaning.queries:  # projects its queries, keys and values itself
+            return _Core(index, (), (), (), operation.outputs[:1])
+        return _Core(index, (q,), (k,), (v,), operation.outputs[:1])
     if meaning.does != "softmax" or not operation.inputs:
         return None
     products = [
         i
-        for i in flow.back(operation.inputs[0], _SCORES, set(reading.spine.on_stream))
+        for i in flow.back(operation.inputs[0], _SCORES, reading.spine.on_stream)
         if flow.does(i) == "product" and i not in flow.projections
     ]
     if not products:
         return None
-    values, outputs = [], []
+    values: list[str] = []
+    outputs: list[str] = []
     for reader, slot in reading.ahead(operation.outputs[0], _WEIGHED):
         if flow.does(reader) != "product" or reader in flow.projections:
             continue
@@ -153,7 +157,8 @@ def _tell_output(reading: Reading, core: _Core) -> None:
         for index, _ in reading.ahead(value, _RESULT):
             one = flow.projections.get(index)
             if one is not None and index not in reading.kinds:
-                reading.project(one, "attention_output", f"projects what the attention at {reading.at(core.index)} gives")
+                because = f"projects what the attention at {reading.at(core.index)} gives"
+                reading.project(one, "attention_output", because)
 
 
 attention = Recogniser(

@@ -12,6 +12,9 @@ _BEFORE_IDS = frozenset("view add subtract multiply choose adjust join compare p
 _N_MOST_TYPES = 16
 """Rows up to which a second table is one of segments or types (2 in BERT, 4 in XLNet, 16 in ERNIE's tasks)."""
 
+_N_MOST_TABLES = 500
+"""Tables that one is compared with."""
+
 
 @dataclass
 class _Table:
@@ -30,13 +33,10 @@ def _recognise(reading: Reading) -> None:
     by_ids = [table for table in tables if table.from_ids]
     for table in tables:
         if not table.from_ids:
-            reading.tell(
-                [table.id], "position_embedding", f"looked up by positions ({reading.at(table.index)})"
-            )
+            reading.tell([table.id], "position_embedding", f"looked up by positions ({reading.at(table.index)})")
     most = max((table.n_rows for table in by_ids), default=0)
     has_data = any(
-        flow_input.op == "input" and not flow_input.attributes.get("integer")
-        for flow_input in reading.flow.operations
+        flow_input.op == "input" and not flow_input.attributes.get("integer") for flow_input in reading.flow.operations
     )
     for table in by_ids:
         kind, why = _kind(table, by_ids, most, has_data)
@@ -45,7 +45,8 @@ def _recognise(reading: Reading) -> None:
 
 def _kind(table: _Table, tables: list[_Table], most: int, has_data: bool) -> tuple[str, str]:
     looked_up = "looked up by integer inputs of the graph"
-    partners = [one for one in tables if one.id != table.id and one.added & table.added]
+    few = tables[:_N_MOST_TABLES]
+    partners = [one for one in few if one.id != table.id and one.added & table.added]
     larger = max((one.n_rows for one in partners), default=0)
     if table.n_rows <= _N_MOST_TYPES and 4 * table.n_rows < most:
         return "type_embedding", f"{looked_up}: {table.n_rows} rows, beside a table of {most}"

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from tieaudit.flow import Flow, Projection
 from tieaudit.recognisers import Reading, Recogniser
 
-_INNER = frozenset("view add subtract multiply divide choose activate adjust root reduce join normalise convolve scatter lookup".split())
-_TO_STREAM = frozenset(
-    "view add multiply divide normalise reduce root adjust subtract scatter choose join lookup activate product".split()
+_INNER = frozenset(
+    "view add subtract multiply divide choose activate adjust root reduce join normalise convolve scatter "
+    "lookup".split()
 )
+_TO_STREAM = _INNER - {"convolve"} | {"product"}
 
 
 @dataclass

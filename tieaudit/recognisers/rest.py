@@ -33,23 +33,25 @@ def _added(reading: Reading, index: int, value: str) -> None:
     flow = reading.flow
     ids, place = flow.learned(value), reading.at(index)
     others = [one for one in flow.operations[index].inputs if one != value]
-    if not flow.is_vector(value):
-        if len(ids) == 1:
-            reading.tell(ids, "position_embedding", f"added, with a value for every position ({place})")
-        return
     for _ in range(4):
         maker = flow.maker.get(others[0]) if others else None
         if maker is None:
             break
-        if maker in flow.projections:
-            kind = reading.kinds.get(maker, "")
-            suffix = f"{kind}_bias" if kind.startswith(_WITH_BIAS) else "bias"
-            reading.tell(ids[:1], suffix, f"added to what {flow.projections[maker].weights[0]} gives ({place})")
-            return
+        one = flow.projections.get(maker)
+        if one is not None:
+            # heads may have an axis of their own, and a fused projection a bias for a third of it
+            if flow.is_vector(value) or one.n_out % max(flow.size(value), 1) == 0:
+                kind = reading.kinds.get(maker, "")
+                suffix = f"{kind}_bias" if kind.startswith(_WITH_BIAS) else "bias"
+                reading.tell(ids[:1], suffix, f"added to what {one.weights[0]} gives ({place})")
+            break
         if flow.does(maker) not in ("view", "add"):
             break
-        others = [one for one in flow.data_inputs(maker) if flow.is_data(one)][:1]
-    reading.tell(ids[:1], "bias", f"a vector that is added ({place})")
+        others = [value for value in flow.data_inputs(maker) if flow.is_data(value)][:1]
+    if flow.is_vector(value):
+        reading.tell(ids[:1], "bias", f"a vector that is added ({place})")
+    elif len(ids) == 1:
+        reading.tell(ids, "position_embedding", f"added, with a value for every position ({place})")
 
 
 rest = Recogniser(

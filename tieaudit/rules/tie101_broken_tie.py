@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from tieaudit.equality import Declared, Equality, declared, stored
 from tieaudit.printable import listed, printable, size
-from tieaudit.remedy import LIVE, can_edit, command
+from tieaudit.remedy import LIVE, command, declare_untied
 from tieaudit.rules import Examples, rule
 from tieaudit.verdict import CannotTell, Finding, Fix, Subject
 
@@ -106,12 +106,11 @@ def _finding(subject: Subject, claimed: Declared, groups: list[list[str]]) -> Fi
         f"({size(n_bytes)}) differ{'s' if len(rest) == 1 else ''} from {printable(same[0])}"
     )
     message += _by_loader(claimed, listed(rest), printable(same[0]))
-    keep_both = command(model, "--scheme", "declare")
-    fix = Fix("unsafe", keep_both)
+    fix = Fix("manual", "nothing switches this tie off: decide which tensor was meant, and store that one only")
     if model.format == LIVE:
         fix = Fix("manual", _LIVE_FIX)
-    elif not claimed.condition or not can_edit(model):
-        fix = Fix("manual", "nothing switches this tie off: decide which tensor was meant, and store that one only")
+    elif claimed.condition:
+        fix = declare_untied(model, (*same, *rest))
     evidence = {
         "claimed_by": claimed.claimed_by,
         "condition": claimed.condition,

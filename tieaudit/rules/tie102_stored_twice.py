@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from tieaudit.equality import Equality, copies, declared, n_bytes_extra, stored
 from tieaudit.printable import listed, printable, size
-from tieaudit.remedy import rewrite
+from tieaudit.remedy import rewrite, share
 from tieaudit.rules import Examples, rule
 from tieaudit.verdict import CannotTell, Finding, Fix, Subject
 
@@ -75,7 +75,7 @@ def check(subject: Subject) -> Iterator[Finding | CannotTell]:
                 f"{printable(claimed.claimed_by)} ties {listed(tuple(group))}, which are equal and stored "
                 f"{len(copies(model, group))} times: {size(n_bytes)} for nothing"
             )
-            fix = rewrite(model, "dedup", group)
+            fix = rewrite(model, "dedup", [share(group)])
             if not claimed.restores:
                 fix = Fix("manual", "keep the copies: the loader does not restore a dropped one")
             yield Finding(tuple(group), message, fix, {"claimed_by": claimed.claimed_by}, n_bytes)

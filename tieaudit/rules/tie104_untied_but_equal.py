@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tieaudit.equality import Equality, copies, declared, n_bytes_extra, stored
-from tieaudit.model import classes
+from tieaudit.equality import Declared, Equality, copies, declared, n_bytes_extra, stored
+from tieaudit.model import UNWRITTEN, classes
 from tieaudit.printable import listed, printable, size
-from tieaudit.remedy import rewrite
+from tieaudit.remedy import rewrite, share
 from tieaudit.rules import Examples, rule
 from tieaudit.verdict import CannotTell, Finding, Subject
 
@@ -75,13 +75,20 @@ def check(subject: Subject) -> Iterator[Finding | CannotTell]:
             if len(copies(model, group)) < 2 or len({home.get(id, id) for id in group}) < 2:
                 continue
             n_bytes = n_bytes_extra(model, [group])
-            who = printable(claimed.condition or claimed.claimed_by)
-            message = (
-                f"{who} says untied, but {listed(tuple(group))} are equal bit for bit: {size(n_bytes)} stored again"
-            )
+            message = f"{_who(claimed)}, but {listed(tuple(group))} are equal bit for bit: {size(n_bytes)} stored again"
             evidence = {"claimed_by": claimed.claimed_by, "condition": claimed.condition}
-            yield Finding(tuple(group), message, rewrite(model, "dedup", group), evidence, n_bytes)
+            yield Finding(tuple(group), message, rewrite(model, "dedup", [share(group)]), evidence, n_bytes)
         lost = tuple(id for id in ids if id in subject.found.unreadable)
         if lost and len(groups) > 1:
             because = f"whether {listed(ids)} are equal, though declared untied: {listed(lost)} cannot be read"
             yield CannotTell(because, ids)
+
+
+def _who(claimed: Declared) -> str:
+    """What keeps these untied: a setting as it is written, the default where nothing is written, or the class."""
+    claim = next((one for one in claimed.by if one.condition), None)
+    if claim is None:
+        return f"{printable(claimed.claimed_by)} says untied"
+    _, absent, default = claim.because.partition(UNWRITTEN)
+    said = f"is {absent}{printable(default)}" if absent else "says untied"
+    return f"{printable(claim.condition)} {said}"

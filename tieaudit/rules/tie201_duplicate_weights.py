@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from tieaudit.equality import can_declare, duplicates
 from tieaudit.printable import listed, size
-from tieaudit.remedy import rewrite
+from tieaudit.remedy import rewrite, share
 from tieaudit.rules import Examples, rule
 from tieaudit.verdict import CannotTell, Finding, Subject
 
@@ -77,7 +77,8 @@ def check(subject: Subject) -> Iterator[Finding | CannotTell]:
         if same.kind == "equal":
             n_copies = len(same.copies)
             message = f"{listed(same.ids)} are equal bit for bit, stored {n_copies} times: {size(same.n_bytes)} again"
-            yield Finding(same.ids, message, rewrite(model, "dedup", same.ids), {"copies": n_copies}, same.n_bytes)
+            fix = rewrite(model, "dedup", [share(same.ids, same.views)])
+            yield Finding(same.ids, message, fix, {"copies": n_copies}, same.n_bytes)
     lost = _possible_copies(subject)
     if lost:
         because = f"whether a weight of the same type and dimensions is a copy of {listed(lost)}: no bytes to compare"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from tieaudit.equality import Equality, can_declare, duplicates
 from tieaudit.model import Use, Weight
 from tieaudit.printable import listed, printable, size
-from tieaudit.remedy import rewrite
+from tieaudit.remedy import rewrite, share
 from tieaudit.rules import Examples, rule
 from tieaudit.verdict import Apart, CannotTell, Finding, Fix, Subject
 
@@ -110,7 +110,7 @@ def check(subject: Subject) -> Iterator[Finding | CannotTell]:
         what = "in another packing, code for code" if same.kind == "repacked" else "with the axes swapped, bit for bit"
         message = f"{listed(turned)} {verb} {printable(kept[0])} stored again {what}: {size(same.n_bytes)} again"
         evidence = {"views": dict(zip(same.ids, map(str, same.views), strict=True))}
-        yield Finding(same.ids, message, rewrite(model, "dedup", same.ids), evidence, same.n_bytes)
+        yield Finding(same.ids, message, rewrite(model, "dedup", [share(same.ids, same.views)]), evidence, same.n_bytes)
     yield from _quantised_apart(subject)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from tieaudit.equality import Duplicate, can_declare, duplicates, n_bytes_extra
 from tieaudit.model import Model
 from tieaudit.printable import counted, listed, size
-from tieaudit.remedy import rewrite
+from tieaudit.remedy import rewrite, share
 from tieaudit.rules import Examples, rule
 from tieaudit.verdict import CannotTell, Finding, Subject
 
@@ -99,4 +99,5 @@ def _finding(model: Model, parts: tuple[str, ...], group: list[Duplicate]) -> Fi
     message += f": {size(n_bytes)} again"
     ids = tuple(id for same in group for id in same.ids)
     evidence = {"parts": list(parts), "classes": [list(same.ids) for same in group]}
-    return Finding(ids, message, rewrite(model, "dedup", ids), evidence, n_bytes)
+    fix = rewrite(model, "dedup", [share(same.ids, same.views) for same in group])
+    return Finding(ids, message, fix, evidence, n_bytes)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from tieaudit.model import Model, Weight
 from tieaudit.printable import listed, printable, size
 from tieaudit.regions import overlapping
-from tieaudit.remedy import rewrite
+from tieaudit.remedy import rewrite, share
 from tieaudit.rules import Examples, rule
 from tieaudit.storage import FileStorage, Region
 from tieaudit.verdict import CannotTell, Finding, Subject
@@ -99,4 +99,5 @@ def _shared(model: Model, weights: list[Weight]) -> Iterator[Finding]:
             f"{listed(ids)} are {len(same)} initializers on bytes {begin:,} to {end:,} of {printable(file)}: "
             f"a plain onnx.load and onnx.save writes {size(again)} more"
         )
-        yield Finding(ids, message, rewrite(model, "dedup", ids), {"file": file, "begin": begin, "end": end}, again)
+        fix = rewrite(model, "dedup", [share(ids)])
+        yield Finding(ids, message, fix, {"file": file, "begin": begin, "end": end}, again)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from tieaudit.equality import copies, duplicates, n_bytes_extra
 from tieaudit.printable import counted, printable, size
-from tieaudit.remedy import rewrite
+from tieaudit.remedy import rewrite, share
 from tieaudit.rules import Examples, rule
 from tieaudit.verdict import CannotTell, Finding, Fix, Subject
 
@@ -82,5 +82,5 @@ def check(subject: Subject) -> Iterator[Finding | CannotTell]:
     every = tuple(id for ids in groups for id in ids)
     fix = Fix("manual", "keep them: the loader expects each under its own name")
     if model.has_graph:
-        fix = rewrite(model, "dedup", every)
+        fix = rewrite(model, "dedup", [share(ids) for ids in groups])
     yield Finding(every, message, fix, {"classes": [list(ids) for ids in groups]}, n_bytes)

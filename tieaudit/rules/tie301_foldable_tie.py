@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from tieaudit.change import Respell
 from tieaudit.folding import folded_apart
 from tieaudit.model import Use
 from tieaudit.printable import printable, size
@@ -88,4 +89,4 @@ def check(subject: Subject) -> Iterator[Finding | CannotTell]:
             f"runtimes fold that into a second copy of {size(weight.n_bytes)}"
         )
         evidence = {"transposed_uses": [[use.part, use.scope, use.node, use.slot] for use in uses]}
-        yield Finding((id,), message, rewrite(model, "dedup", (id,)), evidence, weight.n_bytes)
+        yield Finding((id,), message, rewrite(model, "dedup", [Respell(id)]), evidence, weight.n_bytes)

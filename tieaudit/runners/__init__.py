@@ -86,29 +86,3 @@ class Runner:
             if importlib.util.find_spec(package) is None:
                 return str(MissingPackage(package, self.extra, "running this model"))
         return None
-
-
-def resident_bytes() -> int | None:
-    """Resident memory of this process now; None where the system does not say."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            n_pages = int(file.read().split()[1])
-    except (OSError, ValueError, IndexError):
-        return None
-    import os
-
-    return n_pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def processor_name() -> str:
-    """The CPU's name, for the report."""
-    import platform
-
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

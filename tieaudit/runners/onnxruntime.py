@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import statistics
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tieaudit.runners import Answer, Array, Params, Port, Runner, Signature, Verb, processor_name, resident_bytes
+from tieaudit.machine import processor_name, repeated, resident_bytes
+from tieaudit.runners import Answer, Array, Params, Port, Runner, Signature, Verb
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -40,6 +40,7 @@ def _start(device: str) -> Mapping[str, Verb]:
     if device == "cuda" and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()
     sessions: dict[int, ort.InferenceSession] = {}
+    growth: dict[int, int | None] = {}
 
     def open_(params: Params, arrays: Mapping[str, Array]) -> Answer:
         before = resident_bytes()
@@ -49,21 +50,25 @@ def _start(device: str) -> Mapping[str, Verb]:
         after = resident_bytes()
         handle = max(sessions, default=0) + 1
         sessions[handle] = session
-        growth = None if before is None or after is None else after - before
+        growth[handle] = None if before is None or after is None else max(0, after - before)
         signature = Signature(_ports(session.get_inputs()), _ports(session.get_outputs()))
-        return {"handle": handle, "signature": signature.to_json(), "n_bytes_grown": growth, "seconds": seconds}, {}
+        facts = {"handle": handle, "signature": signature.to_json()}
+        return {**facts, "n_bytes_grown": growth[handle], "seconds": seconds}, {}
 
     def run(params: Params, arrays: Mapping[str, Array]) -> Answer:
         return {}, _run(sessions[params["handle"]], arrays, params.get("outputs"))
 
     def time_(params: Params, arrays: Mapping[str, Array]) -> Answer:
-        session, seconds = sessions[params["handle"]], []
-        _run(session, arrays, None)
-        for _ in range(params["n_runs"]):
-            began = time.perf_counter()
-            _run(session, arrays, None)
-            seconds.append(time.perf_counter() - began)
-        return {"seconds": statistics.median(seconds)}, {}
+        """At least `n_runs` runs, at least `seconds` long in sum, after one to warm up; arrays in, arrays out."""
+        session, grown = sessions[params["handle"]], growth[params["handle"]]
+        found = repeated(lambda: _run(session, arrays, None), params["n_runs"], float(params.get("seconds", 0.0)))
+        facts = {
+            "seconds": found.median,
+            "each": list(found.seconds),
+            "on": _hello({}, {})[0]["devices"].get(device, device),
+        }
+        known = device == "cpu" and grown is not None and found.n_bytes_peak is not None
+        return {**facts, "n_bytes_peak": (grown or 0) + (found.n_bytes_peak or 0) if known else None}, {}
 
     def close(params: Params, arrays: Mapping[str, Array]) -> Answer:
         sessions.pop(params["handle"], None)

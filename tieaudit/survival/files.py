@@ -79,25 +79,42 @@ def _pretrained(trial: Trial) -> tuple[Outcome, str]:
 
 
 _NOT_CLONED = "save module.state_dict() itself: cloned entries are separate tensors"
+_SAVE_MODEL = (
+    "safetensors.torch.save_model and load_model: the file keeps one name and a note, the module ties the rest"
+)
+_NO_FILE = "the values must be in memory and of plain tensors: materialize or unwrap the module before it is saved"
 
 OPERATIONS = (
-    Operation("torch.save(state_dict), torch.load", _torch_save, _NOT_CLONED),
-    Operation("torch.save(cloned state_dict), torch.load", _torch_save_copies, _NOT_CLONED),
-    Operation("torch.save(module), torch.load", _torch_save_module, _NOT_CLONED),
+    Operation("torch.save(state_dict), torch.load", _torch_save, _NOT_CLONED, _NO_FILE),
+    Operation("torch.save(cloned state_dict), torch.load", _torch_save_copies, _NOT_CLONED, _NO_FILE),
+    Operation(
+        "torch.save(module), torch.load",
+        _torch_save_module,
+        "save the state dict and load it into a module that ties them itself",
+        "save the state dict instead: a module can be pickled only if its class can",
+    ),
     Operation(
         "safetensors save_file(state_dict)",
         _safetensors_file,
-        "safetensors.torch.save_model and load_model: the file keeps one name and a note, the module ties the rest",
+        _SAVE_MODEL,
+        _SAVE_MODEL,
     ),
     Operation(
         "safetensors save_file(cloned state_dict)",
         _safetensors_copies,
         "safetensors.torch.save_model, or tieaudit apply --scheme dedup on a folder whose class restores the tie",
+        _NO_FILE,
     ),
-    Operation("safetensors save_model, load_model", _safetensors_model, "load into a module that ties them itself"),
+    Operation(
+        "safetensors save_model, load_model",
+        _safetensors_model,
+        "load into a module that ties them itself",
+        "save_file one name of each tie, and load_state_dict(strict=False) into a module that ties them itself",
+    ),
     Operation(
         "save_pretrained, from_pretrained",
         _pretrained,
+        "declare the tie: _tied_weights_keys of the class, and tie_word_embeddings = true in its config",
         "declare the tie: _tied_weights_keys of the class, and tie_word_embeddings = true in its config",
     ),
 )

@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 import copy
+import io
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from tieaudit.errors import TieAuditError
 from tieaudit.formats.torch_module.read import held
-from tieaudit.formats.torch_module.tensors import TensorStorage, identity, locate
+from tieaudit.formats.torch_module.tensors import dtype_name, identity, locate
+from tieaudit.model import Weight, make_id
+from tieaudit.printable import counted
+from tieaudit.regions import aliases, overlaps
+from tieaudit.survival.travelling import pack, unpack
 
 if TYPE_CHECKING:
     import torch
 
 Outcome = Literal["kept", "lost", "error", "not run"]
+_COLORS = re.compile(r"\x1b\[[0-9;]*m")
 _N_NAMED = 2
+_N_MOST_TIES = 12
+_N_MOST_SAID = 240
 
 
 @dataclass(frozen=True)
 class TiedNames:
-    """Names of one memory."""
+    """Names of one memory, all of it or, `partial`, parts of it that meet."""
 
     names: tuple[str, ...]
     one_object: bool
     """Whether they are also one tensor object."""
     identical: bool
-    """Whether all see it alike; else some see it transposed."""
+    """Whether all see it alike; else some see it transposed, or only a part of it."""
+    parameter: bool = True
+    """Whether an optimizer moves any of these. Two buffers of one memory need not be one object."""
+    partial: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,11 +64,15 @@ class Survival:
     def __str__(self) -> str:
         """One line for each operation, and the remedy below where a tie did not survive."""
         width = max((len(row.operation) for row in self.rows), default=0)
-        lines = [" = ".join(names) for names in self.ties] + [""]
+        lines = [" = ".join(names) for names in self.ties[:_N_MOST_TIES]]
+        if len(self.ties) > _N_MOST_TIES:
+            lines.append(f"… and {len(self.ties) - _N_MOST_TIES} more ties")
+        lines.append("")
         for row in self.rows:
             lines.append(f"{row.operation:<{width}}  {row.outcome:<7}  {row.because}")
             lines += [f"{'':<{width}}           remedy: {row.remedy}"] if row.remedy else []
-        return "\n".join(lines)
+        tally = Counter(row.outcome for row in self.rows)
+        return "\n".join([*lines, "", " · ".join(f"{tally[one]} {one}" for one in get_args(Outcome))])
 
 
 @dataclass(frozen=True)
@@ -70,12 +87,29 @@ class Trial:
     """Empty, removed afterwards."""
 
     def twin(self, *, distinct: bool = False) -> torch.nn.Module:
-        """A copy with the same ties; `distinct`: its floating-point values are random, so that no two are equal."""
-        made = copy.deepcopy(self.module)
+        """A copy with the same ties; `distinct`: its floating-point values are random, so that no two are equal.
+
+        Made by a deep copy, or through a pickle where the module cannot be copied. NotRun if neither can be had.
+        """
+        try:
+            made = copy.deepcopy(self.module)
+        except Exception as error:  # a class says what it likes
+            made = self._through_a_pickle(error)
         _tie_alike(self.module, made)
+        if tied_names(made) != self.ties:
+            raise NotRun("no copy of this module with the same ties can be made to try it on")
         if distinct:
-            _randomise(made)
+            randomise(made)
         return made
+
+    def _through_a_pickle(self, refused: Exception) -> Any:
+        file = io.BytesIO()
+        try:
+            pack(self.module, file)
+            file.seek(0)
+            return unpack(file)
+        except Exception:
+            raise NotRun(f"no copy of this module can be made to try it on: {said(refused)}") from refused
 
 
 @dataclass(frozen=True)
@@ -85,35 +119,56 @@ class Operation:
     name: str
     run: Callable[[Trial], tuple[Outcome, str]]
     remedy: str
+    """What to do where a tie is lost."""
+    on_error: str
+    """What to do where the operation fails."""
+    here: Callable[[], bool] = lambda: True
+    """Whether this machine can try it at all; otherwise the table is without it."""
 
 
 class NotRun(TieAuditError):
     """The operation does not apply here; the message says why."""
 
 
+def said(error: BaseException) -> str:
+    """What was raised, in one line; what this tool itself says needs no name of a class before it."""
+    text = " ".join(_COLORS.sub("", str(error)).split())[:_N_MOST_SAID]
+    if isinstance(error, TieAuditError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def tied_names(module: torch.nn.Module) -> tuple[TiedNames, ...]:
-    """Every class of names over the very same bytes, in the order of the module."""
-    return _tied({one.name: one.tensor for one in held(module)})
+    """Every class of names over the very same bytes, and of names that share some bytes, in the order of the module."""
+    members = held(module)
+    parameters = frozenset(one.name for one in members if one.parameter)
+    return _tied({one.name: one.tensor for one in members}, parameters)
 
 
-def _tied(tensors: Mapping[str, torch.Tensor]) -> tuple[TiedNames, ...]:
-    by_place: dict[object, list[str]] = {}
-    for (name, tensor), storage in zip(tensors.items(), locate(tensors.values()), strict=True):
-        if tensor.numel():
-            by_place.setdefault(_place(tensor, storage), []).append(name)
+def _tied(tensors: Mapping[str, torch.Tensor], parameters: frozenset[str] | None = None) -> tuple[TiedNames, ...]:
+    shared = aliases(_weights(tensors))
+    groups = [(tuple(weight.name for weight, _ in names), False) for names in shared if len(names) > 1]
+    names_of = {make_id(name): name for name in tensors}
+    groups += [(tuple(names_of[id] for id in one.ids), True) for one in overlaps(shared)]
     return tuple(
         TiedNames(
-            tuple(names),
+            names,
             len({id(tensors[name]) for name in names}) == 1,
             len({identity(tensors[name]) for name in names}) == 1,
+            parameters is None or not parameters.isdisjoint(names),
+            partial,
         )
-        for names in by_place.values()
-        if len(names) > 1
+        for names, partial in groups
     )
 
 
-def _place(tensor: torch.Tensor, storage: TensorStorage) -> tuple[object, ...]:
-    return (storage.region, str(tensor.dtype), tensor.numel())
+def _weights(tensors: Mapping[str, torch.Tensor]) -> list[Weight]:
+    storages = zip(tensors.items(), locate(tensors.values()), strict=True)
+    return [
+        Weight(make_id(name), name, tuple(tensor.shape), dtype_name(tensor.dtype)[0], storage)
+        for (name, tensor), storage in storages
+        if tensor.numel()
+    ]
 
 
 def judged(ties: tuple[TiedNames, ...], tensors: Mapping[str, torch.Tensor], *, objects: bool) -> tuple[Outcome, str]:
@@ -121,19 +176,26 @@ def judged(ties: tuple[TiedNames, ...], tensors: Mapping[str, torch.Tensor], *, 
 
     `objects`: these are the tensors of a module, so that one object has to stay one object.
     """
-    now = {name: group for group in _tied(tensors) for name in group.names}
     missing = [name for tie in ties for name in tie.names if name not in tensors]
     if missing:
         return "lost", f"{missing[0]} is not there any more"
-    apart = [tie for tie in ties if tie.names[0] not in now or not set(tie.names) <= set(now[tie.names[0]].names)]
+    now = {(name, group.partial): group for group in _tied(tensors) for name in group.names}
+    apart = [tie for tie in ties if not _together(tie, now)]
     if apart:
         what = " and ".join(apart[0].names[:_N_NAMED])
         return "lost", f"{what} are separate tensors now" + _further(apart, ties)
-    split = [tie for tie in ties if objects and tie.one_object and len({id(tensors[name]) for name in tie.names}) > 1]
+    moved = [tie for tie in ties if objects and tie.one_object and tie.parameter]
+    split = [tie for tie in moved if len({id(tensors[name]) for name in tie.names}) > 1]
     if split:
         what = " and ".join(split[0].names[:_N_NAMED])
-        return "lost", f"{what} are one memory in separate Parameter objects, which an optimizer moves twice"
-    return "kept", f"{len(ties)} of {len(ties)} ties"
+        because = f"{what} are one memory in separate Parameter objects, which an optimizer moves twice"
+        return "lost", because + _further(split, ties)
+    return "kept", f"{len(ties)} of {counted(len(ties), 'tie')}"
+
+
+def _together(tie: TiedNames, now: Mapping[tuple[str, bool], TiedNames]) -> bool:
+    group = now.get((tie.names[0], tie.partial))
+    return group is not None and set(tie.names) <= set(group.names)
 
 
 def _further(apart: list[TiedNames], ties: tuple[TiedNames, ...]) -> str:
@@ -168,12 +230,13 @@ def _tie_alike(module: torch.nn.Module, twin: torch.nn.Module) -> None:
         theirs[one.name].data = view
 
 
-def _randomise(module: torch.nn.Module) -> None:
+def randomise(module: torch.nn.Module) -> None:
+    """Floating-point values of their own for every tensor, in place, so that no two are equal but by a tie."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for one in held(module):
-            if one.parameter and one.tensor.is_floating_point() and one.tensor.device.type != "meta":
+            if one.tensor.is_floating_point() and one.tensor.device.type != "meta":
                 values = torch.randn(one.tensor.shape, generator=generator) * 0.02
-                one.tensor.copy_(values)
+                one.tensor.copy_(values if one.parameter else values.abs())  # a variance, a frequency

@@ -36,7 +36,7 @@ def can_create(model: Model, edit: Edit, kind: Kind, target: str) -> str | None:
     if isinstance(edit, SetConfig):
         return None if edit.file == CONFIG else f"only {CONFIG} can be changed, not {edit.file}"
     if isinstance(edit, Unshare):
-        return torch_checkpoint.can_create(model, edit)
+        return torch_checkpoint.can_create(model, edit, kind, target)
     weights = {"weights": PICKLED if kind == "torch" else ""}  # what it will be counts, not what it is
     return of_class(replace(model, metadata={**model.metadata, **weights}), edit, target)
 

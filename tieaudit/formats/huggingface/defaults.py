@@ -13,6 +13,7 @@ from importlib.resources import files
 from typing import Any, Literal
 
 from tieaudit.formats.huggingface.facts import FLAG, ClassFacts, ClassTie, lookup, said
+from tieaudit.model import UNWRITTEN
 
 Major = Literal[4, 5]
 
@@ -141,12 +142,15 @@ CONVENTIONAL = (
 """(embedding, head) of the spellings that nearly every class follows."""
 
 
+_NO_FLAG = f"{FLAG} is {UNWRITTEN}, and the class is not known here, nor what it does without"
+
+
 def from_convention(architecture: str, config: Mapping[str, Any], stored: Iterable[str]) -> ClassFacts:
     """Without class and data: the usual names, tied if the flag says so (without a flag: not known, so not tied)."""
     names = set(stored)
     key = next((k for k in (FLAG, f"text_config.{FLAG}") if isinstance(lookup(config, k), bool)), "")
     active = lookup(config, key) is True if key else False
-    because = f"by convention: config.json says {key}: {str(active).lower()}" if key else "no flag in config.json"
+    because = f"by convention: config.json says {key}: {str(active).lower()}" if key else _NO_FLAG
     ties: list[ClassTie] = []
     head: tuple[str, ...] = ()
     for table_name, head_name in CONVENTIONAL:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from tieaudit.model import UNWRITTEN
+
 FLAG = "tie_word_embeddings"
 
 
@@ -151,4 +153,4 @@ def said(config: Mapping[str, Any], key: str, value: object) -> str:
     if isinstance(written, bool):
         return str(written).lower()
     default = str(value).lower() if isinstance(value, bool) else "no such attribute, which reads as false"
-    return f"not in the file, the class default is {default}"
+    return f"{UNWRITTEN}, the class default is {default}"

@@ -232,6 +232,8 @@ class Parameters:
             return _not(f"{place}, combined with positions")
         if op in ("Sub", "Div") and slot == 1 and others[0] in self.values.input_types:
             return _not(f"{place}: normalises an input of the graph")
+        if op == "Mul" and any(self._dequantises(one) for one in others):
+            return _not(f"{place}: scales of a product of whole numbers")
         facts = self._look(consumer, weight)
         if facts is not None:
             if facts.mask:
@@ -241,6 +243,19 @@ class Parameters:
             if facts.constant and _is_made_up(weight) and (len(weight.shape) > 1 or op in ("Concat", "Where")):
                 return _not(f"{place}, one value everywhere: a mask, padding or an empty state")
         return _learned(place)
+
+    def _dequantises(self, value: Value | None) -> bool:
+        """Whether a factor is the product of quantised tensors, or the scale of an input quantised as it comes.
+
+        ONNX Runtime's quantize_dynamic writes Cast(MatMulInteger(…)) · (scale of the input · scales of the weight).
+        Source: onnxruntime/python/tools/quantization/operators/matmul.py, MatMulInteger.quantize.
+        """
+        producer = self.values.producers.get(value) if value is not None else None
+        if producer is not None and producer.node.op_type == "Cast":
+            behind = self.values.resolve(producer.scope, producer.node.input[0])
+            producer = self.values.producers.get(behind) if behind is not None else None
+            return producer is not None and producer.node.op_type in ("MatMulInteger", "ConvInteger")
+        return producer is not None and producer.node.op_type == "DynamicQuantizeLinear" and producer.slot == 1
 
     def _scalar(self, consumer: Consumer, weight: Weight, place: str) -> Verdict:
         """A single number is a constant of the formula unless it is a module's own or the bias of one output."""

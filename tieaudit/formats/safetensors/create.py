@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tieaudit.arrange import arranged, plain_source
-from tieaudit.change import Edit, Plan, Share, Unshare, Written
+from tieaudit.change import Edit, Kind, Plan, Share, Unshare, Written
 from tieaudit.errors import RewriteRefused
 from tieaudit.formats.safetensors.header import SPELLINGS
 from tieaudit.formats.safetensors.write import NewEntry, write_safetensors
@@ -28,7 +28,7 @@ FORMAT = {"format": "pt"}
 """What PyTorch's loaders look for in `__metadata__`; transformers refuses a file without it."""
 
 
-def can_create(model: Model, edit: Edit) -> str | None:
+def can_create(model: Model, edit: Edit, kind: Kind, target: str) -> str | None:
     """Why a lone file cannot hold this edit, or None: equal names are dropped."""
     if isinstance(edit, Share):
         return cannot_drop([model.by_id[member.id] for member in edit.members], edit)

@@ -27,7 +27,12 @@ HELD_BY = (
 )
 
 
-def can_realise(model: Model, edit: Edit) -> str | None:
+def held_by(model: Model) -> str:
+    """Who makes what of equal values."""
+    return HELD_BY
+
+
+def can_realise(model: Model, edit: Edit, target: str) -> str | None:
     """Why an edit cannot be made in files without a class; None for equal values of one shape and type."""
     if not isinstance(edit, Equalise):
         return (
@@ -56,7 +61,7 @@ def edit(model: Model, plan: Plan, dest: Path) -> Written:
     values: dict[str, Storage] = {}
     aliases: dict[str, str] = {}
     for one in plan.edits:
-        because = can_realise(model, one)
+        because = can_realise(model, one, plan.target)
         if because is not None or not isinstance(one, Equalise):
             raise RewriteRefused(because or f"{model.path}: only equal values can be written")
         values.update(equal_values(model, one))

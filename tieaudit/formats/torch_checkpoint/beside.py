@@ -7,31 +7,45 @@ bytes of every other tensor (optimizers, averages); then the other members of th
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from tieaudit.formats.torch_checkpoint.adjustment import Adjustment, Join
 from tieaudit.formats.torch_checkpoint.archive import Archive
 from tieaudit.formats.torch_checkpoint.legacy import LegacyFile
 from tieaudit.formats.torch_checkpoint.opened import Opened, open_file
+from tieaudit.formats.torch_checkpoint.optimizer_states import NAMES, PARAMS, State, states_in
 from tieaudit.formats.torch_checkpoint.pickles import Global, Made, UnhashedKey
 from tieaudit.formats.torch_checkpoint.read import Collected, collect, weight_of
 from tieaudit.formats.torch_checkpoint.rebuild import Bytes, Embedded, Parts, Tensor
 from tieaudit.formats.torch_checkpoint.splicing import Joined, Part
 from tieaudit.formats.torch_checkpoint.stream import Blob
+from tieaudit.formats.torch_checkpoint.totals import Term, same_sum
 from tieaudit.storage import Storage, same_bytes
 
 _N_MOST = 4
 _CHANGES = (".data/serialization_id", "data.pkl")
 
 
-def differences(before: Path, after: Path, key: str, gone: frozenset[str], new: frozenset[str]) -> list[str]:
+def differences(
+    before: Path,
+    after: Path,
+    key: str,
+    gone: frozenset[str],
+    new: frozenset[str],
+    adjustments: Callable[[], Sequence[Adjustment]] = tuple,
+) -> list[str]:
     """What differs between two files besides the model's own weights, in sentences; a few at most.
 
-    `gone`, `new`: names of weights that the plan takes out of the file and puts into it.
+    `gone`, `new`: names of weights that the plan takes out of the file and puts into it. `adjustments` says those of
+    optimizer states, if there is one; each must be exactly what was planned, its sums computed once more.
     Cost: both pickles, and every byte of the tensors beside the model.
     """
     one, other = collect(open_file(before), key), collect(open_file(after), key)
+    states = list(states_in(one.opened.value))
+    planned = {adjustment.where: adjustment for adjustment in adjustments()} if states else {}
     comparison = _Comparison(one, other, gone, new)
+    comparison.states = {id(state.held): (state, planned[state.where]) for state in states if state.where in planned}
     found = []
     for problem in (*comparison.run(), *_members(one.opened, other.opened)):
         found.append(problem)
@@ -41,8 +55,16 @@ def differences(before: Path, after: Path, key: str, gone: frozenset[str], new: 
 
 
 class _Comparison:
-    def __init__(self, one: Collected, other: Collected, gone: frozenset[str], new: frozenset[str]) -> None:
+    def __init__(
+        self,
+        one: Collected,
+        other: Collected,
+        gone: frozenset[str],
+        new: frozenset[str],
+    ) -> None:
         self._one, self._other = one, other
+        self.states: dict[int, tuple[State, Adjustment]] = {}
+        """By the identity of what is to be adjusted."""
         self._weights = {tensor.stored for tensor, _ in one.sources.values()}
         self._gone = {(id(named.holder), named.inner) for name, (_, named) in one.sources.items() if name in gone}
         self._new = {(id(named.holder), named.inner) for name, (_, named) in other.sources.items() if name in new}
@@ -61,6 +83,8 @@ class _Comparison:
 
     def _differ(self, where: str, a: object, b: object) -> bool:
         """Whether two values of one type differ; what they hold is left to wait."""
+        if id(a) in self.states and isinstance(b, dict):
+            return self._state_differs(where, *self.states[id(a)], b)
         if isinstance(a, dict) and isinstance(b, dict):
             mine = [key for key in a if (id(a), key) not in self._gone]
             theirs = [key for key in b if (id(b), key) not in self._new]
@@ -80,6 +104,53 @@ class _Comparison:
         if isinstance(a, Global) and isinstance(b, Global):
             return a.name != b.name
         return self._leaf_differs(where, a, b)
+
+    def _state_differs(self, where: str, state: State, planned: Adjustment, b: dict[object, object]) -> bool:
+        """Whether an optimizer's state is other than planned; what should be as it was is left to wait."""
+        now = next((one for one in states_in(b) if one.held is b), None)
+        if now is None or list(state.held) != list(b) or len(state.groups) != len(now.groups):
+            return True
+        for n, (mine, theirs) in enumerate(zip(state.groups, now.groups, strict=True)):
+            numbers, names = mine[PARAMS], mine.get(NAMES)
+            assert isinstance(numbers, list)
+            wanted: dict[str, object] = {PARAMS: planned.renumbered(numbers)}
+            if isinstance(names, list) and len(names) == len(numbers):
+                wanted[NAMES] = planned.named(names, numbers)
+            if list(mine) != list(theirs) or any(theirs[key] != value for key, value in wanted.items()):
+                return True
+            self._waiting += [(f"{where}.{n}.{key}", mine[key], theirs[key]) for key in mine if key not in wanted]
+        new = planned.new_numbers
+        kept = {number: entry for number, entry in state.entries.items() if number in new}
+        if [new[number] for number in kept if isinstance(number, int)] != list(now.entries):
+            return True
+        joined = {join.kept: join for join in planned.joins}
+        return any(
+            self._entry_differs(f"{where}.{number}", state, joined.get(number), entry, other)
+            for (number, entry), other in zip(kept.items(), now.entries.values(), strict=True)
+            if isinstance(number, int)
+        )
+
+    def _entry_differs(self, where: str, state: State, join: Join | None, a: object, b: object) -> bool:
+        """One parameter's entry: sums where it was joined with others, everything else as it was."""
+        if join is None or not isinstance(a, dict) or not isinstance(b, dict):
+            self._waiting.append((where, a, b))
+            return False
+        if list(a) != list(b):
+            return True
+        self._waiting += [(f"{where}.{key}", a[key], b[key]) for key in a if key not in join.sums.all]
+        others = [(state.entries[number], turned) for number, turned in join.others]
+        return any(
+            not same_sum(
+                self._read(self._one, a[key], False),
+                [self._read(self._one, entry[key], turned) for entry, turned in others if isinstance(entry, dict)],
+                self._read(self._other, b[key], False),
+            )
+            for key in join.sums.all
+        )
+
+    def _read(self, found: Collected, tensor: object, turned: bool) -> Term:
+        weight = weight_of(found, "a moment", tensor) if isinstance(tensor, Tensor) else None
+        return Term(weight, turned)
 
     def _leaf_differs(self, where: str, a: object, b: object) -> bool:
         if isinstance(a, Tensor) and isinstance(b, Tensor):

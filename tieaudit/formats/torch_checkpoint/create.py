@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tieaudit.arrange import arranged, plain_source, strides_through
-from tieaudit.change import Edit, Plan, Share, Unshare, Written
+from tieaudit.change import Edit, Kind, Plan, Share, Unshare, Written
 from tieaudit.dtypes import dtype
 from tieaudit.errors import RewriteRefused
 from tieaudit.formats import KEY_GIVEN
@@ -36,7 +36,7 @@ class _Blob:
     tensors: tuple[tuple[Weight, int, tuple[int, ...]], ...]
 
 
-def can_create(model: Model, edit: Edit) -> str | None:
+def can_create(model: Model, edit: Edit, kind: Kind, target: str) -> str | None:
     """Why a checkpoint cannot hold this edit, or None: it holds every tie of one element type."""
     if isinstance(edit, Share):
         return _cannot_share([model.by_id[member.id] for member in edit.members], edit)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from tieaudit.dtypes import dtype
 from tieaudit.errors import RewriteRefused
+from tieaudit.formats.torch_checkpoint.adjusting import splice
+from tieaudit.formats.torch_checkpoint.adjustment import Adjustment
 from tieaudit.formats.torch_checkpoint.contents import ALL, Contents, Named, holder_of
 from tieaudit.formats.torch_checkpoint.opened import Opened
 from tieaudit.formats.torch_checkpoint.pickles import Global, Machine
@@ -34,9 +36,11 @@ class Orders:
     copies: dict[str, str] = field(default_factory=dict)
     """New name → name of the weight that it is a copy of, written behind it."""
     lossless: bool = True
+    states: tuple[Adjustment, ...] = ()
+    """What becomes of optimizer states in the file."""
 
     def __bool__(self) -> bool:
-        return bool(self.values or self.same or self.own or self.dropped or self.copies)
+        return bool(self.values or self.same or self.own or self.dropped or self.copies or self.states)
 
 
 @dataclass(frozen=True)
@@ -78,12 +82,14 @@ class Subject:
                 self.names_of.setdefault(tensor.stored, []).append(name)
 
 
-def reason_against(subject: Subject, orders: Orders) -> str | None:
-    """Why these orders cannot be carried out, as far as that shows before the pickle is put together."""
+def reason_against(subject: Subject, orders: Orders, whole: bool = False) -> str | None:
+    """Why these orders cannot be carried out, as far as that shows before the pickle is put together, or then."""
     try:
         work = _Work(subject, orders)
         work.aim()
         work.spell()
+        if whole:
+            work.splice.pieces()
     except RewriteRefused as refused:
         return refused.message
     return None
@@ -161,7 +167,9 @@ class _Work:
 
     def _current(self, name: str) -> Target:
         """What a weight is now."""
-        tensor = self._tensor(name)
+        return self._now(self._tensor(name))
+
+    def _now(self, tensor: Tensor) -> Target:
         assert tensor.stored is not None
         kind, _, location, count = self.trace.ids[tensor.stored][1:5]
         assert isinstance(kind, Global)
@@ -172,13 +180,18 @@ class _Work:
         """A new storage for a weight."""
         if self.opened.swapped and name in self.orders.values:
             raise RewriteRefused(f"{name}: the file is big-endian, new values cannot be written into it")
-        was = self._current(name)
+        tensor = self._tensor(name)
+        return self._placed(tensor, content, strides)
+
+    def _placed(self, tensor: Tensor, content: Storage, strides: tuple[int, ...]) -> Target:
+        """A new storage in the place of a tensor's."""
+        was = self._now(tensor)
         while str(self._n_key) in self._keys:
             self._n_key += 1
         key = str(self._n_key)
         self._keys.add(key)
         self.new[key] = content
-        item_bytes = dtype(self._tensor(name).dtype).item_bytes or 1
+        item_bytes = dtype(tensor.dtype).item_bytes or 1
         return Target(was.kind, key, was.location, content.n_bytes // item_bytes, 0, was.shape, strides)
 
     def _copy(self, name: str) -> Target:
@@ -197,6 +210,9 @@ class _Work:
         storage = self.found.weights[name].storage
         assert storage is not None
         return self._fresh(name, storage, row_major(tensor.shape))
+
+    def _moment(self, tensor: Tensor, content: Storage) -> bytes:
+        return self._spelled(self._placed(tensor, content, row_major(tensor.shape)))
 
     # how that is spelled ------------------------------------------------------------------------------------------
 
@@ -221,6 +237,7 @@ class _Work:
                     f"{self.opened.where}: byte {begin} of the pickle: a value that is kept twice in an unusual way"
                 )
             self.splice.replace(begin, end, self.splice.replay(*source, targets))
+        splice(self.splice, self.trace, self.found, self.orders.states, self._moment)
 
     def _spell_site(
         self, stored: Bytes, names: list[str], again: dict[tuple[int, int], dict[int, tuple[Site, bytes]]]

@@ -43,15 +43,20 @@ class Target:
         """The opcodes that push storage, offset, sizes and strides; before 1.6 a storage has one more field."""
         module, _, name = self.kind.rpartition(".")
         kind = b"c" + module.encode("utf-8") + b"\n" + name.encode("utf-8") + b"\n"
-        said = [_text("storage"), kind, _text(self.key), _text(self.location), _integer(self.n_elements)]
+        said = [text("storage"), kind, text(self.key), text(self.location), integer(self.n_elements)]
         said += [b"N"] * legacy
-        sizes = (b"(" + b"".join(map(_integer, numbers)) + b"t" for numbers in (self.shape, self.strides))
-        return b"(" + b"".join(said) + b"tQ" + _integer(self.offset) + b"".join(sizes)
+        sizes = (b"(" + b"".join(map(integer, numbers)) + b"t" for numbers in (self.shape, self.strides))
+        return b"(" + b"".join(said) + b"tQ" + integer(self.offset) + b"".join(sizes)
 
 
 def item(key: str, value: bytes, alone: bool) -> bytes:
     """The opcodes of one more item of a dictionary."""
-    return _text(key) + value + b"s" * alone
+    return text(key) + value + b"s" * alone
+
+
+def spelled_list(items: Iterable[bytes]) -> bytes:
+    """The opcodes of a list."""
+    return b"](" + b"".join(items) + b"e"
 
 
 def recall(index: int) -> bytes:
@@ -63,12 +68,14 @@ def _remember(index: int) -> bytes:
     return b"q" + bytes([index]) if index < 256 else b"r" + index.to_bytes(4, "little")
 
 
-def _text(said: str) -> bytes:
+def text(said: str) -> bytes:
+    """The opcode of a text."""
     data = said.encode("utf-8", "surrogatepass")
     return b"X" + len(data).to_bytes(4, "little") + data
 
 
-def _integer(number: int) -> bytes:
+def integer(number: int) -> bytes:
+    """The opcode of a number."""
     if 0 <= number < 256:
         return b"K" + bytes([number])
     if 0 <= number < 65536:
@@ -131,6 +138,11 @@ class Splice:
     def remembered(self, begin: int, end: int) -> int | None:
         """The number under which the value that is spelled from `begin` up to `end` is remembered, if it is."""
         return self._memo.index_of.get((begin, end))
+
+    def recalled(self, begin: int, end: int) -> bool:
+        """Whether the value that is spelled from `begin` up to `end` is recalled at another place too."""
+        index = self.remembered(begin, end)
+        return index is not None and any(at >= end for at, _ in self._memo.gets.get(index, ()))
 
     def source(self, at: int) -> tuple[int, int] | None:
         """Where the value is spelled that the GET at a position recalls; None: there is no GET."""

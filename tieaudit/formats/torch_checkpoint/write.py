@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,10 +20,12 @@ from tieaudit.copying import NewFile, copy_file
 from tieaudit.errors import CorruptFile, RewriteRefused, TieAuditError
 from tieaudit.formats import KEY_GIVEN
 from tieaudit.formats.safetensors.sharded import read_index_json
+from tieaudit.formats.torch_checkpoint.adjustment import Adjustment, Decision, decide
 from tieaudit.formats.torch_checkpoint.archive import Archive
 from tieaudit.formats.torch_checkpoint.discover import INDEX_SUFFIX
 from tieaudit.formats.torch_checkpoint.legacy import LegacyFile
 from tieaudit.formats.torch_checkpoint.opened import open_file
+from tieaudit.formats.torch_checkpoint.optimizer_states import states_in
 from tieaudit.formats.torch_checkpoint.orders import Made, Orders, Subject, carry_out, reason_against
 from tieaudit.formats.torch_checkpoint.read import collect, read
 from tieaudit.formats.torch_checkpoint.zipped import ZipWriter
@@ -79,6 +82,49 @@ def ordered(model: Model, edits: Iterable[Edit], lossless: bool = True) -> dict[
     return found
 
 
+def decisions(model: Model, edits: Iterable[Edit], adjust: bool = True) -> dict[Path, tuple[Decision, ...]]:
+    """What becomes of the optimizer states in each file. Cost: a run over each pickle, once, and its splicing."""
+    changing = [edit for edit in edits if isinstance(edit, (Share, Unshare))]
+    files = {file_of(model, weight) for weight in model.weights} if changing else set()
+    found = {}
+    for file in sorted(filter(None, files)):
+        try:
+            subject = subject_of(file, model.metadata.get(KEY_GIVEN, ""))
+        except TieAuditError:
+            continue
+        if made := _decisions(subject, file, model, changing, adjust):
+            found[file] = made
+    return found
+
+
+def adjustments(model: Model, plan: Plan) -> dict[Path, tuple[Adjustment, ...]]:
+    """The optimizer states of each file that a plan changes."""
+    found = {}
+    for path, decided in decisions(model, plan.edits, plan.optimizer == "adjust").items():
+        if adjusted := tuple(one for one in decided if isinstance(one, Adjustment)):
+            found[path] = adjusted
+    return found
+
+
+def _decisions(
+    subject: Subject, file: Path, model: Model, edits: list[Share | Unshare], adjust: bool
+) -> tuple[Decision, ...]:
+    """An adjustment that the pickle cannot take is none, so that it never stands in the way of the tie."""
+    states = list(states_in(subject.found.opened.value))
+    made = [decide(subject.found, state, model, edits, adjust) for state in states]
+    adjusted = tuple(one for one in made if isinstance(one, Adjustment))
+    if not adjusted:
+        return tuple(made)
+    orders = ordered(model, edits)
+    mine = orders.get(file, Orders()) if isinstance(orders, dict) else Orders()
+    twice = len({state.where for state in states}) < len(states)
+    because = reason_against(subject, replace(mine, states=adjusted), whole=True)
+    if twice or because:
+        said = because or "two states have one name"
+        return tuple(one.kept(said) if isinstance(one, Adjustment) else one for one in made)
+    return tuple(made)
+
+
 def file_of(model: Model, weight: Weight) -> Path | None:
     """The file that holds a weight; None if it is not stored."""
     if weight.storage is None:
@@ -116,6 +162,8 @@ def edit(model: Model, plan: Plan, dest: Path) -> Written:
     orders = ordered(model, plan.edits, plan.lossless)
     if isinstance(orders, str):
         raise RewriteRefused(orders)
+    for path, adjusted in adjustments(model, plan).items():
+        orders.setdefault(path, Orders(lossless=plan.lossless)).states = adjusted
     key, main = model.metadata.get(KEY_GIVEN, ""), Path(model.path)
     written = []
     for path in map(Path, model.parts[0].paths):

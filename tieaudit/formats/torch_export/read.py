@@ -10,6 +10,7 @@ from tieaudit.formats.torch_export.fields import read_json
 from tieaudit.formats.torch_export.flow import Value, uses_of
 from tieaudit.formats.torch_export.layout import Layout, is_compiled, layout_of, whole_programs
 from tieaudit.formats.torch_export.lookups import Lookups
+from tieaudit.formats.torch_export.operations import operations_of
 from tieaudit.formats.torch_export.payload import Payload, read_payload
 from tieaudit.formats.torch_export.program import Program, read_program
 from tieaudit.model import Model, Part, Use, Weight
@@ -30,6 +31,7 @@ def load(path: Path, files: tuple[Path, ...], key: str = "") -> Model:
         parts=(Part("", (str(path),)),),
         weights=weights,
         uses=tuple(_uses(program, weights)),
+        operations=operations_of(program, weights),
         metadata=dict(_metadata(layout, program, payload)),
         notes=tuple(_notes(layout, program, payload)),
         has_graph=True,

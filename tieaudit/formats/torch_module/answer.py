@@ -35,7 +35,8 @@ def main() -> None:
                 module, inputs = built(question["describe"])
                 if question.get("inputs"):
                     inputs = _stored(question["inputs"], module)
-                model = read_module(module, inputs, path=question["describe"], whole=True)
+                traced = not question.get("untraced")
+                model = read_module(module, inputs, path=question["describe"], whole=True, traced=traced)
                 answer: dict[str, Any] = _described(model)
             else:
                 data = _read(model, question)
@@ -49,10 +50,13 @@ def main() -> None:
 def built(name: str) -> tuple[Any, Any]:
     """The module that `package.module:factory` makes, and its sample inputs or None. Runs the user's code.
 
-    UnreadableModel for whatever that code raises, `sys.exit` included.
+    The seeds of torch, numpy and random are 0 before it is imported and called, so that every process builds the same
+    weights. UnreadableModel for whatever that code raises, `sys.exit` included.
     """
     import torch
 
+    _seed()
+    kind = torch.get_default_dtype()
     where, _, attribute = name.partition(":")
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -60,11 +64,14 @@ def built(name: str) -> tuple[Any, Any]:
         found: Any = importlib.import_module(where)
         for one in attribute.split("."):
             found = getattr(found, one)
+        _seed()
         if callable(found) and not isinstance(found, torch.nn.Module):
             found = found()
     except (Exception, SystemExit) as error:  # it is not our code
         said = " ".join(str(error).split())[:300]
         raise UnreadableModel(f"{name}: the factory failed: {type(error).__name__}: {said}") from error
+    finally:
+        torch.set_default_dtype(kind)  # the next factory in this process may expect the usual one
     inputs = None
     if isinstance(found, tuple) and len(found) == 2:
         found, inputs = found
@@ -86,6 +93,17 @@ def _stored(path: str, module: Any) -> Any:
         tensors = {name: torch.from_numpy(file[name]).to(device) for name in file.files}
     numbered = [f"arr_{index}" for index in range(len(tensors))]
     return tuple(tensors[name] for name in numbered) if set(tensors) == set(numbered) else tensors
+
+
+def _seed() -> None:
+    import random
+
+    import numpy as np
+    import torch
+
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
 
 
 def _read(model: Model | None, question: Mapping[str, Any]) -> bytes:

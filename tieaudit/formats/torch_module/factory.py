@@ -31,6 +31,10 @@ LIMIT_SECONDS = 600.0
 COMMAND = (sys.executable, "-P", "-c", "from tieaudit.formats.torch_module.answer import main; main()")
 
 
+class _Ended(UnreadableModel):
+    """The child ended instead of answering."""
+
+
 class Builder:
     """A child process that has built one module and answers questions about it."""
 
@@ -69,7 +73,7 @@ class Builder:
         finally:
             timer.cancel()
         if answer is None or len(data) != int(answer.get("n_bytes", 0)):
-            raise UnreadableModel(f"{self.name}: {self._how_it_ended(late.is_set())}")
+            raise _Ended(f"{self.name}: {self._how_it_ended(late.is_set())}")
         if "error" in answer:
             raise UnreadableModel(f"{self.name}: {answer['error']}", hint=answer.get("hint", ""))
         return answer, data
@@ -142,13 +146,16 @@ def load(name: str, inputs: Path | None = None) -> Model:
         atexit.register(_close_all)
     if name in _builders:
         _builders.pop(name).close()
-    builder = Builder(name)
+    question = {"describe": name, "inputs": str(inputs.absolute()) if inputs is not None else ""}
+    notes: tuple[str, ...] = ()
     try:
-        answer, _ = builder.ask({"describe": name, "inputs": str(inputs.absolute()) if inputs is not None else ""})
-    except BaseException:
-        builder.close()
-        raise
-    _builders[name] = builder
+        answer = _asked(name, question)
+    except _Ended as ended:  # its forward may have done that, which nobody asked for
+        try:
+            answer = _asked(name, {**question, "untraced": True})
+        except _Ended:
+            raise ended from None
+        notes = (f"its forward was tried to see who uses what: {ended.message}; nothing was traced then",)
     return Model(
         path=name,
         format="torch_module",
@@ -158,8 +165,20 @@ def load(name: str, inputs: Path | None = None) -> Model:
         declarations=tuple(_declaration(row) for row in answer["declarations"]),
         hints=answer["hints"],
         metadata=answer["metadata"],
-        notes=tuple(answer["notes"]),
+        notes=(*notes, *answer["notes"]),
     )
+
+
+def _asked(name: str, question: Mapping[str, Any]) -> dict[str, Any]:
+    """What a new child says of the module; the child is kept, for its tensors. UnreadableModel."""
+    builder = Builder(name)
+    try:
+        answer, _ = builder.ask(question)
+    except BaseException:
+        builder.close()
+        raise
+    _builders[name] = builder
+    return answer
 
 
 def _weight(name: str, index: int, row: Mapping[str, Any]) -> Weight:

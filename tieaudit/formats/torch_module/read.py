@@ -90,13 +90,16 @@ def live_count(module: torch.nn.Module) -> int | None:
     return None if any(is_lazy(one) for one in parameters) else sum(one.numel() for one in parameters)
 
 
-def read_module(module: torch.nn.Module, inputs: Any = None, *, path: str = "", whole: bool = False) -> Model:
+def read_module(
+    module: torch.nn.Module, inputs: Any = None, *, path: str = "", whole: bool = False, traced: bool = True
+) -> Model:
     """The parameter graph of a live module. Nothing is copied: bytes are read from its tensors when they are needed.
 
     `inputs`: a tuple of positional arguments, a mapping of keyword arguments, or one tensor. With them the uses of
     every parameter come from torch.export, how often a module is called included; without them from the types of
     the modules. `metadata["uses"]` says which, and why an export failed. `whole`: generate inputs where none are
-    given, for at most `SECONDS`, and ask a transformers class which ties it declares.
+    given, for at most `SECONDS`, and ask a transformers class which ties it declares. Not `traced`: uses by types, and
+    the module's forward is left alone.
     """
     import torch
 
@@ -105,7 +108,8 @@ def read_module(module: torch.nn.Module, inputs: Any = None, *, path: str = "", 
     members = held(module)
     storages = locate(one.tensor for one in members)
     weights = tuple(_weight(one, storage) for one, storage in zip(members, storages, strict=True))
-    uses, source = _uses(module, inputs, frozenset(weight.name for weight in weights), whole)
+    names = frozenset(weight.name for weight in weights)
+    uses, source = _uses(module, inputs if traced else None, names, whole and traced)
     kind = type(module)
     said = declared(module, {weight.id: weight for weight in weights}) if whole else Declared()
     live = live_count(module)

@@ -1,0 +1,74 @@
+"""Commands: one file each, composed by `cli.py`. Here is what several of them share.
+
+A command composes the stages and prints; it decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:  # --help and --version answer at once: what reads models is imported by the commands that need it
+    from tieaudit.change import Plan
+    from tieaudit.plan import Choices
+    from tieaudit.verdict import Finding, Subject
+
+
+def plan_options(command: Callable[..., None]) -> Callable[..., None]:
+    options = [
+        click.option("--scheme", "schemes", multiple=True, metavar="S",
+                     help="dedup (default), io, untie or declare; repeat for several, left to right."),
+        click.option("--target", metavar="T", help="Be safe for ort-cpu, ort-cuda, transformers-5 or transformers-4."),
+        click.option("--allow-lossy", is_flag=True, help="Tie weights that differ. Changes what the model computes."),
+        click.option("--merge", metavar="M", help="Values of a lossy tie: keep:head, mean … (see explain)."),
+        click.option("--transposed-as", type=click.Choice(["auto", "gemm", "gather", "fused"]), default="auto",
+                     show_default=True, help="How an ONNX graph reads a tied matrix transposed."),
+        click.option("--share-files/--no-share-files", default=None,
+                     help="Whether ONNX files of a folder keep equal weights in one common data file: all of them, or "
+                     "none. Default: those that are parts of one export."),
+        click.option("--optimizer", type=click.Choice(["adjust", "keep"]), default="adjust", show_default=True,
+                     help="The optimizer's state in a checkpoint that is tied: as the tied model's, or as it is."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def format_option(names: Sequence[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option(
+        "--format",
+        "format_name",
+        type=click.Choice(names),
+        default="text",
+        show_default=True,
+        help="How to print the result.",
+    )
+
+
+key_option = click.option(
+    "--key", default="", metavar="K",
+    help="Of a PyTorch checkpoint, what is kept under this key (dotted), or . for all of it. Default: the model's own.",
+)  # fmt: skip
+
+
+def choices(chosen: dict[str, Any]) -> Choices:
+    from tieaudit.plan import Choices
+
+    return Choices(
+        schemes=tuple(chosen["schemes"]) or ("dedup",),
+        target=chosen["target"],
+        allow_lossy=chosen["allow_lossy"],
+        merge=chosen["merge"],
+        transposed_as=chosen["transposed_as"],
+        share_files=chosen["share_files"],
+        optimizer=chosen["optimizer"],
+    )
+
+
+def left(subject: Subject, plan: Plan) -> Sequence[Finding]:
+    """What is wrong with a model for which a plan does nothing."""
+    from tieaudit.audit import audit
+
+    return () if plan.edits else audit(subject).findings

@@ -1,0 +1,26 @@
+"""The page of anything that has a name."""
+
+from __future__ import annotations
+
+import click
+
+from tieaudit.console import Command, print_result
+
+_EPILOG = """\b
+Examples:
+  tieaudit explain TIE202
+  tieaudit explain dedup
+"""
+
+
+@click.command(cls=Command, epilog=_EPILOG)
+@click.argument("name", required=False)
+def explain(name: str | None) -> None:
+    """The page of a rule, a scheme, a merge policy or a relation; without a name, what there is.
+
+    Exit code: 0 printed · 2 no such name.
+    """
+    from tieaudit.explain import explain as page
+    from tieaudit.explain import index
+
+    print_result(index() if name is None else page(name))

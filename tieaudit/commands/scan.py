@@ -1,0 +1,87 @@
+"""What is there."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from tieaudit.commands import format_option, key_option
+from tieaudit.console import Command, on_terminal, print_result, progress, say
+from tieaudit.errors import TieAuditError, in_one_line
+from tieaudit.printable import N_MOST_MESSAGE, printable
+
+if TYPE_CHECKING:
+    from tieaudit.verdict import Report
+
+    Render = Callable[[Sequence[Report], Sequence[tuple[str, str]], dict[str, object]], str]
+
+
+_EPILOG = """\b
+Examples:
+  tieaudit scan model.onnx
+  tieaudit scan ./my-model-folder --format json
+  tieaudit scan last.ckpt --key state_dict_ema
+"""
+
+
+@click.command(cls=Command, epilog=_EPILOG)
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@key_option
+@click.option("--inputs", type=click.Path(path_type=Path),
+              help="Of a `package.module:factory`, sample inputs as an .npz; default: generated.")  # fmt: skip
+@format_option(["text", "json"])
+def scan(paths: tuple[str, ...], key: str, inputs: Path | None, format_name: str) -> None:
+    """What is there: weights, roles, ties of every origin, candidates, findings.
+
+    PATH is a model file, a folder, or a glob; a shard or a config.json means its model.
+
+    Exit code: 0 looked, whatever it found · 2 unreadable, nothing to look at, or a crashed rule.
+    """
+    from tieaudit.load import locate
+    from tieaudit.scan import scan as look_at
+
+    sources, errors = locate(paths)
+    reports: list[Report] = []
+    for source in sources:
+        try:
+            with progress(source.path.name) as shown:
+                reports.append(look_at(source.load(key, inputs), progress=shown))
+        except (TieAuditError, OSError, RecursionError, MemoryError) as error:  # also a file that went away meanwhile
+            errors.append((str(source.path), str(in_one_line(error, str(source.path)))))
+    if reports or format_name != "text":
+        print_result(_report(format_name)(reports, errors, _settings()))
+    for _, message in errors:
+        say(f"error: {printable(message, N_MOST_MESSAGE)}")
+    if errors or not reports or any(report.crashed or report.subject.found.unreadable for report in reports):
+        sys.exit(2)
+
+
+def _report(name: str) -> Render:
+    from tieaudit.registry import choose, discover
+    from tieaudit.reports import ReportFormat
+
+    render: Render = choose(discover("reports", ReportFormat), name, "report format").render
+    return render
+
+
+def _settings() -> dict[str, object]:
+    import os
+
+    from tieaudit.config import Settings
+
+    terminal = on_terminal(sys.stdout)
+    return {
+        "color": terminal and "NO_COLOR" not in os.environ,
+        "width": _width() if terminal else 100,
+        "thresholds": Settings(),
+    }
+
+
+def _width() -> int:
+    import shutil
+
+    return shutil.get_terminal_size((100, 24)).columns
