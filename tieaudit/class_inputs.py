@@ -27,7 +27,7 @@ def class_inputs(model: Any) -> tuple[Taken, ...]:
     taken = inspect.signature(model.forward).parameters
     config = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    table = _table(model)
     limit = getattr(table, "num_embeddings", None) or getattr(text, "vocab_size", None)
     main = getattr(model, "main_input_name", "input_ids")
     found = [_main(main, model, limit)]
@@ -42,6 +42,14 @@ def class_inputs(model: Any) -> tuple[Taken, ...]:
     if "lang_ids" in taken and getattr(config, "languages", None):
         found.append(Taken("lang_ids", "int64", ("batch",), len(config.languages)))
     return tuple(found)
+
+
+def _table(model: Any) -> Any:
+    """The input embedding; None for a class without one, some of which say so by raising (transformers 5.23)."""
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def _main(name: str, model: Any, limit: int | None) -> Taken:

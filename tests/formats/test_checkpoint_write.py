@@ -530,3 +530,29 @@ def test_files_of_real_writers_keep_all_their_tensors_whatever_is_rewritten(corp
             moved += 1
     assert {"version-RFB-320.pth", "state.pt"} <= set(tied)
     assert moved >= 10
+
+
+@pytest.mark.parametrize("edit", ["untied in the middle", "tied to the last one", "new values for the first one"])
+def test_pytorch_finds_every_storage_where_it_computes_that_it_lies(tmp_path: Path, edit: str) -> None:
+    state = {"a": TABLE, "b": OTHER, "c": TABLE if edit.startswith("untied") else TABLE.clone(), "d": OTHER + 1}
+    torch.save(state, tmp_path / "model.pt")
+    model = load_one(tmp_path / "model.pt")
+    orders = Orders(lossless=edit != "new values for the first one")
+    if edit == "untied in the middle":
+        orders.own.append("c")
+    elif edit == "tied to the last one":
+        orders.same["a"] = ("c", AS_STORED)
+    else:
+        orders.values["a"] = MemoryStorage(row_major_bytes(TABLE * 2), "values")
+        orders.same["c"] = ("a", AS_STORED)
+    write_file(tmp_path / "model.pt", "", orders, tmp_path / "out.pt", model.weights)
+    expected = torch.load(tmp_path / "out.pt")
+
+    torch.load(tmp_path / "out.pt", map_location="meta")
+    with torch.utils.serialization.config.patch("load.calculate_storage_offsets", True):
+        computed = torch.load(tmp_path / "out.pt", mmap=True)
+
+    twice = 2 if edit.startswith("new") else 1
+    assert torch.equal(expected["a"], TABLE * twice)
+    assert torch.equal(expected["c"], TABLE * twice)
+    assert all(torch.equal(computed[name], expected[name]) for name in state)

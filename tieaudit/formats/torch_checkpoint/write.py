@@ -22,6 +22,7 @@ from tieaudit.formats import KEY_GIVEN
 from tieaudit.formats.safetensors.sharded import read_index_json
 from tieaudit.formats.torch_checkpoint.adjustment import Adjustment, Decision, decide
 from tieaudit.formats.torch_checkpoint.archive import Archive
+from tieaudit.formats.torch_checkpoint.beside import PROMISE
 from tieaudit.formats.torch_checkpoint.discover import INDEX_SUFFIX
 from tieaudit.formats.torch_checkpoint.legacy import LegacyFile
 from tieaudit.formats.torch_checkpoint.opened import open_file
@@ -203,24 +204,36 @@ def _check_unchanged(path: Path, subject: Subject, weights: Iterable[Weight]) ->
 
 
 def _write_zip(archive: Archive, subject: Subject, made: Made, target: Path) -> None:
-    """The members in their order: storages that nobody mentions any more go, new ones come behind the others."""
+    """The members in their order; storages as the pickle mentions them, those that nobody mentions any more go.
+
+    `.format_version` promises `torch.load` that storages follow one another in that order, from key 0: it computes
+    where they lie and looks no more (source: torch/serialization.py 2.13, `_get_offset`; with `map_location="meta"`,
+    in fake tensors, and where `calculate_storage_offsets` is on). Where key 0 comes no more first, the promise goes.
+    """
     gone = {one.key for one in subject.trace.ids} - made.used.keys()
-    members = archive.all
-    inside = [one for one in members if one.name.startswith(archive.top + _DATA)]
-    last = inside[-1] if inside else archive.members[_PICKLE]
+    inside = {
+        name: member for member in archive.all if (name := member.name.removeprefix(archive.top)).startswith(_DATA)
+    }
+    kept = {name: member for name, member in inside.items() if name.removeprefix(_DATA) not in gone}
+    first = next(iter(inside.values()), archive.members[_PICKLE])
     has_id = False
     with ZipWriter(target, archive.top) as writer:
-        for member in members:
+        for member in archive.all:
             name = member.name.removeprefix(archive.top)
             if name == _ID:
                 has_id = True
             elif name == _PICKLE:
                 writer.add_full(member.name, made.pickle)
-            elif member not in inside or name.removeprefix(_DATA) not in gone:
+            elif name not in inside and (name != PROMISE or next(iter(made.used), "0") == "0"):
                 writer.add_full(member.name, archive.content(member))
-            if member is last:
-                for key, content in made.new.items():
-                    writer.add(_DATA + key, content)
+            if member is first:
+                for key in dict.fromkeys((*made.used, *made.new, *(name.removeprefix(_DATA) for name in kept))):
+                    content = made.new.get(key)
+                    held = kept.get(_DATA + key)
+                    if content is not None:
+                        writer.add(_DATA + key, content)
+                    elif held is not None:
+                        writer.add_full(held.name, archive.content(held))
         if has_id:
             writer.add_serialization_id()
 
