@@ -120,9 +120,18 @@ def test_a_class_of_main_cannot_travel_to_other_processes() -> None:
 
 
 def test_exports_without_inputs_are_not_run_and_say_why() -> None:
-    (row,) = tieaudit.survival(TiedLM(), only=EXPORTS[:1]).rows
+    class Asks(TiedLM):
+        def forward(self, words: dict[str, torch.Tensor]) -> torch.Tensor:
+            return super().forward(words["of this text"])
+
+    (row,) = tieaudit.survival(Asks(), only=EXPORTS[:1]).rows
     assert (row.outcome, row.remedy) == ("not run", "")
     assert "sample inputs are needed" in row.because
+
+
+def test_exports_are_tried_on_made_up_inputs_where_none_are_given() -> None:
+    (row,) = tieaudit.survival(TiedLM(), only=("torch.export, its state dict",)).rows
+    assert row.outcome == "kept"
 
 
 def test_what_a_library_raises_is_one_row() -> None:

@@ -388,3 +388,29 @@ def test_a_copy_keeps_every_change_of_large_and_small_weights_in_any_order(
 def blocks_of(weight: Weight) -> bytes:
     assert weight.storage is not None
     return weight.storage.read_ranges([(0, weight.n_bytes)])[0]
+
+
+def test_files_that_nothing_runs_are_compared_by_their_values(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from click.testing import CliRunner
+    from safetensors.torch import save_file, save_model
+
+    from tieaudit.cli import main
+
+    module = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Linear(4, 10, bias=False))
+    module[1].weight = module[0].weight
+    apart = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    torch.save(module.state_dict(), tmp_path / "tied.pt")
+    torch.save(apart, tmp_path / "copies.pt")
+    save_model(module, str(tmp_path / "tied.safetensors"))  # leaves one name out, and notes it
+    apart["0.weight"][0, 0] += 1
+    save_file(apart, tmp_path / "moved.safetensors")
+    save_file({"0.weight": apart["1.weight"]}, tmp_path / "half.safetensors")
+    for other, outcome, code in (
+        ("copies.pt", "held", 0),
+        ("tied.safetensors", "held", 0),
+        ("moved.safetensors", "FAILED: 0.weight", 1),
+        ("half.safetensors", "FAILED: 1.weight is in the first one only", 1),
+    ):
+        said = CliRunner().invoke(main, ["verify", str(tmp_path / "tied.pt"), str(tmp_path / other)])
+        assert (said.exit_code, f"structural  {outcome}" in said.output) == (code, True), said.output

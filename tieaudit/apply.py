@@ -56,7 +56,7 @@ def apply(
             f"{destination}: is inside the model's own folder, which is only read", hint="give another --to"
         )
     if plan.into is None:
-        _check_kind(source, destination)
+        check_kind(source, destination)
     if plan.into is None and source.is_file() and destination.suffix == source.suffix:
         plan = replace(plan, data_names=_data_names(model, destination))
     seen = stamps(model) if seen is None else seen
@@ -81,8 +81,11 @@ def least_level(model: Model) -> str:
     return "regional" if choose(discover("formats", Format), model.format, "format").has_program else "structural"
 
 
-def _check_kind(source: Path, destination: Path) -> None:
-    """The result is of the source's kind: a folder that is called like a file of another one would mislead."""
+def check_kind(source: Path, destination: Path) -> None:
+    """The result is of the source's kind: a folder that is called like a file of another one would mislead.
+
+    RewriteRefused if the name of the destination says another.
+    """
     found, expected = destination.suffix.lower(), source.suffix if source.is_file() else ""
     if found in _OF_FILES and destination.suffix != expected:
         what = f"a name that ends in {expected}, or that of a folder" if expected else "the name of a folder"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,9 +12,11 @@ from tieaudit.change import Level, Plan, Proof, Written
 from tieaudit.end_to_end import Compared, Pair, on_each_device
 from tieaudit.end_to_end import compare as run_pair
 from tieaudit.levels import Children, label, level_of, training_level
-from tieaudit.model import Model
+from tieaudit.model import Model, Weight
+from tieaudit.printable import counted, listed
 from tieaudit.runners import Array, Runner
 from tieaudit.running import Opened, Paths, chain_of, opened_whole, parts_of, path_of, runner_for
+from tieaudit.sameness import same_value
 from tieaudit.sandbox import LIMIT_SECONDS, ChildFailed, Sandbox
 from tieaudit.untouched import differences
 
@@ -60,6 +62,8 @@ def compare(
     if not reasons and not pairs:
         reasons = [f"no part of one is a part of the other: {', '.join(left)}"]
     if reasons:
+        if inputs is None and not any(isinstance(one, Runner) for one in runners) and levels[0].outcome != "held":
+            levels[0] = _same_bytes(before, after)
         levels.append(Level("end to end", "not run", reasons[0]))
         levels += [Level("training", "not run", reasons[0])] if gradients else []
         return Proof(tuple(levels), facts=facts)
@@ -177,7 +181,9 @@ def _pairs(before: Model, after: Model) -> tuple[dict[str, tuple[Paths, Paths]],
 
 def _same_weights(before: Model, after: Model) -> Level:
     """Held if both hold the same bytes under the same names; different ones are a matter of drift, not of parity."""
-    if before.format != after.format or before.by_id.keys() != after.by_id.keys():
+    if before.format != after.format:
+        return Level("structural", "not run", f"no plan is known, and one is {before.format}, the other {after.format}")
+    if before.by_id.keys() != after.by_id.keys():
         return Level("structural", "not run", "no plan is known, and the two do not hold the same names")
     plan = Plan(before.path, "", (), (), 0, True)
     written = Written(())
@@ -186,6 +192,34 @@ def _same_weights(before: Model, after: Model) -> Level:
     if problems:
         return Level("structural", "not run", f"no plan is known, and the two differ: {problems[0]}")
     return Level("structural", "held", f"{check.n_untouched} weights equal bit for bit, everything else as well")
+
+
+def _same_bytes(before: Model, after: Model) -> Level:
+    """Where nothing can be run, values are all there is to compare: by name, whatever the file they lie in.
+
+    A name that one of them leaves out for an alias is compared as that alias.
+    """
+    held = [{name: weight for name, weight in _named(model)} for model in (before, after)]
+    alone = sorted(held[0].keys() ^ held[1].keys())
+    if alone:
+        which = "first" if alone[0] in held[0] else "second"
+        return Level("structural", "failed", f"{alone[0]} is in the {which} one only ({counted(len(alone), 'name')})")
+    apart = [name for name, weight in held[0].items() if not same_value(weight, held[1][name])]
+    if apart:
+        return Level("structural", "failed", f"{listed(tuple(apart))} differ in value, type or shape")
+    return Level("structural", "held", f"{counted(len(held[0]), 'weight')} equal bit for bit; nothing was run")
+
+
+def _named(model: Model) -> Iterator[tuple[str, Weight]]:
+    """Every name with the weight that serves it."""
+    by_alias = {id: group for claim in model.declarations for group in (claim.members,) for id in group}
+    for weight in model.weights:
+        stored = weight
+        if weight.absent:
+            others = (model.by_id[id] for id in by_alias.get(weight.id, ()) if id in model.by_id)
+            stored = next((one for one in others if not one.absent), weight)
+        if not stored.absent:
+            yield weight.name, stored
 
 
 def _n_summed(model: Model, across: bool) -> int:

@@ -556,3 +556,12 @@ def test_pytorch_finds_every_storage_where_it_computes_that_it_lies(tmp_path: Pa
     assert torch.equal(expected["a"], TABLE * twice)
     assert torch.equal(expected["c"], TABLE * twice)
     assert all(torch.equal(computed[name], expected[name]) for name in state)
+
+
+def test_a_destination_of_another_kind_is_refused_also_where_there_is_nothing_to_do(tmp_path: Path) -> None:
+    torch.save({"a": TABLE, "b": OTHER}, tmp_path / "model.pt")
+
+    ran = CliRunner().invoke(main, ["apply", str(tmp_path / "model.pt"), "--to", str(tmp_path / "out.onnx")])
+
+    assert ran.exit_code == 2
+    assert "expected a name that ends in .pt" in ran.output

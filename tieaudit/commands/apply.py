@@ -82,6 +82,7 @@ def apply(
     if path is None:
         raise UsageError("expected a PATH, or --undo RECEIPT")
     from tieaudit import outcome
+    from tieaudit.apply import check_kind
     from tieaudit.convert import container_for, convert
     from tieaudit.load import load_one
     from tieaudit.plan import plan as make_plan
@@ -95,6 +96,8 @@ def apply(
     if into is not None:
         made = convert(subject, into, choices(chosen) if chosen["schemes"] else None)
     else:
+        if destination is not None:  # also where there is nothing to do: a conversion that is not made would seem done
+            check_kind(Path(model.path), destination)
         made = make_plan(subject, choices(chosen))
     refused = bool(made.refusals) and (strict or not made.edits)
     if destination is None or refused or not made.edits and into is None:

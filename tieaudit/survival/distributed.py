@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +38,11 @@ def _on_processes(kind: str) -> Callable[[Trial], tuple[Outcome, str]]:
             raise NotRun("this build of torch has no gloo")
         if type(trial.module).__module__ == "__main__":
             raise NotRun("the class is defined in __main__, where no other process finds it")
+        inputs = None
+        with suppress(NotRun):  # then it is wrapped only
+            inputs = trial.sample()
         try:
-            pack({"module": trial.module, "inputs": trial.inputs}, trial.folder / "module.pt")
+            pack({"module": trial.module, "inputs": inputs}, trial.folder / "module.pt")
         except Exception as error:  # whatever a class raises that cannot be pickled
             raise NotRun(f"this module cannot travel to other processes: {said(error)}") from error
         (trial.folder / "path.json").write_text(json.dumps(sys.path))

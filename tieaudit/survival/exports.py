@@ -25,15 +25,12 @@ _N_LEAST_BYTES = 4096
 """Shared bytes below which the size of a file says nothing: two graphs differ by so much."""
 _MOST = 0.9
 """Part of the shared bytes that a file without copies must be smaller by."""
-_NO_INPUTS = "sample inputs are needed: give inputs=…, or let the factory return (module, inputs)"
 
 
 def _exported(module: torch.nn.Module, trial: Trial) -> Any:
     import torch
 
-    if trial.inputs is None:
-        raise NotRun(_NO_INPUTS)
-    args, kwargs = arguments(trial.inputs)
+    args, kwargs = arguments(trial.sample())
     return torch.export.export(module.eval(), args, kwargs)
 
 
@@ -52,13 +49,12 @@ def _onnx_file(trial: Trial, *, untied: bool = False) -> tuple[Model, Path]:
     """The exported file, and the model whose values it holds: random ones, so that only ties are equal."""
     import torch
 
-    if trial.inputs is None:
-        raise NotRun(_NO_INPUTS)
+    sample = trial.sample()
     module = trial.twin(distinct=not untied).eval()
     if untied:
         untie(module)
         randomise(module)
-    args, kwargs = arguments(trial.inputs)
+    args, kwargs = arguments(sample)
     path = trial.folder / ("untied" if untied else "tied") / "model.onnx"
     path.parent.mkdir(exist_ok=True)
     torch.onnx.export(module, args, path, kwargs=kwargs, dynamo=True, verbose=False)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from tieaudit.errors import TieAuditError
+from tieaudit.errors import TieAuditError, UsageError
 from tieaudit.formats.torch_module.read import held
 from tieaudit.formats.torch_module.tensors import dtype_name, identity, locate
 from tieaudit.model import Weight, make_id
@@ -75,6 +75,9 @@ class Survival:
         return "\n".join([*lines, "", " · ".join(f"{tally[one]} {one}" for one in get_args(Outcome))])
 
 
+NO_INPUTS = "sample inputs are needed: give inputs=…, or let the factory return (module, inputs)"
+
+
 @dataclass(frozen=True)
 class Trial:
     """What one operation may work with."""
@@ -85,6 +88,17 @@ class Trial:
     ties: tuple[TiedNames, ...]
     folder: Path
     """Empty, removed afterwards."""
+
+    def sample(self) -> Any:
+        """The sample inputs that were given, else made-up ones with which a copy of the module runs. NotRun."""
+        if self.inputs is not None:
+            return self.inputs
+        from tieaudit.calling import sample_inputs
+
+        try:
+            return sample_inputs(self.twin())
+        except UsageError as error:
+            raise NotRun(f"{NO_INPUTS} ({error.message})") from error
 
     def twin(self, *, distinct: bool = False) -> torch.nn.Module:
         """A copy with the same ties; `distinct`: its floating-point values are random, so that no two are equal.
