@@ -50,7 +50,10 @@ def held(module: torch.nn.Module) -> list[Held]:
         parameters = list(module.named_parameters(remove_duplicate=False))
         buffers = list(module.named_buffers(remove_duplicate=False))
     except RecursionError:
-        raise UnreadableModel(f"{type(module).__name__}: expected a tree of modules, found one inside itself") from None
+        raise UnreadableModel(
+            f"{type(module).__name__}: expected a tree of modules that Python can walk, found one inside itself or "
+            "more levels than that"
+        ) from None
     found = [Held(name, one, True, _parameter_because(name)) for name, one in parameters if not is_lazy(one)]
     for name, one in buffers:
         if not is_lazy(one):
