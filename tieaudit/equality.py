@@ -56,7 +56,7 @@ def can_declare(model: Model) -> bool:
     alias map documents and restores nothing.
     """
     says_so = model.format in ("huggingface", "torch_module")
-    return says_so or any(declaration.restores for declaration in model.declarations)
+    return says_so or model.restores
 
 
 def tells_ties(model: Model) -> bool:

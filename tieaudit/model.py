@@ -268,6 +268,11 @@ class Model:
     """Whether `uses` is complete, so that its absence means *not used*."""
 
     @cached_property
+    def restores(self) -> bool:
+        """Whether a loader acts by any of the declarations, and makes one what is left out."""
+        return any(declaration.restores for declaration in self.declarations)
+
+    @cached_property
     def by_id(self) -> Mapping[str, Weight]:
         return {weight.id: weight for weight in self.weights}
 

@@ -13,7 +13,6 @@ import pytest
 import tiny_onnx
 from click.testing import CliRunner
 
-from tieaudit import cli
 from tieaudit.cli import main
 
 COMMAND = [sys.executable, "-m", "tieaudit"]
@@ -115,7 +114,7 @@ def test_an_unexpected_error_is_one_line_with_the_command_and_never_a_traceback(
     def fail(*_: object) -> None:
         raise ZeroDivisionError("one\ntwo")
 
-    monkeypatch.setattr(cli, "_choices", fail)
+    monkeypatch.setattr("tieaudit.commands.plan.choices", fail)
     model = tiny_onnx.lost(tmp_path / "m.onnx")
     result = CliRunner().invoke(main, ["plan", str(model)])
     assert result.exit_code == 2

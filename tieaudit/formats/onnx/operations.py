@@ -17,8 +17,8 @@ from tieaudit.model import Attribute, Operation, make_id
 if TYPE_CHECKING:
     from onnx import AttributeProto, NodeProto
 
-_N_MOST_OPERATIONS = 2_000_000
-"""Of one file, the bodies of functions counted for every call."""
+_N_MOST_INLINED = 50_000
+"""Operations of one file beyond those it spells: bodies of functions, once for every call but the first."""
 _N_MOST_CALLS = 50
 """Functions inside functions."""
 _N_MOST_INTS = 16
@@ -96,7 +96,7 @@ class _Walk:
         for scope in scopes:
             if scope.owner is not None:
                 self.bodies.setdefault(id(scope.owner), []).append(scope)
-        self.n_left = _N_MOST_OPERATIONS
+        self.n_left = sum(len(scope.nodes) for scope in scopes) + _N_MOST_INLINED
         self.n_calls = 0
 
     def main(self) -> Iterator[Operation]:
