@@ -25,7 +25,8 @@ def main() -> None:
     scan says which weights of a model are tied, which claim to be, and which once were.
     apply writes the repaired model, verify proves that nothing else changed.
 
-    Reads ONNX files, safetensors files, PyTorch checkpoints and Hugging Face folders. Nothing is ever written in place.
+    Reads ONNX files, safetensors files, PyTorch checkpoints, exported programs (.pt2), live modules
+    (package.module:factory) and Hugging Face folders. Nothing is ever written in place.
     """
 
 

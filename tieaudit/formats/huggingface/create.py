@@ -20,7 +20,7 @@ from tieaudit.formats.huggingface.folder import CONFIG, weight_set
 from tieaudit.formats.huggingface.pickled import WHAT as PICKLED
 from tieaudit.formats.huggingface.pickled import read_weights
 from tieaudit.formats.huggingface.realise import of_class
-from tieaudit.formats.huggingface.spell import with_value
+from tieaudit.formats.huggingface.write import configured
 from tieaudit.formats.safetensors import create as safetensors
 from tieaudit.formats.safetensors.sharded import read_index_json
 from tieaudit.formats.torch_checkpoint import create as torch_checkpoint
@@ -155,21 +155,11 @@ def _carry(folder: Path, dest: Path, not_carried: set[str], plan: Plan) -> list[
         target = dest / relative
         target.parent.mkdir(parents=True, exist_ok=True)
         if str(relative) == CONFIG and settings:
-            target.write_text(_configured(source, settings), encoding="utf-8", newline="")
+            target.write_text(configured(source, settings), encoding="utf-8", newline="")
         else:
             copy_file(source, target)
         written.append(str(relative))
     return written
-
-
-def _configured(path: Path, settings: list[SetConfig]) -> str:
-    text = path.read_bytes().decode("utf-8")
-    try:
-        for setting in settings:
-            text = with_value(text, setting.key, setting.value)
-    except (ValueError, IndexError) as error:
-        raise CorruptFile(f"{path}: expected a JSON object: {error}") from None
-    return text
 
 
 def _index(main: Path, files: _Files, aliases: Mapping[str, str]) -> str:

@@ -68,7 +68,7 @@ def edit(model: Model, plan: Plan, dest: Path) -> Written:
             noted = changes.aliases if checkpoint.main.name == name else {}
             write_safetensors(entries, {**noted, **checkpoint.headers[name].metadata}, target)
         elif name == CONFIG and changes.settings:
-            target.write_text(_configured(source, changes.settings), encoding="utf-8", newline="")
+            target.write_text(configured(source, changes.settings), encoding="utf-8", newline="")
         elif source == checkpoint.main and name not in shards and any(e is not None for e in shards.values()):
             target.write_text(_index(checkpoint, shards, changes.aliases), encoding="utf-8", newline="")
         else:
@@ -93,7 +93,7 @@ def _edit_pickled(model: Model, plan: Plan, folder: Path, main: Path, dest: Path
             if not write_pickled.write_shard(model, source, pickled.orders.get(source), target):
                 continue  # nothing is left in this shard
         elif str(relative) == CONFIG and settings:
-            target.write_text(_configured(source, settings), encoding="utf-8", newline="")
+            target.write_text(configured(source, settings), encoding="utf-8", newline="")
         elif source == main and pickled.orders:
             index = target
         else:
@@ -245,7 +245,8 @@ def _n_elements(shape: tuple[int, ...]) -> int:
     return count
 
 
-def _configured(path: Path, settings: list[SetConfig]) -> str:
+def configured(path: Path, settings: list[SetConfig]) -> str:
+    """The text of a JSON file with these settings; everything else as it is. CorruptFile."""
     text = path.read_bytes().decode("utf-8")
     try:
         for setting in settings:
