@@ -1,7 +1,7 @@
 """Stage: two weights that a scheme would make one → how alike they are. Every number stands beside its null.
 
 Shapes say nothing: two tables of one model have equal shapes and are, as a rule, unrelated. Tying unrelated tables
-after training destroys the model (1 to 4 nats per token, measured on small language models), whatever the policy.
+after training destroys the model: without calibration every policy costs a nat per token or more (docs/merging.md).
 """
 
 from __future__ import annotations

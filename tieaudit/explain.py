@@ -108,7 +108,11 @@ def scheme_page(scheme: Scheme) -> str:
 def merge_page(merge: Merge) -> str:
     """What a merge policy does to unequal weights."""
     body = inspect.cleandoc(merge.page) if merge.page else f"{merge.name}: {merge.summary}"
-    needs = "\n\nNeeds --calibrate." if merge.needs else ""
+    needs = (
+        "\n\nNeeds calibration, which the command line does not take yet (tieaudit.calibration, in Python)."
+        if merge.needs
+        else ""
+    )
     how = merge.name + (f":{merge.argument}" if merge.argument else "")
     return f"{body}\n\nUsed with --merge {how}.{needs}\n\nSource: {merge.source}\n"
 

@@ -19,6 +19,10 @@ Rows = Callable[[int, int], Block]
 process."""
 
 
+NO_CALIBRATION = "calibration data cannot be given on the command line yet; keep:head, mean and low-rank:R need none"
+"""What to do without statistics."""
+
+
 class Table(Protocol):
     """One member of a class in the common layout."""
 

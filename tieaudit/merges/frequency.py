@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 
 from tieaudit.errors import RewriteRefused
-from tieaudit.merges import Block, Merge, Merged, Sites, Table
+from tieaudit.merges import NO_CALIBRATION, Block, Merge, Merged, Sites, Table
 
 
 def _rows(tables: tuple[Table, ...], weights: Block, begin: int, end: int) -> Block:
@@ -22,7 +22,7 @@ def _rows(tables: tuple[Table, ...], weights: Block, begin: int, end: int) -> Bl
 def _merge(sites: Sites, argument: str) -> Merged:
     known = [one.row_weights if one is not None else None for one in sites.statistics]
     if all(one is None for one in known):
-        raise RewriteRefused("--merge frequency: expected token counts, found none", hint="give --calibrate")
+        raise RewriteRefused("--merge frequency: expected token counts, found none", hint=NO_CALIBRATION)
     uniform = np.full(sites.n_rows, 1.0 / sites.n_rows)  # of a site without counts every row matters alike
     raw = np.stack([uniform if one is None else one / max(float(one.sum()), 1e-300) for one in known])
     raw = raw + 1e-12  # rows that nobody saw fall back to the mean

@@ -40,5 +40,5 @@ linear = Merge(
     page="""linear: E ≈ U·M
 
 Costs columns² parameters and one small product per token. Token counts decide: on two small language models the map
-cost 1.5 nats per token fitted with all rows alike, and 0.38 weighted by counts (--calibrate).""",
+costs 1.3 and 1.4 nats per token fitted with all rows alike, 0.2 and 0.4 weighted by counts (docs/merging.md).""",
 )

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 
 from tieaudit.errors import RewriteRefused
-from tieaudit.merges import Block, Merge, Merged, Sites, Table
+from tieaudit.merges import NO_CALIBRATION, Block, Merge, Merged, Sites, Table
 
 _OFF_DIAGONAL = 0.9
 """λ of C̃ = λ·C + (1 − λ)·diag(C): few tokens leave the off-diagonal uncertain."""
@@ -27,7 +27,7 @@ def _merge(sites: Sites, argument: str) -> Merged:
     if missing:
         raise RewriteRefused(
             f"--merge regmean: expected the inputs of every site, found none of {', '.join(missing)}",
-            hint="give --calibrate; for a lookup and a head: --merge gauss-newton",
+            hint=NO_CALIBRATION,
         )
     damped = [_OFF_DIAGONAL * one + (1.0 - _OFF_DIAGONAL) * np.diag(np.diag(one)) for one in moments if one is not None]
     total = np.sum(damped, axis=0)
