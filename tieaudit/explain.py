@@ -8,7 +8,7 @@ from functools import partial
 
 from tieaudit.audit import rules
 from tieaudit.config import DEFAULTS, rows
-from tieaudit.merges import Merge
+from tieaudit.merges import NO_CALIBRATION, Merge
 from tieaudit.printable import size
 from tieaudit.registry import choose, discover
 from tieaudit.relations import Relation

@@ -91,5 +91,6 @@ gauss_newton = Merge(
     page="""gauss-newton: w_v = (p_v S + q_v C)⁻¹ (p_v S e_v + q_v C u_v)
 
 The best policy without further parameters: 0.05 nats per token on a small LSTM language model and 0.84 on a small GPT,
-where the plain mean costs 10 and 1.9 (docs/merging.md). It needs calibration; without gradients S = s·1 is used. Solved for all rows at once: both curvatures are diagonal in one basis, O(d³ + 2·V·d²).""",
+where the plain mean costs 10 and 1.9 (docs/merging.md). It needs calibration; without gradients S = s·1 is used.
+Solved for all rows at once: both curvatures are diagonal in one basis, O(d³ + 2·V·d²).""",
 )
