@@ -108,11 +108,7 @@ def scheme_page(scheme: Scheme) -> str:
 def merge_page(merge: Merge) -> str:
     """What a merge policy does to unequal weights."""
     body = inspect.cleandoc(merge.page) if merge.page else f"{merge.name}: {merge.summary}"
-    needs = (
-        "\n\nNeeds calibration, which the command line does not take yet (tieaudit.calibration, in Python)."
-        if merge.needs
-        else ""
-    )
+    needs = f"\n\nNeeds calibration: {NO_CALIBRATION}." if merge.needs else ""
     how = merge.name + (f":{merge.argument}" if merge.argument else "")
     return f"{body}\n\nUsed with --merge {how}.{needs}\n\nSource: {merge.source}\n"
 
