@@ -148,7 +148,8 @@ def _end_to_end(
     failed = bool(found.problem) or found.relative > limit
     said = f"{len(one)} outputs" + (", equal bit for bit" if found.equal else "")
     if failed:
-        said = f"{found.problem or f'{found.where} differs by {found.absolute:.3g}'}; {said}"
+        apart = f"{found.where} differs by {found.absolute:.3g}, {found.relative:.3g} of its size"
+        said = f"{found.problem or apart}; {said}"
     elif not says_something(one):
         said += "; they are one value each, so that this says little"
     devices = dict.fromkeys(_label(module) for module in (before, after))

@@ -242,7 +242,8 @@ def _against(
     said = _said(feeds, alone, worst)
     outcome = "failed" if worst.problem or worst.relative > worst_limit else "held"
     if outcome == "failed":
-        said = f"{worst.problem or f'{worst.where} differs by {worst.absolute:.3g}'}; {said}"
+        apart = f"{worst.where} differs by {worst.absolute:.3g}, {worst.relative:.3g} of its size"
+        said = f"{worst.problem or apart}; {said}"
     drift, moved = _drift(pair, feeds, results, signature) if outcome == "held" else (None, None)
     return Compared(outcome, said, worst, worst_limit, drift, baseline, spread, first, moved)
 
