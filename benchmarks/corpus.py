@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "corpus.md"
 LEVELS = ("end to end", "regional", "structural")
-ENDINGS = (".onnx", ".safetensors")
+ENDINGS = (".onnx", ".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pt2")
 NO_MODELS = (".md", ".tsv", ".json")
 """Lists and notes that describe a corpus."""
 
@@ -171,7 +171,7 @@ def page(rows: list[Row], others: list[Row]) -> str:
     )
     lines = [
         *HEAD,
-        f"{len(rows)} ONNX and safetensors files: {', '.join(f'{n} {name}' for name, n in outcomes.most_common())}; "
+        f"{len(rows)} ONNX, safetensors and PyTorch files: {', '.join(f'{n} {name}' for name, n in outcomes.most_common())}; "
         f"{sum(row.traceback for row in [*rows, *others])} tracebacks. Median {seconds[len(seconds) // 2]:.2f} s a "
         f"scan, start of the process included, slowest {seconds[-1]:.2f} s.",
         "",
