@@ -171,7 +171,8 @@ def page(rows: list[Row], others: list[Row]) -> str:
     )
     lines = [
         *HEAD,
-        f"{len(rows)} ONNX, safetensors and PyTorch files: {', '.join(f'{n} {name}' for name, n in outcomes.most_common())}; "
+        f"{len(rows)} ONNX, safetensors and PyTorch files: "
+        f"{', '.join(f'{n} {name}' for name, n in outcomes.most_common())}; "
         f"{sum(row.traceback for row in [*rows, *others])} tracebacks. Median {seconds[len(seconds) // 2]:.2f} s a "
         f"scan, start of the process included, slowest {seconds[-1]:.2f} s.",
         "",
