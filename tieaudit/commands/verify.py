@@ -59,6 +59,8 @@ def verify(
     (`package.module:factory`, whose code is run), or one of each. With --survival, the ties of one live module through
     copies, files, exports and distributed wrapping: kept, lost or error, and remedies.
 
+    Checkpoints and safetensors files, which nothing runs, are compared by their values.
+
     Exit code: 0 equal, or drift within the limit · 1 differs · 2 could not run. With --survival: 0 tried · 2 could not
     run.
     """

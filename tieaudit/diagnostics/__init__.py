@@ -68,8 +68,6 @@ class Diagnostic:
     """A way to tell how alike two tables are."""
 
     name: str
-    title: str
-    """As a table's column is headed."""
     source: str
     """Formula and null, with where they come from."""
     measure: Callable[[Pair], Measured | None]

@@ -22,7 +22,6 @@ def _measure(pair: Pair) -> Measured | None:
 
 cka = Diagnostic(
     name="cka",
-    title="CKA",
     source="‖AᵀB‖² / (‖AᵀA‖·‖BᵀB‖), columns about their means (Kornblith et al. 2019, Similarity of neural network "
     "representations revisited, ICML). Null: √(pₐ·p_b) / rows with the participation ratios p = tr(G)²/‖G‖²; for "
     "isotropic tables with many more rows than columns that is columns / rows",

@@ -24,7 +24,6 @@ def _measure(pair: Pair) -> Measured | None:
 
 linear_map = Diagnostic(
     name="linear-map",
-    title="linear map R²",
     source="R² = 1 − ‖B − AM‖² / ‖B‖² with the best M = (AᵀA)⁻¹AᵀB, columns about their means: what an adapter of "
     "columns × columns could restore. The best M does not depend on the activations (gradient −2Aᵀ(B − AM)C = 0 for "
     "every invertible C). Null: a random subspace of `columns` dimensions holds columns / (rows − 1) of any table",

@@ -33,7 +33,6 @@ def _null(pair: Pair, scale: float) -> float:
 
 procrustes = Diagnostic(
     name="procrustes",
-    title="Procrustes",
     source="tr Σ / (‖A‖·‖B‖) with AᵀB = UΣVᵀ, the correlation after the best rotation (Schönemann 1966). Null: the "
     "nuclear norm of Gₐ½·Z·G_b½/√rows for a normal Z, which is 8/(3π)·√(columns/rows) for isotropic tables",
     measure=_measure,

@@ -18,7 +18,6 @@ def _measure(pair: Pair) -> Measured | None:
 
 relative_distance = Diagnostic(
     name="relative-distance",
-    title="distance",
     source="‖A − B‖ / √(‖A‖·‖B‖) (Frobenius). Null: ⟨A, B⟩ = 0 on average, so √((‖A‖² + ‖B‖²) / (‖A‖·‖B‖)), which "
     "is √2 for tables of equal norm; spread 1/√(2·rows·columns)",
     measure=_measure,

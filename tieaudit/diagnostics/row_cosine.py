@@ -19,7 +19,6 @@ def _measure(pair: Pair) -> Measured | None:
 
 row_cosine = Diagnostic(
     name="row-cosine",
-    title="row cosine",
     source="median over rows of ⟨a, b⟩ / (‖a‖·‖b‖), rows about the mean row: trained tables have a common direction "
     "that makes every pair of rows look alike (Gao et al. 2019, Representation degeneration, ICLR). Null: 0, with a "
     "standard deviation of 1/√columns for one row",

@@ -24,7 +24,6 @@ def _measure(pair: Pair) -> Measured | None:
 
 subspace = Diagnostic(
     name="subspace",
-    title="leading directions",
     source="‖QₐᵀQ_b‖² / k for the k = columns/8 leading right singular directions of both tables: the mean squared "
     "cosine of the principal angles (Björck & Golub 1973). Null: k / columns",
     measure=_measure,
