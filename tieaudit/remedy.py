@@ -49,7 +49,7 @@ def rewrite(model: Model, scheme: str, edits: Sequence[Edit]) -> Fix:
     if model.format == LIVE:
         return Fix("manual", f'in Python: tieaudit.tie(module, scheme="{scheme}")')
     if can_edit(model):
-        return Fix("safe", command(model, "--scheme", scheme))
+        return Fix("safe", command(model, "--scheme", scheme), scheme)
     return Fix("manual", f"tieaudit cannot write {model.format} models; export the model again with the weights tied")
 
 
@@ -61,7 +61,7 @@ def declare_untied(model: Model, ids: Sequence[str]) -> Fix:
     settings = known.switch(model, tuple(ids), False, known.targets[0])
     if isinstance(settings, str):
         return Fix("manual", f"no automatic fix: {settings}")
-    return Fix("unsafe", command(model, "--scheme", "declare"))
+    return Fix("unsafe", command(model, "--scheme", "declare"), "declare")
 
 
 def _ids(edit: Edit) -> tuple[str, ...]:

@@ -103,6 +103,8 @@ class Fix:
     safety: Literal["safe", "unsafe", "manual"]
     command: str
     """Copy-and-paste command, or a sentence for a manual fix."""
+    scheme: str = ""
+    """The scheme that the command applies, for who applies it without a shell; empty for a manual fix."""
 
 
 @dataclass(frozen=True)
@@ -156,12 +158,28 @@ class Summary:
 
 
 @dataclass(frozen=True)
+class Demands:
+    """What the owner of a model asks of it beyond being true to itself: nothing, unless a policy says so."""
+
+    expect: tuple[str, ...] = ()
+    """Schemes whose ties must be there, `io` or `cycle:3`."""
+    max_duplicate_bytes: int | None = None
+    max_parameters: int | None = None
+    stale: tuple[str, ...] = ()
+    """Of the policy's own file: a sentence for each suppression that hid nothing."""
+
+
+NO_DEMANDS = Demands()
+
+
+@dataclass(frozen=True)
 class Subject:
     """Everything a rule or a scheme may look at: immutable, the same for all."""
 
     model: Model
     found: Found
     roles: Mapping[str, Role]
+    demands: Demands = NO_DEMANDS
 
 
 @dataclass(frozen=True)
