@@ -9,6 +9,7 @@ import click
 
 from tieaudit import __version__
 from tieaudit.commands.apply import apply
+from tieaudit.commands.check import check
 from tieaudit.commands.explain import explain
 from tieaudit.commands.plan import plan
 from tieaudit.commands.scan import scan
@@ -30,5 +31,5 @@ def main() -> None:
     """
 
 
-for _command in (scan, plan, apply, verify, explain):
+for _command in (scan, check, plan, apply, verify, explain):
     main.add_command(_command)

@@ -72,3 +72,25 @@ def left(subject: Subject, plan: Plan) -> Sequence[Finding]:
     from tieaudit.audit import audit
 
     return () if plan.edits else audit(subject).findings
+
+
+def screen() -> dict[str, object]:
+    """What a report has to know of where it is shown."""
+    import os
+    import sys
+
+    from tieaudit.config import Settings
+    from tieaudit.console import on_terminal
+
+    terminal = on_terminal(sys.stdout)
+    return {
+        "color": terminal and "NO_COLOR" not in os.environ,
+        "width": _width() if terminal else 100,
+        "thresholds": Settings(),
+    }
+
+
+def _width() -> int:
+    import shutil
+
+    return shutil.get_terminal_size((100, 24)).columns

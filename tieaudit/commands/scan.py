@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tieaudit.commands import format_option, key_option
-from tieaudit.console import Command, on_terminal, print_result, progress, say
+from tieaudit.commands import format_option, key_option, screen
+from tieaudit.console import Command, print_result, progress, say
 from tieaudit.errors import TieAuditError, in_one_line
 from tieaudit.printable import N_MOST_MESSAGE, printable
 
@@ -53,7 +53,7 @@ def scan(paths: tuple[str, ...], key: str, inputs: Path | None, format_name: str
         except (TieAuditError, OSError, RecursionError, MemoryError) as error:  # also a file that went away meanwhile
             errors.append((str(source.path), str(in_one_line(error, str(source.path)))))
     if reports or format_name != "text":
-        print_result(_report(format_name)(reports, errors, _settings()))
+        print_result(_report(format_name)(reports, errors, screen()))
     for _, message in errors:
         say(f"error: {printable(message, N_MOST_MESSAGE)}")
     if errors or not reports or any(report.crashed or report.subject.found.unreadable for report in reports):
@@ -66,22 +66,3 @@ def _report(name: str) -> Render:
 
     render: Render = choose(discover("reports", ReportFormat), name, "report format").render
     return render
-
-
-def _settings() -> dict[str, object]:
-    import os
-
-    from tieaudit.config import Settings
-
-    terminal = on_terminal(sys.stdout)
-    return {
-        "color": terminal and "NO_COLOR" not in os.environ,
-        "width": _width() if terminal else 100,
-        "thresholds": Settings(),
-    }
-
-
-def _width() -> int:
-    import shutil
-
-    return shutil.get_terminal_size((100, 24)).columns

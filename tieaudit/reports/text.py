@@ -350,4 +350,15 @@ def _more(n_more: int, indent: str) -> list[str]:
     return [f"{indent}… and {n_more:,} more {_LISTS_ALL}"] if n_more > 0 else []
 
 
-text = ReportFormat(name="text", summary="one screen for people, the verdict last", render=_render)
+def _of_run(run, settings):  # temporary
+    lines = []
+    for m in run.models:
+        for j in m.findings:
+            lines.append(f"{j.place.path}:{j.place.line} {j.finding.code} {j.finding.severity} {j.finding.message}")
+        for c in m.cannot_tell:
+            lines.append(f"{m.path} ? {c.code} {c.because}")
+    lines.append(f"{len(run.models)} models {sum(m.cached for m in run.models)} cached {len(run.errors)} errors {len(run.skipped)} skipped")
+    return "\n".join(lines) + "\n"
+
+
+text = ReportFormat(name="text", summary="one screen for people, the verdict last", render=_render, of_run=_of_run)
