@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -29,8 +30,10 @@ FOLDER = ".tieaudit_cache"
 N_MOST_HASHED = 32 * 2**20
 """Bytes of a file up to which its content is digested: a fresh checkout has new times, but the same content. A larger
 file is known by what the system says of it; scanning it anew reads less than digesting it would."""
-_SETTLED_NS = 2_000_000_000
-"""A file that changed so shortly before it was read may change again without a new time (FAT counts in 2 s)."""
+_TICK_NS = 50_000_000
+"""A file that changed so shortly before it was read may change again without a new time."""
+_COARSE_TICK_NS = 2_500_000_000
+"""The same where a file system counts whole seconds (FAT counts in twos)."""
 _FORMAT = "tieaudit/cache/1"
 _MAX_ENTRY_BYTES = 64_000_000
 
@@ -44,7 +47,7 @@ class Cache:
     def entry(self, asked: str) -> Path:
         """Where the answer to a question is kept."""
         name = hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()
-        return self.folder / _environment() / name[:2] / f"{name}.json"
+        return self.folder / environment() / name[:2] / f"{name}.json"
 
     def get(self, asked: str) -> Checked | None:
         """The answer of an earlier run, if every file it rests on is what it was; None otherwise.
@@ -90,12 +93,12 @@ class Cache:
         path = self.entry(asked)
         with suppress(OSError, UsageError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            _ignore(self.folder)
+            ignored(self.folder)
             replace_text(path, json.dumps(document), durable=False)
 
 
-def _ignore(folder: Path) -> None:
-    """A cache is nobody's commit, as pytest and ruff have it."""
+def ignored(folder: Path) -> None:
+    """Have git leave a cache alone: it is nobody's commit, as pytest and ruff have it."""
     mark = folder / ".gitignore"
     if not mark.exists():
         mark.write_text("# made by tieaudit\n*\n", encoding="utf-8")
@@ -104,10 +107,10 @@ def _ignore(folder: Path) -> None:
 def question(path: str, shown_as: str, format_name: str, files: Sequence[Path], said: Sequence[object]) -> str:
     """The whole question to which an answer belongs: which model, called how, under which terms.
 
-    Terms are nouns of plain values, so that their text is the same in every run.
+    What is `said` are nouns of plain values, whose text is the same in every run.
     """
     names = [str(file) for file in files]
-    return json.dumps([path, shown_as, format_name, names, [plain(one) for one in said]], sort_keys=True)
+    return repr((path, shown_as, format_name, names, *said))
 
 
 def _row(file: Path, since_ns: int) -> tuple[str, int, list[int] | None, str] | None:
@@ -115,12 +118,17 @@ def _row(file: Path, since_ns: int) -> tuple[str, int, list[int] | None, str] | 
     if file.is_dir():
         return (str(file), -1, None, "")
     found = os.stat(file)
-    changed = max(found.st_mtime_ns, found.st_ctime_ns)
-    if changed >= since_ns:
+    if max(found.st_mtime_ns, found.st_ctime_ns) >= since_ns:
         return None
-    times = _times(found) if changed < since_ns - _SETTLED_NS else None
+    times = _times(found) if settled(found, since_ns) else None
     digest = _digest(file) if found.st_size <= N_MOST_HASHED else ""
     return (str(file), found.st_size, times, digest) if times or digest else None
+
+
+def settled(found: os.stat_result, since_ns: int) -> bool:
+    """Whether a file that is read from `since_ns` on cannot change any more without another time."""
+    tick = _COARSE_TICK_NS if found.st_ctime_ns % 1_000_000_000 == 0 else _TICK_NS
+    return max(found.st_mtime_ns, found.st_ctime_ns) < since_ns - tick
 
 
 def _times(found: os.stat_result) -> list[int]:
@@ -151,25 +159,39 @@ def _listing(folder: Path) -> str:
 
 
 @cache
-def _environment() -> str:
+def environment() -> str:
     """Digest of everything but the model and the policy that an answer depends on: this program, plug-ins, libraries.
 
     The program by the content of its files: an unreleased version has the number of the released one.
     """
-    from importlib.metadata import PackageNotFoundError, version
-
     from tieaudit.registry import joined
 
     running = hashlib.sha256()
-    home = Path(__file__).parent
-    for file in sorted(home.rglob("*.py")) + sorted(home.rglob("*.json")):
-        running.update(file.relative_to(home).as_posix().encode() + b"\0" + file.read_bytes())
-    for package in ("numpy", "onnx", "ml_dtypes", "torch", "transformers", "safetensors"):
-        with suppress(PackageNotFoundError):
-            running.update(f"{package}=={version(package)}\n".encode())
-    for plugin in joined():
-        running.update(f"{plugin}\n".encode())
+    for file in sorted(_sources(os.path.dirname(__file__))):
+        with open(file, "rb", buffering=0) as stream:
+            running.update(os.fsencode(file.rpartition(os.sep)[2]) + b"\0" + stream.read())
+    for text in (*sorted(_libraries()), *joined()):
+        running.update(f"{text}\n".encode())
     return running.hexdigest()[:16]
+
+
+def _sources(folder: str) -> Iterator[str]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _sources(entry.path)
+            elif entry.name.endswith((".py", ".json")):
+                yield entry.path
+
+
+_ASKED = ("ml_dtypes-", "numpy-", "onnx-", "safetensors-", "torch-", "transformers-")
+
+
+def _libraries() -> Iterator[str]:
+    """Name and version of the libraries that an answer may depend on, as their folders are called."""
+    for entry in dict.fromkeys(sys.path):
+        with suppress(OSError):
+            yield from (name for name in os.listdir(entry) if name.startswith(_ASKED) and name.endswith(".dist-info"))
 
 
 def document_of(checked: Checked) -> dict[str, Any]:
@@ -190,7 +212,7 @@ def checked_of(document: Mapping[str, Any]) -> Checked:
         CannotTell(str(one["because"]), tuple(one["ids"]), str(one["code"])) for one in document["cannot_tell"]
     )
     fields["crashed"] = ()
-    fields["used"] = tuple(document["used"])
+    fields["used"], fields["files"] = tuple(document["used"]), tuple(document["files"])
     fields["summary"] = Summary(**document["summary"]) if document["summary"] is not None else None
     fields["cached"] = True
     return Checked(**fields)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tieaudit.cached import Cache, now_ns, question
@@ -120,10 +120,10 @@ def work(job: Job) -> Outcome:
         return weights_elsewhere(job.shown_as, job.format_name, str(error))
     except (TieAuditError, OSError, RecursionError, MemoryError) as error:
         return (job.shown_as, str(in_one_line(error, str(job.path))))
+    files = [*job.files, *(Path(path) for part in model.parts for path in part.paths)]
+    checked = replace(checked, files=tuple(dict.fromkeys(map(str, files))))
     if job.cache is not None:
-        files = [*job.files, *(Path(path) for part in model.parts for path in part.paths)]
-        files += [job.path] if job.path.is_dir() else []
-        job.cache.put(job.asked, checked, files, begun)
+        job.cache.put(job.asked, checked, [*files, *([job.path] if job.path.is_dir() else [])], begun)
     return checked
 
 

@@ -1,6 +1,7 @@
 """Stage: what somebody wants checked → Run, exit code and notes.
 
-Policies, lock files, baselines and the cache meet here.
+Policies, lock files, baselines and the caches meet here. What a run that did not change needs is imported first, the
+rest only where something has to be read.
 """
 
 from __future__ import annotations
@@ -9,18 +10,21 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tieaudit.baseline import Known, apart, key_of, read_baseline, write_baseline
-from tieaudit.cached import FOLDER, Cache
+from tieaudit.cached import FOLDER, Cache, now_ns
 from tieaudit.checked import Checked, Run
-from tieaudit.gate import Gate, exit_code, stale
 from tieaudit.govern import policy_for
-from tieaudit.load import Source
 from tieaudit.policy import Policy, Section
 from tieaudit.printable import counted
-from tieaudit.repository import Gathered, gather
+from tieaudit.remembered import Memory, Remembered, memory
 from tieaudit.verdict import Severity
 from tieaudit.whereabouts import shown
+
+if TYPE_CHECKING:
+    from tieaudit.baseline import Known
+    from tieaudit.load import Source
+    from tieaudit.repository import Gathered
 
 N_MOST_JOBS = 8
 """Processes that are used unless more are asked for: each takes what its model and its libraries take."""
@@ -31,16 +35,19 @@ BASELINE = "tieaudit-baseline.json"
 class Wanted:
     """One run as it was asked for."""
 
-    paths: Sequence[str] = ()
+    paths: tuple[str, ...] = ()
     config: Path | None = None
     asked: Section | None = None
+    """What the command line says over every policy."""
     since: str | None = None
     baseline: Path | None = None
     write_baseline: bool = False
+    strict: bool = False
     n_jobs: int | None = None
     cache_dir: Path | None = None
     no_cache: bool = False
-    strict: bool = False
+    with_sources: bool = False
+    """Whether the caller goes on to work with the models themselves."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +56,9 @@ class Patrolled:
 
     run: Run
     exit_code: int
-    sources: tuple[Source, ...]
     notes: tuple[str, ...] = ()
+    sources: tuple[Source, ...] = ()
+    """The models, where they were asked for."""
 
 
 Progress = Callable[[str, int], None]
@@ -60,26 +68,57 @@ Progress = Callable[[str, int], None]
 def patrol(wanted: Wanted, progress: Progress = lambda path, n: None) -> Patrolled:
     """Find the models, judge each under its policy, and say what that means.
 
-    UsageError for a policy, a baseline or a lock file that cannot be read. Cost: that of a scan of each model which
-    the cache does not know.
+    UsageError for a policy, a baseline or a lock file that cannot be read. Cost: a walk where nothing changed since
+    the last run with the same arguments, else that of a scan of each model of which the cache does not know the answer.
     """
+    begun = now_ns()
+    ruling = policy_for(Path.cwd(), wanted.config)
+    before = _memory(wanted, ruling, begun)
+    known = before.recall() if before is not None else None
+    if known is not None:
+        return Patrolled(known.run, known.exit_code, known.notes)
+    found = _looked(wanted, ruling, progress)
+    if before is not None:
+        remembered = Remembered(found.run, found.exit_code, found.notes)
+        before.keep(remembered, _roots(wanted), _memory(wanted, ruling, begun))
+    return found
+
+
+def _memory(wanted: Wanted, ruling: Policy, begun: int) -> Memory | None:
+    """Where this run is kept; None for one that is about more than files that lie still."""
+    if wanted.no_cache or wanted.since is not None or wanted.write_baseline or wanted.with_sources:
+        return None
+    if not all(os.path.lexists(path) for path in wanted.paths):
+        return None  # a glob, a live module, or nothing at all
+    asked = repr((wanted.paths, wanted.config, wanted.asked, wanted.baseline, wanted.strict))
+    baseline = _baseline(wanted, ruling)
+    steering = [Path(ruling.root, ruling.lock), *([baseline] if baseline is not None else [])]
+    steering += [wanted.config] if wanted.config is not None else []
+    return memory(_cache_folder(wanted, ruling), asked, _roots(wanted), steering, begun)
+
+
+def _roots(wanted: Wanted) -> list[Path]:
+    return [Path(os.path.abspath(path)) for path in wanted.paths or ["."]]
+
+
+def _looked(wanted: Wanted, ruling: Policy, progress: Progress) -> Patrolled:
+    """The run made anew."""
+    from tieaudit.gate import Gate, exit_code
+
     base = Path.cwd()
-    ruling = policy_for(base, wanted.config)
     gathered = _gathered(wanted, base)
     policies = {source: policy_for(source.path, wanted.config) for source in gathered.sources}
-    locks = _Locks()
     gate = Gate(
         base=base,
         policy_of=lambda path: policy_for(path, wanted.config),
         asked=wanted.asked,
         n_jobs=wanted.n_jobs or min(_n_cores(), N_MOST_JOBS),
-        cache_of=lambda policy: _cache(wanted, policy),
-        locked_of=locks.of,
+        cache_of=lambda policy: None if wanted.no_cache else Cache(_cache_folder(wanted, policy)),
     )
     run = gate.check(gathered.sources, lambda path: progress(path, len(gathered.sources)))
     run = replace(run, errors=(*gathered.errors, *run.errors), skipped=gathered.skipped, root=str(base))
     run = _with_stale(run, policies, gathered, base)
-    run, notes = _with_baseline(run, policies, wanted, ruling)
+    run, notes = _with_baseline(run, wanted, ruling)
     fail_on: Severity = ruling.fail_on
     strict = wanted.strict or ruling.strict
     facts = {"fail_on": fail_on, "strict": strict, **({"since": wanted.since} if wanted.since else {})}
@@ -88,8 +127,8 @@ def patrol(wanted: Wanted, progress: Progress = lambda path, n: None) -> Patroll
     if wanted.write_baseline and code == 1:
         code = 0
     if code == 2 and not run.models and not run.errors:
-        notes = (*notes, f"error: no model was found in {' '.join(map(str, wanted.paths)) or base}")
-    return Patrolled(run, code, gathered.sources, notes)
+        notes = (*notes, f"error: no model was found in {' '.join(wanted.paths) or base}")
+    return Patrolled(run, code, notes, gathered.sources)
 
 
 def _n_cores() -> int:
@@ -98,6 +137,8 @@ def _n_cores() -> int:
 
 def _gathered(wanted: Wanted, base: Path) -> Gathered:
     """The models of all paths, each path under the exclusions of its own policy."""
+    from tieaudit.repository import Gathered, gather
+
     by_policy: dict[str, tuple[Policy, list[str]]] = {}
     for path in wanted.paths or [""]:
         policy = policy_for(Path(path) if path and os.path.lexists(path) else base, wanted.config)
@@ -122,14 +163,13 @@ def _gathered(wanted: Wanted, base: Path) -> Gathered:
     )
 
 
-def _cache(wanted: Wanted, policy: Policy) -> Cache | None:
-    if wanted.no_cache:
-        return None
-    return Cache(wanted.cache_dir or Path(policy.root) / FOLDER)
+def _cache_folder(wanted: Wanted, policy: Policy) -> Path:
+    return wanted.cache_dir or Path(policy.root) / FOLDER
 
 
 def _with_stale(run: Run, policies: dict[Source, Policy], gathered: Gathered, base: Path) -> Run:
     """The run, with what is to be said of suppressions that hide nothing: only if it was about all models."""
+    from tieaudit.gate import stale
     from tieaudit.judge import of_the_policy
 
     if not gathered.complete or run.errors:
@@ -144,12 +184,15 @@ def _with_stale(run: Run, policies: dict[Source, Policy], gathered: Gathered, ba
     return replace(run, models=(*run.models, *(one for one in said if one is not None)))
 
 
-def _with_baseline(
-    run: Run, policies: dict[Source, Policy], wanted: Wanted, ruling: Policy
-) -> tuple[Run, tuple[str, ...]]:
+def _baseline(wanted: Wanted, ruling: Policy) -> Path | None:
+    return wanted.baseline or (Path(ruling.root, ruling.baseline) if ruling.baseline else None)
+
+
+def _with_baseline(run: Run, wanted: Wanted, ruling: Policy) -> tuple[Run, tuple[str, ...]]:
     """Known findings set apart, or written."""
-    base = Path(run.root)
-    named = wanted.baseline or (Path(ruling.root, ruling.baseline) if ruling.baseline else None)
+    from tieaudit.baseline import apart, key_of, read_baseline, write_baseline
+
+    base, named = Path(run.root), _baseline(wanted, ruling)
     if wanted.write_baseline:
         file = named or Path(ruling.root, BASELINE)
         n = write_baseline(file, ((key_of(base / model.path, file), model) for model in run.models))
@@ -167,13 +210,3 @@ def _gone(models: Sequence[Checked], known: Known, file: Path, base: Path) -> tu
     if n_left >= n_known:
         return ()
     return (f"{counted(n_known - n_left, 'known finding')} of {shown(file, base)} no longer found in this run",)
-
-
-class _Locks:
-    """Lock files, each read once."""
-
-    def __init__(self) -> None:
-        self._read: dict[str, object] = {}
-
-    def of(self, policy: Policy, path: Path) -> None:
-        return None

@@ -35,7 +35,8 @@ class Suppression:
 
     def hides(self, code: str, ids: Iterable[str]) -> bool:
         """Whether it speaks of a finding of this rule about these weights."""
-        return code == self.code and any(id == self.weight or fnmatchcase(id, self.weight) for id in ids)
+        pattern = self.weight.replace("[", "[[]")  # names have brackets; only `*` and `?` stand for others
+        return code == self.code and any(id == self.weight or fnmatchcase(id, pattern) for id in ids)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ Result = TypeVar("Result")
 
 AHEAD = 4
 """Pieces handed out for each process: enough to keep it busy, few enough not to hold a hundred thousand at once."""
-PIECES_EACH = 200
-"""Pieces after which a process is replaced: what libraries leave behind in it does not add up."""
+PIECES_EACH = 500
+"""Pieces after which processes are replaced, by a new pool: what libraries leave behind in them does not add up. The
+pool's own way of replacing single ones can hang (python/cpython#115634)."""
 
 
 def spread(
@@ -47,14 +48,15 @@ def spread(
 def _round(
     work: Callable[[Piece], Result], rest: list[Piece], n_processes: int, unfinished: list[Piece]
 ) -> Iterator[Result]:
-    """Answers until nothing is left or a process is lost; then `unfinished` gets what was handed out."""
-    pool = _pool(n_processes)
+    """Answers until a share of the rest is done or a process is lost; then `unfinished` gets what was handed out."""
+    n_left = PIECES_EACH * n_processes
+    pool = _pool(min(n_processes, len(rest)))
     running: dict[Future[Result], Piece] = {}
     ended = False
     try:
-        while rest or running:
-            while rest and len(running) < AHEAD * n_processes:
-                piece = rest.pop()
+        while rest and n_left or running:
+            while rest and n_left and len(running) < AHEAD * n_processes:
+                piece, n_left = rest.pop(), n_left - 1
                 try:
                     running[pool.submit(work, piece)] = piece
                 except BrokenProcessPool:
@@ -97,7 +99,6 @@ def _pool(n_processes: int) -> ProcessPoolExecutor:
         mp_context=multiprocessing.get_context("spawn"),  # no state of ours, no thread of ours in them
         initializer=_begin,
         initargs=(os.getpid(),),
-        max_tasks_per_child=PIECES_EACH,
     )
 
 

@@ -357,7 +357,9 @@ def _of_run(run, settings):  # temporary
             lines.append(f"{j.place.path}:{j.place.line} {j.finding.code} {j.finding.severity} {j.finding.message}")
         for c in m.cannot_tell:
             lines.append(f"{m.path} ? {c.code} {c.because}")
-    lines.append(f"{len(run.models)} models {sum(m.cached for m in run.models)} cached {len(run.errors)} errors {len(run.skipped)} skipped")
+    lines.append(
+        f"{len(run.models)} models {sum(m.cached for m in run.models)} cached {len(run.errors)} errors {len(run.skipped)} skipped"
+    )
     return "\n".join(lines) + "\n"
 
 
