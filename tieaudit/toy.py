@@ -15,6 +15,7 @@ from tieaudit.errors import CorruptFile
 from tieaudit.find import find
 from tieaudit.model import Declaration, Model, Part, Use, Weight, make_id
 from tieaudit.roles import roles
+from tieaudit.sealed import Locked
 from tieaudit.storage import FileStorage, MemoryStorage, Region, Storage
 from tieaudit.verdict import Subject
 from tieaudit.view import AS_STORED, TRANSPOSED
@@ -105,6 +106,7 @@ def toy(
     overridable: Iterable[str] = (),
     metadata: Mapping[str, str] | None = None,
     notes: tuple[str, ...] = (),
+    locked: Locked | None = None,
 ) -> Subject:
     """A model in memory, with its ties found and its roles told.
 
@@ -116,6 +118,7 @@ def toy(
         buffers: names that are no parameters; unknown: names of which that cannot be told.
         shapes: of absent weights, where the first declared partner's shape is not the right one.
         roles_by_class: name → role kind that the class knows.
+        locked: what the lock file says of the model.
 
     Shapes: those of the arrays. Cost: everything is small and stays in memory.
     """
@@ -154,7 +157,7 @@ def toy(
         notes=notes,
         has_graph=format == "onnx",
     )
-    return Subject(model, find(model), roles(model))
+    return Subject(model, find(model), roles(model), locked)
 
 
 def _stored(
