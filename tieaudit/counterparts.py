@@ -178,16 +178,19 @@ class Counterparts:
         alone = [id for id in value.ids if not self.own.get(id)]
         if not alone or same.is_tie:
             return None
-        shape = self.one.shape(alone[0])
-        claimed = {other for others in self.own.values() for other in others}
-        taken = {id for places in self.equal.values() for place in places for id in self.other.values[place].ids}
-        free = tuple(
-            id
-            for id, weight in self.other.weights.items()
-            if self.other.shape(id) == shape and weight.is_float and weight.parameter is not False
-            and id not in claimed and id not in taken and id not in same.ids and id not in self.other.slots
-        )  # fmt: skip
+        free = tuple(id for id in self._unclaimed.get(self.one.shape(alone[0]), ()) if id not in same.ids)
         return (alone[0], free) if free else None
+
+    @cached_property
+    def _unclaimed(self) -> dict[tuple[int, ...], list[str]]:
+        """Weights of the other side by shape that nothing says anything about: no counterpart, no value, no role."""
+        claimed = {other for others in self.own.values() for other in others}
+        claimed |= {id for places in self.equal.values() for place in places for id in self.other.values[place].ids}
+        found: dict[tuple[int, ...], list[str]] = defaultdict(list)
+        for id, weight in self.other.weights.items():
+            if weight.is_float and weight.parameter is not False and id not in claimed and id not in self.other.slots:
+                found[self.other.shape(id)].append(id)
+        return found
 
     def _pair(self, one: str, other: str, by: By) -> None:
         self.own.setdefault(one, {}).setdefault(other, by)
@@ -201,16 +204,13 @@ class Counterparts:
 
     def _by_value(self) -> None:
         """Compare values that are tied on one side with those on the other that have their shape."""
-        by_shape: dict[tuple[int, ...], list[tuple[Value, Weight]]] = defaultdict(list)
-        for value in self.other.values:
-            held = self.other.held(value)
-            if held is not None:
-                by_shape[tuple(sorted(held.shape))].append((value, held))
-        known: dict[tuple[int, str, str], str] = {}
-        for value in self.one.values:
-            held = self.one.held(value)
-            for partner, there in by_shape.get(tuple(sorted(held.shape)), ()) if held is not None else ():
-                if (value.is_tie or partner.is_tie) and held is not None and _same_numbers(held, there, known):
+        mine, theirs = _by_shape(self.one), _by_shape(self.other)
+        read = _Read()
+        for shape, values in mine.items():
+            others = theirs.get(shape, [])
+            tied = [(value, held) for value, held in others if value.is_tie]
+            for value, held in values:
+                for partner in read.alike(held, others if value.is_tie else tied):
                     self.equal.setdefault(value.at, set()).add(partner.at)
 
     def _by_end(self) -> None:
@@ -269,27 +269,71 @@ def _suffixes(name: str) -> Iterator[str]:
         yield ".".join(parts[begin:])
 
 
-def _common(one: Weight, other: Weight) -> str | None:
-    """The type in which the numbers of two weights can be compared: the narrower of two float types; None if none."""
-    if one.dtype == other.dtype:
-        return one.dtype
-    kinds = dtype(one.dtype), dtype(other.dtype)
+def _common(one: str, other: str) -> str:
+    """The type in which numbers of two types are compared: the narrower of two float types; empty if there is none."""
+    kinds = dtype(one), dtype(other)
+    if one == other:
+        return one
     if any(kind.family != "float" or kind.item_bytes is None for kind in kinds) or kinds[0].n_bits == kinds[1].n_bits:
-        return None
+        return ""
     return min(kinds, key=lambda kind: kind.n_bits).name
 
 
-def _same_numbers(one: Weight, other: Weight, known: dict[tuple[int, str, str], str]) -> bool:
-    common = _common(one, other)
-    if common is None or _probed(one, common) != _probed(other, common):
-        return False
-    digests = []
-    for side, weight in enumerate((one, other)):
-        key = (side, weight.id, common)
-        if key not in known:
-            known[key] = fingerprint(weight, common)
-        digests.append(known[key])
-    return digests[0] == digests[1]
+def _by_shape(side: Side) -> dict[tuple[int, ...], list[tuple[Value, Weight]]]:
+    found: dict[tuple[int, ...], list[tuple[Value, Weight]]] = defaultdict(list)
+    for value in side.values:
+        held = side.held(value)
+        if held is not None:
+            found[tuple(sorted(held.shape))].append((value, held))
+    return found
+
+
+class _Read:
+    """What was read of weights: a few numbers of each that has to be looked at, a digest of what then still collides.
+
+    Every weight is probed and digested once for each type that it is compared in, however many it is compared with.
+    """
+
+    def __init__(self) -> None:
+        self._digests: dict[tuple[int, str], str] = {}
+        self._types: dict[int, list[str]] = {}
+        self._indices: dict[tuple[int, str, str], dict[bytes, list[tuple[Value, Weight]]]] = {}
+        self._kept: list[object] = []
+        """What the keys above are the identities of."""
+
+    def alike(self, weight: Weight, others: list[tuple[Value, Weight]]) -> Iterator[Value]:
+        """Those of `others` whose numbers are those of the weight, in the narrower of the two types."""
+        for kind in self._kinds(others):
+            common = _common(weight.dtype, kind)
+            near = self._index(others, kind, common).get(_probed(weight, common), ()) if common else ()
+            for value, other in near:
+                if self._digest(weight, common) == self._digest(other, common):
+                    yield value
+
+    def _kinds(self, others: list[tuple[Value, Weight]]) -> list[str]:
+        if id(others) not in self._types:
+            self._kept.append(others)
+            self._types[id(others)] = sorted({other.dtype for _, other in others})
+        return self._types[id(others)]
+
+    def _index(
+        self, others: list[tuple[Value, Weight]], kind: str, common: str
+    ) -> dict[bytes, list[tuple[Value, Weight]]]:
+        key = (id(others), kind, common)
+        if key not in self._indices:
+            found: dict[bytes, list[tuple[Value, Weight]]] = defaultdict(list)
+            for value, other in others:
+                if other.dtype == kind:
+                    found[_probed(other, common)].append((value, other))
+            self._indices[key] = found
+        return self._indices[key]
+
+    def _digest(self, weight: Weight, common: str) -> str:
+        key = (id(weight), common)
+        if key not in self._digests:
+            self._kept.append(weight)
+            self._digests[key] = fingerprint(weight, common)
+        return self._digests[key]
 
 
 def _probed(weight: Weight, as_type: str) -> bytes:
