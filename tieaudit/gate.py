@@ -13,6 +13,7 @@ from tieaudit.formats import Format
 from tieaudit.load import Source
 from tieaudit.policy import Policy, Section, Suppression, Terms
 from tieaudit.registry import choose, discover
+from tieaudit.sealed import Locked
 from tieaudit.whereabouts import shown
 
 FEW = 4
@@ -30,9 +31,8 @@ class Job:
     base: Path
     shown_as: str
     cache: Cache | None
-    locked: object | None = None
-    lock_base: str = ""
-    """Folder to which names in the lock file are relative."""
+    locked: Locked | None = None
+    """What the lock file says of the model."""
 
     @property
     def asked(self) -> str:
@@ -56,7 +56,7 @@ class Gate:
     """What the command line says over every policy."""
     n_jobs: int = 1
     cache_of: Callable[[Policy], Cache | None] = lambda policy: None
-    locked_of: Callable[[Policy, Path], object | None] = lambda policy, path: None
+    locked_of: Callable[[Policy, Source], Locked | None] = lambda policy, source: None
 
     def job(self, source: Source) -> Job:
         """What is to be done about one source. UsageError for a policy that cannot be read."""
@@ -71,8 +71,7 @@ class Gate:
             self.base,
             str(source.path) if live else shown(source.path, self.base),
             None if live else self.cache_of(policy),
-            self.locked_of(policy, source.path),
-            policy.root,
+            self.locked_of(policy, source),
         )
 
     def check(self, sources: Sequence[Source], progress: Callable[[str], None] = lambda path: None) -> Run:
@@ -115,7 +114,7 @@ def work(job: Job) -> Outcome:
     try:
         source = Source(job.path, choose(discover("formats", Format), job.format_name, "format"), job.files)
         model = source.load()
-        checked = judge(model, job.terms, job.base, job.shown_as, job.locked, Path(job.lock_base))
+        checked = judge(model, job.terms, job.base, job.shown_as, job.locked)
     except WeightsNotHere as error:
         return weights_elsewhere(job.shown_as, job.format_name, str(error))
     except (TieAuditError, OSError, RecursionError, MemoryError) as error:

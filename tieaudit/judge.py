@@ -13,6 +13,7 @@ from tieaudit.model import Model
 from tieaudit.policy import Policy, Suppression, Terms
 from tieaudit.rules import Rule
 from tieaudit.scan import look
+from tieaudit.sealed import Locked
 from tieaudit.verdict import CannotTell, Demands, Finding, Found, Subject
 from tieaudit.whereabouts import place_of, shown
 
@@ -31,15 +32,13 @@ def chosen(terms: Terms, *, of_the_policy: bool = False) -> dict[str, Rule]:
     }
 
 
-def judge(
-    model: Model, terms: Terms, base: Path, shown_as: str, locked: object | None = None, lock_base: Path = Path()
-) -> Checked:
+def judge(model: Model, terms: Terms, base: Path, shown_as: str, locked: Locked | None = None) -> Checked:
     """What the gate says of one model: selected rules, severities, thresholds and suppressions applied.
 
     `base`: what places are relative to; `shown_as`: how the model itself is called; `locked`: what the lock file says
-    of it, with names relative to `lock_base`. Cost: that of a scan, and a digest of what was tied when it was locked.
+    of it. Cost: that of a scan, and where something was locked a digest of what is tied.
     """
-    subject = replace(look(model), demands=terms.demands)
+    subject = replace(look(model), demands=terms.demands, locked=locked)
     return judged(subject, terms, base, shown_as)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from tieaudit import __version__
 from tieaudit.change import Edit, Equalise, Level, Plan, Pool, Proof, Respell, SetConfig, Share, Unshare
+from tieaudit.difference import OUTCOMES, Difference, shown
 from tieaudit.equality import can_declare
 from tieaudit.model import Member, Model
 from tieaudit.plain import plain
@@ -108,6 +109,15 @@ def compared(one: Model, other: Model, proof: Proof, format_name: str) -> str:
     if proof.drift is not None and not proof.failed and ran:
         verdict = f"drift {proof.drift:.3g}, within the limit"
     return "\n".join([*lines, *_proof_lines(proof), verdict])
+
+
+def differing(one: Model, other: Model, found: Difference, format_name: str) -> str:
+    """Ties lost and gained between two models."""
+    if format_name == "json":
+        counts = {name.replace(" ", "_"): len(found.of(name)) for name in OUTCOMES}
+        return _json("diff", before=one.path, after=other.path, told=found.told, counts=counts,
+                     n_bytes_read=found.n_bytes_read)  # fmt: skip
+    return shown(found, format_name, formats=(one.format, other.format))
 
 
 def survived(name: str, found: Survival, format_name: str) -> str:

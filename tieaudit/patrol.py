@@ -16,7 +16,7 @@ from tieaudit.cached import FOLDER, Cache, now_ns
 from tieaudit.checked import Checked, Run
 from tieaudit.govern import policy_for
 from tieaudit.policy import Policy, Section
-from tieaudit.printable import counted
+from tieaudit.printable import counted, printable
 from tieaudit.remembered import Memory, Remembered, memory
 from tieaudit.verdict import Severity
 from tieaudit.whereabouts import shown
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tieaudit.baseline import Known
     from tieaudit.load import Source
     from tieaudit.repository import Gathered
+    from tieaudit.sealed import Locked
 
 N_MOST_JOBS = 8
 """Processes that are used unless more are asked for: each takes what its model and its libraries take."""
@@ -108,12 +109,14 @@ def _looked(wanted: Wanted, ruling: Policy, progress: Progress) -> Patrolled:
     base = Path.cwd()
     gathered = _gathered(wanted, base)
     policies = {source: policy_for(source.path, wanted.config) for source in gathered.sources}
+    locks = _Locks()
     gate = Gate(
         base=base,
         policy_of=lambda path: policy_for(path, wanted.config),
         asked=wanted.asked,
         n_jobs=wanted.n_jobs or min(_n_cores(), N_MOST_JOBS),
         cache_of=lambda policy: None if wanted.no_cache else Cache(_cache_folder(wanted, policy)),
+        locked_of=locks.of,
     )
     run = gate.check(gathered.sources, lambda path: progress(path, len(gathered.sources)))
     run = replace(run, errors=(*gathered.errors, *run.errors), skipped=gathered.skipped, root=str(base))
@@ -126,6 +129,8 @@ def _looked(wanted: Wanted, ruling: Policy, progress: Progress) -> Patrolled:
     code = exit_code(run, fail_on, strict, changed_only=wanted.since is not None)
     if wanted.write_baseline and code == 1:
         code = 0
+    if gathered.complete:
+        notes = (*notes, *locks.gone(base))
     if code == 2 and not run.models and not run.errors:
         notes = (*notes, f"error: no model was found in {' '.join(wanted.paths) or base}")
     return Patrolled(run, code, notes, gathered.sources)
@@ -210,3 +215,40 @@ def _gone(models: Sequence[Checked], known: Known, file: Path, base: Path) -> tu
     if n_left >= n_known:
         return ()
     return (f"{counted(n_known - n_left, 'known finding')} of {shown(file, base)} no longer found in this run",)
+
+
+class _Locks:
+    """The lock files of a run, each read once, and which of their entries were asked for."""
+
+    def __init__(self) -> None:
+        self._read: dict[Path, dict[str, Locked]] = {}
+        self._asked: set[tuple[Path, str]] = set()
+
+    def of(self, policy: Policy, source: Source) -> Locked | None:
+        """What is locked of a model: under the name of its first file where it is a variant, else under its own."""
+        file = Path(policy.root, policy.lock)
+        if file not in self._read:
+            from tieaudit.locked import read_lock
+
+            self._read[file] = read_lock(file) if os.path.lexists(file) else {}
+        known = self._read[file]
+        names = [_locked_as(path, file) for path in (*source.files[:1], source.path)] if known else []
+        name = next((name for name in names if name in known), None)
+        if name is None:
+            return None
+        self._asked.add((file, name))
+        return known[name]
+
+    def gone(self, base: Path) -> list[str]:
+        """Sentences about models that are locked and not there, for a run about everything."""
+        left = [(file, name) for file, known in self._read.items() for name in known if (file, name) not in self._asked]
+        return [
+            f"{shown(file, base)} holds {printable(name)}, which is not there: if that is meant, run `tieaudit lock`"
+            for file, name in left
+        ]
+
+
+def _locked_as(path: Path, file: Path) -> str:
+    if not os.path.lexists(path):
+        return str(path)
+    return Path(os.path.relpath(os.path.realpath(path), os.path.realpath(file.parent))).as_posix()

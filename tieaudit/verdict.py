@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tieaudit.model import Member, Model, Role, Tie
+from tieaudit.sealed import Locked
 from tieaudit.view import View
 
 Severity = Literal["error", "warning", "info"]
@@ -180,6 +181,8 @@ class Subject:
     found: Found
     roles: Mapping[str, Role]
     demands: Demands = NO_DEMANDS
+    locked: Locked | None = None
+    """What the lock file says of this model; None: nothing was locked, or nobody looked."""
 
 
 @dataclass(frozen=True)
