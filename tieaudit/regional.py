@@ -286,20 +286,31 @@ def not_as_stored(after: Model, plan: Plan, digests: Mapping[str, str]) -> list[
 
 def _changed(before: Model, after: Model, plan: Plan, one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
     """Names whose loaded values differ, except those that a lossy plan or a setting changes knowingly."""
-    planned: set[str] = set()
-    if not plan.lossless:
-        for edit in plan.edits:
-            if isinstance(edit, (Share, Equalise)) and planned_value(before, edit) is not None:
-                planned.update(before.by_id[member.id].name for member in edit.members)
-            elif isinstance(edit, Pool):
-                planned.update(before.by_id[one.id].name for one in edit.weights)
+    ids = [] if plan.lossless else list(_changed_knowingly(before, plan))
+    planned = {before.by_id[id].name for id in ids}
     differ = [name for name in one.keys() & other.keys() if name not in planned and one[name] != other[name]]
+    if differ and ids:  # a class may call a tensor otherwise than its file does: then the values say which one it is
+        was, now = ({loaded_digest(m.by_id[id]) for id in ids if _is_stored(m, id)} for m in (before, after))
+        differ = [name for name in differ if one[name] not in was or other[name] not in now]
     if any(isinstance(edit, SetConfig) for edit in plan.edits):
         # a setting may make a loader keep what it discarded: then what is loaded must be what is stored
         stored = {weight.name: weight for weight in after.weights if weight.storage is not None}
         differ = [name for name in differ if name not in stored or loaded_digest(stored[name]) != other[name]]
     gone = [name for name in one.keys() - other.keys() if name not in planned]
     return sorted([*differ, *gone])
+
+
+def _changed_knowingly(before: Model, plan: Plan) -> Iterator[str]:
+    """Ids of the weights that a lossy plan gives another value."""
+    for edit in plan.edits:
+        if isinstance(edit, (Share, Equalise)) and planned_value(before, edit) is not None:
+            yield from (member.id for member in edit.members)
+        elif isinstance(edit, Pool):
+            yield from (one.id for one in edit.weights)
+
+
+def _is_stored(model: Model, id: str) -> bool:
+    return id in model.by_id and not model.by_id[id].absent
 
 
 def loaded_digest(weight: Weight) -> str:

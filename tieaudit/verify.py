@@ -210,7 +210,7 @@ def _setter(values: Array) -> Callable[[Array], None]:
 
 
 def _control(work: _Work, results: Sequence[tuple[str, str, Compared]], gathered: _Gathered) -> None:
-    """Perturb every touched use in what the result was compared against, on the CPU, and measure what both models cost there."""
+    """Perturb every touched use in what was compared against, on the CPU, and measure what both models cost there."""
     before, after, box = work.against, work.after, work.child(work.runner, "cpu")
     touched = structural.touched_ids(work.plan)
     for part in parts_of(before):
@@ -249,8 +249,9 @@ def _control_folder(before: Model, plan: Plan, ran: Compared, sandbox: Sandbox) 
     if ran.baseline is None:
         return []
     hints = before.hints
+    usual = "" if "token_embedding" in hints.values() else "embedding"  # a class that said nothing
     names = [
-        (id, before.by_id[id].name, "head" not in hints.get(id, "embedding") and "head" not in id)
+        (id, before.by_id[id].name, "embedding" in hints.get(id, usual) and "head" not in id)
         for id in sorted(structural.touched_ids(plan))
         if not before.by_id[id].absent and before.by_id[id].is_float
     ]

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+sys.path.insert(0, str(ROOT))
 
-import make_tie_defaults as ties  # noqa: E402
-
-from tieaudit.formats.huggingface.pool import all_rows_are_heads  # noqa: E402
+from tieaudit.formats.huggingface.pool import rows_are_heads  # noqa: E402
+from tools import make_tie_defaults as ties  # noqa: E402
 
 OUT = ROOT / "tieaudit" / "formats" / "huggingface" / "heads.json"
 
@@ -76,7 +75,7 @@ def collect(only: set[str]) -> dict[str, Any]:
 
 
 def describe(model_class: Any, config_class: Any) -> dict[str, Any]:
-    """{"prefix": …, "saved": …, "settings": {key: {"rows": patterns, "stuck": the first tensor that is no row of heads}}}.
+    """{"prefix": …, "saved": …, "settings": {key: {"rows": patterns, "stuck": the first tensor of another kind}}}.
 
     Empty where no setting counts heads.
     """
@@ -90,7 +89,7 @@ def describe(model_class: Any, config_class: Any) -> dict[str, Any]:
     for one in answer["settings"]:
         if not one.get("changed"):
             continue
-        fits = {name: all_rows_are_heads(*shapes, one["value"]) for name, shapes in one["changed"].items()}
+        fits = {name: rows_are_heads(name, full, small, one["value"]) for name, (full, small) in one["changed"].items()}
         governed: dict[str, Any] = {"rows": list(dict.fromkeys(ties.general(name) for name, ok in fits.items() if ok))}
         if wrong := [name for name, ok in fits.items() if not ok]:
             governed["stuck"] = ties.general(wrong[0])

@@ -1,7 +1,7 @@
-"""Which settings of a class say how many key and value heads there are. Runs only in the process that asks (`ask.py`).
+"""Which settings of a class count its key and value heads. Runs only in the process that asks a class (`ask.py`).
 
-Nothing is known about names of modules here: the class is built once more with one head, and what has another shape then
-is what the setting governs.
+Nothing is known about names of modules here: the class is built once more with one head, and what has another shape
+then is what the setting governs.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _OTHERS = re.compile(r"index")
 def heads_of(question: dict[str, Any]) -> dict[str, Any]:
     """The answer to {"about": "heads", config, architecture, shapes}: each setting with what one head would change.
 
-    Settings: {"key": dotted path in config.json, "value": heads as configured, "changed": {live name: [shape, shape with
-    one head or null]}}, or "error" where the class does not take one head.
+    Settings: {"key": dotted path in config.json, "value": heads as configured, "changed": {live name: [shape, shape
+    with one head or null]}}, or "error" where the class does not take one head.
     """
     config_class, model_class, config, _ = ask.chosen(question)
     return heads_with(model_class, config_class, config, question["shapes"])
@@ -36,7 +36,8 @@ def heads_with(
 
     model = ask.build(model_class, config_class, config)
     names, converted, _ = loaded_names(model, stored)
-    configured, found = config_class.from_dict(copy.deepcopy(config)), []
+    configured = config_class.from_dict(copy.deepcopy(config))
+    found: list[dict[str, Any]] = []
     for path in ask.flag_levels(configured):
         level = configured
         for key in path:

@@ -1,13 +1,14 @@
 """Fewer key and value heads in a Hugging Face folder: the tensors shrink and the setting that counts them follows.
 
-Which tensors a setting governs the class itself says: it is built once more with one head (`heads.py`), and all that has
-another shape then belongs together. Without transformers the data file `heads.json` answers. A class repeats each head
-for its neighbours among the query heads (`repeat_kv`), which is what pooled heads need; the proof runs it.
+Which tensors a setting governs the class itself says: it is built once more with one head (`heads.py`), and all that
+has another shape then belongs together. Without transformers the data file `heads.json` answers. A class repeats each
+head for its neighbours among the query heads (`repeat_kv`), which is what pooled heads need; the proof runs it.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -22,8 +23,8 @@ from tieaudit.formats.huggingface.defaults import Spelling
 from tieaudit.formats.huggingface.facts import lookup
 from tieaudit.formats.huggingface.folder import CONFIG, read_config
 from tieaudit.model import Model, Weight, make_id
-from tieaudit.printable import listed
 
+_KEYS_OR_VALUES = re.compile(r"(?:^|_)(?:k|v|key|keys|value|values)(?:_|\d|$)")
 _AXIS = 0
 """Heads lie along the rows of what makes keys and values: `nn.Linear` holds [out, in]."""
 
@@ -61,8 +62,9 @@ def plan_of(model: Model, id: str, n_groups: int) -> tuple[Pool | SetConfig, ...
     name = model.by_id[id].name
     setting = next((one for one in known.settings if name in one.members), None)
     if setting is None:
-        others = f" of {listed((id,))}: {_keys(known)} counts those of others" if known.settings else ""
-        return f"{known.said_by} has no setting that counts the key and value heads{others or f', so {CONFIG} cannot say it'}"
+        others = " and ".join(one.key for one in known.settings)
+        but = f" of these ({others} counts those of others)" if others else ""
+        return f"{known.said_by} has no setting that counts the key and value heads{but}, so {CONFIG} cannot say it"
     reason = setting.stuck or _unfit(setting, n_groups)
     if reason:
         return reason
@@ -79,10 +81,6 @@ def plan_of(model: Model, id: str, n_groups: int) -> tuple[Pool | SetConfig, ...
     because = f"{CONFIG}:{setting.key} = {setting.n_heads} ({known.said_by})"
     pools = [Pool(tuple(_matrix_first(model, one)), setting.n_heads, n_groups, because) for one in found.values()]
     return (*pools, SetConfig(CONFIG, tuple(setting.key.split(".")), n_groups, f"{n_groups} heads are left"))
-
-
-def _keys(known: _Known) -> str:
-    return " and ".join(one.key for one in known.settings)
 
 
 def _unfit(setting: HeadSetting, n_groups: int) -> str:
@@ -139,13 +137,11 @@ def _from_answer(answer: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
     rebuilt = set(answer["converted"])
     settings = []
     for one in answer["settings"]:
-        if "error" in one:
-            settings.append(HeadSetting(one["key"], one["value"], (), ""))
-        elif one["changed"]:
+        if one.get("changed"):
             members = tuple(stored.get(live, live) for live in one["changed"])
             stuck = next(_stuck(one, stored, rebuilt, shapes), "")
             settings.append(HeadSetting(one["key"], one["value"], members, stuck))
-    return _Known(name, tuple(setting for setting in settings if setting.members))
+    return _Known(name, tuple(settings))
 
 
 def _stuck(
@@ -154,19 +150,25 @@ def _stuck(
     """Reasons against pooling all that the setting governs."""
     for live, (before, after) in setting["changed"].items():
         name = stored.get(live, live)
-        if not all_rows_are_heads(before, after, setting["value"]):
+        if not rows_are_heads(live, before, after, setting["value"]):
             became = f"would become {after}" if after is not None else "would be gone"
             yield (
-                f"{name} depends on {setting['key']} too and is no row of heads: it is {before} and {became} with one "
-                "head"
+                f"{name} depends on {setting['key']} too, and its rows are not the heads of keys or of values alone: "
+                f"it is {before} and {became} with one head"
             )
         elif name in rebuilt or tuple(shapes.get(name, before)) != tuple(before):
             yield f"{name} is stored in another layout than the class has it in, {before}"
 
 
-def all_rows_are_heads(before: list[int], after: list[int] | None, n_heads: int) -> bool:
-    """Whether a tensor is `n_heads` equal parts along its rows, by its shapes with all heads and with one."""
-    return after is not None and before == [n_heads * after[_AXIS], *after[1:]]
+def rows_are_heads(name: str, before: list[int], after: list[int] | None, n_heads: int) -> bool:
+    """Whether the rows of a tensor are the heads of keys or of values, one after the other.
+
+    By its shapes with all heads and with one, and by the name of its module: keys and values in one tensor, or the
+    state of a recurrence, may have such shapes too.
+    """
+    module = name.split(".")[-2] if "." in name else ""
+    alone = _KEYS_OR_VALUES.search(module) is not None
+    return alone and after is not None and before == [n_heads * after[_AXIS], *after[1:]]
 
 
 @cache
@@ -190,7 +192,11 @@ def _from_table(architecture: str, config: Mapping[str, Any], names: list[str]) 
     for key, governed in entry.get("settings", {}).items():
         value = lookup(config, key)
         members = tuple(name for pattern in governed["rows"] for name in spell.matching(pattern))
-        stuck = f"{governed['stuck']} depends on {key} too and is no row of heads" if "stuck" in governed else ""
+        stuck = (
+            f"{governed['stuck']} depends on {key} too, and its rows are not the heads of keys or of values alone"
+            if "stuck" in governed
+            else ""
+        )
         if type(value) is not int or value < 1:
             stuck = stuck or f"{CONFIG} does not say how many heads there are ({key}), and only the class would know"
         found.append(HeadSetting(key, value if isinstance(value, int) else 0, members, stuck))

@@ -34,8 +34,8 @@ def can_realise(model: Model, edit: Edit, target: str) -> str | None:
     reason = of_class(model, edit, target)
     if model.metadata.get("weights") == PICKLED and isinstance(edit, Pool):
         return (
-            f"{listed(tuple(one.id for one in edit.weights))} lies in a pickle, where the shape of a tensor stays what it "
-            "is: --container safetensors pools it"
+            f"{listed(tuple(one.id for one in edit.weights))} lies in a pickle, where a tensor keeps its shape: "
+            "--container safetensors pools it"
         )
     if model.metadata.get("weights") == PICKLED and isinstance(edit, (Share, Equalise, Unshare)):
         if reason is None or reason.startswith(NEEDS_SETTING):

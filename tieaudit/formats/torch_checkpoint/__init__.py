@@ -20,8 +20,8 @@ torch_checkpoint = Format(
     create=later("tieaudit.formats.torch_checkpoint.create:create"),
     edit=later("tieaudit.formats.torch_checkpoint.write:edit"),
     pool=lambda model, id, n_groups: (
-        "a checkpoint says nowhere how many heads there are, and whoever loads it builds a module of the old shapes: pool "
-        "the Hugging Face folder or the ONNX model, or build the module with fewer heads and pool what it loads"
+        "a checkpoint says nowhere how many heads there are, and whoever loads it builds a module of the old shapes: "
+        "pool the Hugging Face folder, where config.json says it, or the ONNX model"
     ),
     equalises=True,
     held_by=lambda model: "whoever loads the files gets a tensor of its own for each of these names",

@@ -18,8 +18,8 @@ torch_export = Format(
     can_realise=later("tieaudit.formats.torch_export.realise:can_realise"),
     edit=later("tieaudit.formats.torch_export.write:edit"),
     pool=lambda model, id, n_groups: (
-        "an exported program is fixed to the shapes it was traced with: pool the Hugging Face folder and export that, or "
-        "pool the ONNX model"
+        "an exported program is fixed to the shapes it was traced with: pool the Hugging Face folder and export that, "
+        "or pool the ONNX model"
     ),
     precedence=5,
 )
