@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from tieaudit.change import Edit, Equalise, Plan, Pool, Respell, Share, Unshare
+from tieaudit.change import Edit, Equalise, Plan, Pool, Respell, SetConfig, Share, Unshare
 from tieaudit.damage import likeness
 from tieaudit.errors import RewriteRefused, UsageError
 from tieaudit.formats import NEEDS_SETTING, Format
@@ -144,8 +144,16 @@ def _consider(draft: _Draft, candidate: Candidate) -> None:
         draft.refuse(candidate, refused.message)
         return
     if edits:
-        draft.edits.extend(edit for edit in edits if edit not in draft.edits)
+        draft.edits.extend(edit for edit in edits if edit not in draft.edits and not _is_set(draft, edit))
         draft.owners.update({member.id: candidate.scheme for member in candidate.members})
+
+
+def _is_set(draft: _Draft, edit: Edit) -> bool:
+    """A setting that two ties need is set once, whatever each of them needs it for."""
+    return isinstance(edit, SetConfig) and any(
+        isinstance(one, SetConfig) and (one.file, one.key, one.value) == (edit.file, edit.key, edit.value)
+        for one in draft.edits
+    )
 
 
 def _share(draft: _Draft, candidate: Candidate) -> list[Edit]:
