@@ -91,8 +91,9 @@ def given(name: str, folder: Path) -> Given:
 
 
 def exported(one: Given, path: Path) -> Path:
-    # the exporter's optimiser makes matrices anonymous, so that nothing tells an encoder that its decoder never reads
-    keeps_names = isinstance(one.module, Translator)
+    # the exporter's optimiser makes matrices anonymous, so that nothing tells an encoder that its decoder never reads,
+    # and it stores the transpose of a tied table once more
+    keeps_names = isinstance(one.module, Translator) or one.scheme == "untie"
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
