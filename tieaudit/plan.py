@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from tieaudit.change import Edit, Equalise, Plan, Pool, Respell, Share, Unshare
+from tieaudit.change import Edit, Equalise, Plan, Pool, Respell, SetConfig, Share, Unshare
 from tieaudit.damage import likeness
 from tieaudit.errors import RewriteRefused, UsageError
 from tieaudit.formats import NEEDS_SETTING, Format
 from tieaudit.merge import Common, aligned, common_value, difference, policy_of
-from tieaudit.model import Member, Model, Use, classes
+from tieaudit.model import Member, Model, Use
 from tieaudit.other_names import with_other_names
 from tieaudit.printable import counted
 from tieaudit.propose import propose, schemes
 from tieaudit.registry import choose, discover
+from tieaudit.saving import n_bytes_saved
 from tieaudit.schemes import Scheme
 from tieaudit.verdict import Candidate, Refusal, Subject
 from tieaudit.view import AS_STORED
@@ -63,7 +64,12 @@ class _Draft:
         return self.subject.model
 
     def refuse(self, candidate: Candidate, because: str) -> None:
+        """Note a refusal; candidates of one scheme that are refused for one reason are one refusal."""
         ids = tuple(dict.fromkeys(member.id for member in candidate.members))
+        for at, known in enumerate(self.refusals):
+            if (known.scheme, known.because) == (candidate.scheme, because):
+                self.refusals[at] = replace(known, ids=tuple(dict.fromkeys((*known.ids, *ids))))
+                return
         self.refusals.append(Refusal(candidate.scheme, ids, because))
 
 
@@ -107,7 +113,7 @@ def plan(subject: Subject, choices: Choices, as_format: Format | None = None) ->
         target=target,
         schemes=choices.schemes,
         edits=tuple(draft.edits),
-        n_bytes_saved=_n_bytes_saved(draft.model, draft.edits),
+        n_bytes_saved=n_bytes_saved(draft.model, draft.edits),
         lossless=draft.lossless,
         refusals=tuple(draft.refusals),
         notes=tuple(dict.fromkeys(draft.notes)),
@@ -119,6 +125,8 @@ def plan(subject: Subject, choices: Choices, as_format: Format | None = None) ->
 
 def _consider(draft: _Draft, candidate: Candidate) -> None:
     decided = {draft.owners[member.id] for member in candidate.members if member.id in draft.owners}
+    if decided and candidate.action == "pool" and decided == {candidate.scheme}:
+        return  # heads that one setting counts are pooled together
     if decided:
         covered = any(
             isinstance(edit, (Share, Equalise)) and {m.id for m in candidate.members} <= {m.id for m in edit.members}
@@ -136,8 +144,16 @@ def _consider(draft: _Draft, candidate: Candidate) -> None:
         draft.refuse(candidate, refused.message)
         return
     if edits:
-        draft.edits.extend(edit for edit in edits if edit not in draft.edits)
+        draft.edits.extend(edit for edit in edits if edit not in draft.edits and not _is_set(draft, edit))
         draft.owners.update({member.id: candidate.scheme for member in candidate.members})
+
+
+def _is_set(draft: _Draft, edit: Edit) -> bool:
+    """A setting that two ties need is set once, whatever each of them needs it for."""
+    return isinstance(edit, SetConfig) and any(
+        isinstance(one, SetConfig) and (one.file, one.key, one.value) == (edit.file, edit.key, edit.value)
+        for one in draft.edits
+    )
 
 
 def _share(draft: _Draft, candidate: Candidate) -> list[Edit]:
@@ -251,7 +267,7 @@ def _check_adjustments(draft: _Draft, candidate: Candidate, policy: str, common:
             f"format {draft.format.name} holds weights only (an ONNX model and a live module have a place for it)"
         )
     n_added = sum(one.n_bytes for one in common.adjustments.values())
-    n_saved = _n_bytes_saved(draft.model, [Share(candidate.members)])
+    n_saved = n_bytes_saved(draft.model, [Share(candidate.members)])
     if n_added >= n_saved:
         raise RewriteRefused(
             f"--merge {policy}: its corrections would take {n_added:,} bytes, and the tie saves only {n_saved:,}"
@@ -281,16 +297,31 @@ def _pool(draft: _Draft, candidate: Candidate) -> list[Edit]:
         )
     if draft.choices.merge not in (None, "mean"):
         raise RewriteRefused(f"--merge {draft.choices.merge}: heads are pooled by their mean")
-    edit = draft.format.pool(draft.model, candidate.members[0].id, candidate.n_groups)
-    if isinstance(edit, str):
-        raise RewriteRefused(edit)
+    edits = draft.format.pool(draft.model, candidate.members[0].id, candidate.n_groups)
+    if isinstance(edits, str):
+        raise RewriteRefused(edits)
+    for one in edits:
+        because = draft.format.can_realise(draft.model, one, draft.target) if draft.format.can_realise else "read only"
+        if because is not None:
+            raise RewriteRefused(because)
+    pools = [one for one in edits if isinstance(one, Pool)]
+    taken = {id: draft.owners[id] for one in pools for id in _ids(one) if id in draft.owners}
+    if taken:
+        id, owner = next(iter(taken.items()))
+        raise RewriteRefused(f"{id} is pooled with these, which conflicts with what {owner} already does to it")
+    edit = pools[0]
     if not draft.choices.allow_lossy:
         raise RewriteRefused(
             f"{edit.n_heads} heads would become {edit.n_groups}, each the mean of {edit.n_heads // edit.n_groups}: "
             "that changes the model's outputs unless these are equal (--allow-lossy does it knowingly)"
         )
     draft.lossless = False
-    return [edit]
+    draft.owners.update({id: candidate.scheme for one in pools for id in _ids(one)})
+    return list(edits)
+
+
+def _ids(pool: Pool) -> tuple[str, ...]:
+    return tuple(one.id for one in pool.weights)
 
 
 def _respell(draft: _Draft, candidate: Candidate) -> list[Edit]:
@@ -366,25 +397,3 @@ def _unshare_uses(draft: _Draft, id: str, because: str) -> list[Edit]:
         taken.add(name)
         edits.append(Unshare(id, name, (consumer,), because))
     return edits
-
-
-def _n_bytes_saved(model: Model, edits: Sequence[Edit]) -> int:
-    """Stored bytes that the edits free: what a file listing shows before and after, headers aside."""
-    saved = 0
-    shares = [[member.id for member in edit.members] for edit in edits if isinstance(edit, Share)]
-    for ids in classes(shares):
-        regions = {}
-        for id in ids:
-            storage = model.by_id[id].storage
-            if storage is not None:
-                regions[storage.region] = storage.n_bytes
-        saved += sum(regions.values()) - max(regions.values(), default=0)
-    for edit in edits:
-        if isinstance(edit, Unshare):
-            saved -= model.by_id[edit.source].n_bytes
-        elif isinstance(edit, Pool):
-            kept = edit.n_groups / edit.n_heads
-            saved += sum(round(model.by_id[one.id].n_bytes * (1 - kept)) for one in edit.weights)
-        elif isinstance(edit, Share):
-            saved -= sum(one.n_bytes for one in edit.adjustments.values())
-    return saved
