@@ -172,6 +172,24 @@ def test_the_end_of_a_name_decides_for_values_that_changed() -> None:
     assert set(found.told[0].matched_by.values()) == {"end of name"}
 
 
+def test_a_name_with_another_shape_is_still_that_weight() -> None:
+    cut = ramp(60, 8, seed=7)
+    assert between(tied(), toy({EMBED: cut, HEAD: None}, declared=[(EMBED, HEAD)], shapes={HEAD: (60, 8)})) == {
+        "kept": 1
+    }
+    # the tempting wrong answer: the head is unknown, so the tie is what the table still is
+    assert between(tied(), toy({EMBED: W, HEAD: cut})) == {"lost": 1}
+
+
+def test_numbers_that_an_exporter_gives_are_no_names_where_values_say_more() -> None:
+    third = ramp(64, 8, seed=8)
+    before = toy({"w": W, "onnx::MatMul_1": W.copy(), "onnx::MatMul_2": third}, format="onnx")
+    after = toy({"w": W, "onnx::MatMul_2": W.copy(), "onnx::MatMul_1": third}, format="onnx")
+    assert between(before, after) == {"kept": 1}
+    retrained = toy({"w": OTHER, "onnx::MatMul_1": OTHER.copy(), "onnx::MatMul_2": third}, format="onnx")
+    assert between(before, retrained) == {"kept": 1}
+
+
 def test_an_end_that_several_names_have_decides_nothing() -> None:
     before = toy({"a.block.w": W, "b.block.w": None}, declared=[("a.block.w", "b.block.w")])
     assert between(before, toy({"c.block.w": OTHER, "d.block.w": ramp(64, 8, seed=4)})) == {"cannot tell": 1}
