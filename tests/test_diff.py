@@ -15,8 +15,11 @@ from click.testing import CliRunner, Result
 
 from tieaudit.cli import main
 from tieaudit.difference import Difference, Told, difference, shown
-from tieaudit.load import load_one
+from tieaudit.errors import TieAuditError
+from tieaudit.load import load_one, locate
+from tieaudit.locked import NAME, changes, lock_of, read_lock, write_lock
 from tieaudit.scan import look
+from tieaudit.sealed import Locked
 from tieaudit.toy import Broken, claim, ramp, toy
 from tieaudit.verdict import Subject
 
@@ -325,3 +328,20 @@ def test_many_ties_are_listed_in_part_and_counted() -> None:
 def test_a_declaration_that_is_off_ties_nothing() -> None:
     off = toy({EMBED: W, HEAD: OTHER}, declared=[claim(EMBED, HEAD, active=False)])
     assert between(off, toy({EMBED: W, HEAD: OTHER})) == {}
+
+
+def test_real_models_have_lost_nothing_to_themselves(corpus: Path, tmp_path: Path) -> None:
+    sources = locate([str(corpus)])[0][::15]
+    models: dict[str, Locked] = {}
+    for source in sources:
+        try:
+            subject = look(source.load())
+            one = lock_of(subject, corpus)
+        except TieAuditError:  # what cannot be read is the business of other tests
+            continue
+        assert set(between(subject, subject)) <= {"kept"}, source.path
+        assert changes(one, one, frozenset(subject.model.by_id)) == ()
+        models[one.path] = one
+    assert len(models) > 20
+    write_lock(tmp_path / NAME, models)
+    assert read_lock(tmp_path / NAME) == models
