@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -126,6 +127,22 @@ def test_names_decide_where_they_are_equal() -> None:
     assert between(tied(), toy({EMBED: OTHER, HEAD: OTHER.copy()}, declared=[(EMBED, HEAD)])) == {"lost": 1}
     assert between(tied(), toy({EMBED: W, HEAD: OTHER})) == {"lost": 1}
     assert between(toy({EMBED: W, HEAD: OTHER}), tied()) == {"gained": 1}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_what_is_lost_one_way_is_gained_the_other(seed: int) -> None:
+    rng = random.Random(seed)
+
+    def drawn() -> Subject:
+        values = [ramp(12, 5, seed=index) for index in range(3)]
+        names = rng.sample(["a.w", "b.w", "c.w", "val_1", "val_2", "x.k.w"], 4)
+        chosen = {name: values[rng.randrange(3)] for name in names}
+        return toy({name: (one if rng.random() < 0.6 else one.T).copy() for name, one in chosen.items()}, format="onnx")
+
+    before, after = drawn(), drawn()
+    there, back = difference(before, after), difference(after, before)
+    assert len(there.of("lost")) == len(back.of("gained"))
+    assert len(there.of("gained")) == len(back.of("lost"))
 
 
 @pytest.mark.parametrize("layout", ["as stored", "transposed"])
