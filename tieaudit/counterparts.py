@@ -5,6 +5,7 @@ Everything is per *value*: the names and the uses of one stored tensor are looke
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ By = Literal["name", "values", "end of name", "role"]
 Slot = tuple[str, int | None, str | None, int | None]
 """Kind, layer, side and expert of a role."""
 _VAGUE = ("other", "projection", "bias", "buffer")
+_NUMBERED = re.compile(r"onnx::\w+|_?(val|tensor|initializer|t)?_?\d+|.*_output_\d+")
+"""Names that torch's two exporters and converters make up."""
 _N_PROBED = 16
 _HEAD = "output_head"
 
@@ -144,6 +147,7 @@ class Counterparts:
         with reading(scattered=True) as files:
             self._by_value()
             self.n_bytes_read = files.n_bytes
+        self._by_number()
         self._by_end()
         self._by_role()
 
@@ -196,11 +200,20 @@ class Counterparts:
         self.own.setdefault(one, {}).setdefault(other, by)
 
     def _by_name(self) -> None:
+        """Names that somebody gave, whatever became of the shape: a table that was cut is still that table."""
         for id, weight in self.one.weights.items():
-            twins = [id] if id in self.other.weights else self.other.by_name.get(weight.name, [])
-            for other in twins:
-                if self.one.shape(id) == self.other.shape(other) or weight.absent or self.other.weights[other].absent:
+            if not _NUMBERED.fullmatch(weight.name):
+                for other in [id] if id in self.other.weights else self.other.by_name.get(weight.name, []):
                     self._pair(id, other, "name")
+
+    def _by_number(self) -> None:
+        """Names that an exporter counted up: the next export may give them to others, so that values go before them."""
+        matched = {at for places in self.equal.values() for at in places}
+        for id in self.one.weights:
+            if id in self.other.weights and _NUMBERED.fullmatch(self.one.weights[id].name):
+                known = self.one.home[id] in self.equal or self.other.home[id] in matched
+                if not known and self.one.shape(id) == self.other.shape(id):
+                    self._pair(id, id, "name")
 
     def _by_value(self) -> None:
         """Compare values that are tied on one side with those on the other that have their shape."""

@@ -30,7 +30,8 @@ class Told:
     because: str
     """One sentence; names in it are printable."""
     matched_by: Mapping[str, str]
-    """Id before → how its counterparts were found: name, values, end of name, or role."""
+    """Id on the side whose value it is (of a gained one: after) → how its counterparts were found: name, values, end of
+    name, or role."""
     n_bytes: int = 0
     """Bytes stored again, or saved."""
 

@@ -110,7 +110,8 @@ def write_lock(path: Path, models: Mapping[str, Locked]) -> bool:
     except FileNotFoundError:
         pass
     sibling = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    handle = os.open(sibling, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
+    where = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)  # each is known to some systems only
+    handle = os.open(sibling, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | where, 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
