@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from tieaudit.audit import audit
 from tieaudit.config import Settings
+from tieaudit.damage import foreseen
 from tieaudit.find import Progress, find
 from tieaudit.model import Model
+from tieaudit.placing import place_on
 from tieaudit.propose import listed_candidates
 from tieaudit.roles import roles
 from tieaudit.verdict import Report, Subject
@@ -16,7 +20,21 @@ def look(model: Model, *, progress: Progress | None = None) -> Subject:
     return Subject(model, find(model, progress=progress), roles(model))
 
 
-def scan(model: Model, *, settings: Settings | None = None, progress: Progress | None = None) -> Report:
-    """The whole answer about one model. Cost: that of `find.find`; nothing is run and nothing is written."""
+def scan(
+    model: Model,
+    *,
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+    damage: Literal["", "sampled", "deep"] = "",
+    device: str = "auto",
+) -> Report:
+    """The whole answer about one model. Cost: that of `find.find`; nothing is run and nothing is written.
+
+    `damage`: whether lossy candidates are compared, by a sample of their weights or (`deep`) by all of them; `device`:
+    where, see `placing.place_on`.
+    """
     subject = look(model, progress=progress)
-    return audit(subject, listed_candidates(subject), settings or Settings())
+    candidates = listed_candidates(subject)
+    if damage:
+        candidates = foreseen(subject, candidates, deep=damage == "deep", place=place_on(device))
+    return audit(subject, candidates, settings or Settings())
