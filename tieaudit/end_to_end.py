@@ -75,7 +75,7 @@ def compare(pair: Pair, n_summed: int) -> Compared:
     """
     try:
         with opened_whole(pair.sandbox, pair.before) as before:
-            signature = _with_limits(before.signature, pair.before)
+            signature = with_limits(before.signature, pair.before)
             if pair.strangers:
                 common = _common(signature, pair)
                 if isinstance(common, str):
@@ -114,7 +114,7 @@ def _common(signature: Signature, pair: Pair) -> Signature | str:
 Ran = tuple[Feed, Mapping[str, Array]]
 
 
-def _with_limits(signature: Signature, path: Paths) -> Signature:
+def with_limits(signature: Signature, path: Paths) -> Signature:
     """The ports with the number of valid ids, where an ONNX file tells it."""
     limits: dict[str, int] = {}
     for file in (path,) if isinstance(path, str) else path:

@@ -6,13 +6,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from tieaudit.change import Edit, Equalise, Plan, Pool, Respell, Share, Unshare
+import numpy as np
+
+from tieaudit.change import Edit, Equalise, Plan, Pool, Prediction, Respell, Share, Unshare
 from tieaudit.damage import likeness
 from tieaudit.errors import RewriteRefused, UsageError
 from tieaudit.formats import NEEDS_SETTING, Format
 from tieaudit.merge import Common, aligned, common_value, difference, policy_of
+from tieaudit.merges import Calibrated
 from tieaudit.model import Member, Model, Use, classes
 from tieaudit.other_names import with_other_names
+from tieaudit.placing import Place
 from tieaudit.printable import counted
 from tieaudit.propose import propose, schemes
 from tieaudit.registry import choose, discover
@@ -55,6 +59,10 @@ class _Draft:
     lossless: bool = True
     merged: dict[str, list[tuple[str, ...]]] = field(default_factory=dict)
     """Policy → the classes of unequal weights that get one value by it."""
+    calibrated: Calibrated | None = None
+    place: Place = np.asarray
+    """Where weights are compared."""
+    predictions: list[Prediction] = field(default_factory=list)
     apart: list[str] = field(default_factory=list)
     """Why classes get one value under each name, and are not one stored tensor."""
 
@@ -67,10 +75,18 @@ class _Draft:
         self.refusals.append(Refusal(candidate.scheme, ids, because))
 
 
-def plan(subject: Subject, choices: Choices, as_format: Format | None = None) -> Plan:
+def plan(
+    subject: Subject,
+    choices: Choices,
+    as_format: Format | None = None,
+    *,
+    calibrated: Calibrated | None = None,
+    place: Place = np.asarray,
+) -> Plan:
     """The plan for one model. UsageError for unknown schemes, targets and policies; everything else is a refusal.
 
-    `as_format`: the format whose word counts for what can be made, where the model becomes another one.
+    `as_format`: the format whose word counts for what can be made, where the model becomes another one. `calibrated`:
+    what flows through the weights, see `calibrating`. `place`: where weights are compared, see `placing`.
     """
     format_ = as_format or choose(discover("formats", Format), subject.model.format, "format")
     target = choices.target or format_.targets[0]
@@ -83,7 +99,7 @@ def plan(subject: Subject, choices: Choices, as_format: Format | None = None) ->
         raise RewriteRefused(f"{subject.model.path}: the format {format_.name} can be read but not written yet")
     if choices.merge is not None:
         policy_of(choices.merge)
-    draft = _Draft(subject, format_, choices, target)
+    draft = _Draft(subject, format_, choices, target, calibrated=calibrated, place=place)
     for asked in schemes(choices.schemes):
         candidates, refusals = propose(subject, asked)
         draft.refusals.extend(refusals)
@@ -99,6 +115,7 @@ def plan(subject: Subject, choices: Choices, as_format: Format | None = None) ->
         for candidate in candidates:
             _consider(draft, candidate)
     draft.notes.extend(_of_merged(draft))
+    draft.notes.extend(calibrated.notes if calibrated is not None else ())
     draft.notes.extend(_of_equal_values(draft))
     if format_.notes is not None:
         draft.notes.extend(format_.notes(draft.model, draft.edits, choices.optimizer == "adjust"))
@@ -114,6 +131,7 @@ def plan(subject: Subject, choices: Choices, as_format: Format | None = None) ->
         transposed_as=choices.transposed_as,
         share_files=choices.share_files,
         optimizer=choices.optimizer,
+        predictions=tuple(draft.predictions),
     )
 
 
@@ -194,7 +212,7 @@ def _unequal(draft: _Draft, scheme: Scheme, candidates: list[Candidate]) -> Refu
     model, verdicts = draft.model, dict[str, int]()
     for candidate in candidates:
         pair = [(model.by_id[member.id], member) for member in candidate.members[:2]]
-        said = likeness(pair).verdict
+        said = likeness(pair, place=draft.place).verdict
         verdicts[said] = verdicts.get(said, 0) + 1
     counted = ", ".join(f"{n} {said}" for said, n in sorted(verdicts.items(), key=lambda one: -one[1]))
     ids = tuple(dict.fromkeys(member.id for candidate in candidates for member in candidate.members))
@@ -232,13 +250,15 @@ def _lossy(draft: _Draft, candidate: Candidate) -> Share:
         )
     policy = draft.choices.merge or usual
     kinds = {id: role.kind for id, role in draft.subject.roles.items()}
-    common = common_value(weights, kinds, policy)
+    common = common_value(weights, kinds, policy, draft.calibrated)
     if common.adjustments:
         _check_adjustments(draft, candidate, policy, common)
     members = candidate.members
     if common.kept is not None:
         members = _anchored(members, common.kept)
     decided = f" ({common.because})" if common.because else ""
+    if common.prediction is not None:
+        draft.predictions.append(common.prediction)
     draft.merged.setdefault(f"--merge {policy}{decided}", []).append(tuple(weight.id for weight, _ in weights))
     return Share(members, common.values, candidate.because, common.adjustments)
 

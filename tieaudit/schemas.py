@@ -11,6 +11,7 @@ from typing import Any
 
 from tieaudit.change import Plan, Proof
 from tieaudit.comparison import Choice
+from tieaudit.losses import LossChange
 from tieaudit.storage import Storage
 from tieaudit.survival.ties import Survived
 from tieaudit.view import View
@@ -44,6 +45,8 @@ FACTS: Mapping[str, Any] = {
     "not_deterministic": tuple[str, ...],
     "spread_of_the_original": float,
     "moved": Mapping[str, float],
+    "loss": LossChange,
+    "loss_not_measured": str,
     "folded_apart_by_the_runtime": str,
     "held_in_a_wider_type_by_the_runtime": str,
     "n_bytes_peak_writing": int,
