@@ -308,8 +308,6 @@ def json_of(path: Path) -> Any:
 def test_a_scan_without_damage_reads_no_weights_for_candidates(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    import tieaudit.scan
-
     stage = sys.modules["tieaudit.scan"]  # the package offers the function under the same name
 
     path = model_of(tmp_path, normal(500, 8), normal(500, 8, seed=1))

@@ -166,7 +166,9 @@ def _opened(model: Model, box: Sandbox, path: str = "") -> Iterator[Opened]:
         with opened(box, path or path_of(model, "")) as one:
             yield one
     except ChildFailed as error:
-        raise RewriteRefused(f"{model.path}: --calibrate: the model does not run on this data: {error.message}") from error
+        raise RewriteRefused(
+            f"{model.path}: --calibrate: the model does not run on this data: {error.message}"
+        ) from error
 
 
 def _limited(subject: Subject, signature: Signature) -> Signature:
@@ -209,7 +211,8 @@ def _of_text(
     what = f"ids by the tokenizer in {folder} (is it this model's?)"
     tokens = from_ids(found["ids"], port, str(path), first=facts["first"], length=max(min(LENGTH, most), 2), what=what)
     if port.limit is not None and facts["n_tokens"] > port.limit:
-        note = f"the tokenizer in {folder} knows {facts['n_tokens']:,} tokens, the model {port.limit:,}: is it this model's?"
+        known = f"{facts['n_tokens']:,} tokens, the model {port.limit:,}"
+        note = f"the tokenizer in {folder} knows {known}: is it this model's?"
         tokens = replace(tokens, notes=(*tokens.notes, note))
     return tokens
 
@@ -230,7 +233,7 @@ def _without_foresight(one: Opened, tokens: Tokens, signature: Signature) -> Tok
     params: dict[str, Any] = {"handle": one.handle}
     seen = [one.sandbox.ask("losses", params, {**first, main.name: each, TARGETS: _past(ids)})[1]["losses"]
             for each in (ids, other)]  # fmt: skip
-    if np.allclose(seen[0], seen[1], rtol=1e-3, atol=1e-4):
+    if np.allclose(seen[0], seen[1], rtol=1e-5, atol=1e-6):
         return tokens
     note = "its scores move with later ids: without labels there is nothing that such a model is to predict"
     return replace(tokens, targets=None, notes=(*tokens.notes, note))
@@ -271,7 +274,8 @@ class _Watching:
     sites: list[Any]
     ids: dict[str, str]
     """Key of a site → id of the weight."""
-    turned: dict[str, bool]
+    turned: frozenset[str]
+    """Keys of those that are stored as [inputs, outputs], as far as the graph says it."""
     unfit: dict[str, str]
     n_numbers: int
     """Activations of one token that a batch shows, besides its scores."""
@@ -293,8 +297,9 @@ class _Watching:
             raise UsageError(f"{tokens.source}: expected rows enough for one batch of the model's fixed size")
         facts, arrays = ask("calibrated", handle)
         wrong = {self.ids[key]: reason for key, reason in {**told["unfit"], **facts["unfit"]}.items()}
+        turned = {*self.turned, *facts.get("turned", ())}
         sums = {key: one for key, one in unpacked(facts, arrays).items() if one.n_tokens}
-        found = {self.ids[key]: Statistics.of(one, turned=self.turned.get(key, False)) for key, one in sums.items()}
+        found = {self.ids[key]: Statistics.of(one, turned=key in turned) for key, one in sums.items()}
         never = {self.ids[key]: "nothing flows through it" for key in self.ids if self.ids[key] not in {*found, *wrong}}
         return found, {**self.unfit, **wrong, **never}
 
@@ -312,7 +317,7 @@ def _watching(subject: Subject, weights: Sequence[Weight], box: Any) -> Iterator
             heads = {id for id, role in subject.roles.items() if role.kind == "output_head"}
             sites = [[key, weight.name, weight.id in heads] for key, weight in keys.items()]
             ids = {key: weight.id for key, weight in keys.items()}
-            yield _Watching(one, _limited(subject, one.signature), sites, ids, {}, {}, 0, True)
+            yield _Watching(one, _limited(subject, one.signature), sites, ids, frozenset(), {}, 0, True)
 
 
 @contextmanager
@@ -332,7 +337,7 @@ def _tapped(subject: Subject, weights: Sequence[Weight], sandbox: Sandbox) -> It
              "scores": one.result if one.result in scores else ""}
             for one in found
         ]  # fmt: skip
-        turned = {keys[one.id]: one.turned for one in found}
+        turned = frozenset(keys[one.id] for one in found if one.turned)
         widths = {one.value: min(model.by_id[one.id].shape) for one in found}
         with _opened(model, sandbox, str(copy)) as one:
             signature = _limited(subject, with_limits(one.signature, str(source)))

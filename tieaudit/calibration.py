@@ -47,4 +47,4 @@ def calibrate(
                 watch.differentiate(loss(output, batch))
     for name, reason in watch.unfit.items():
         raise UsageError(f"{name}: expected the weight of an embedding or of a linear layer: {reason}")
-    return {name: Statistics.of(one) for name, one in watch.sums.items()}
+    return {name: Statistics.of(one, turned=name in watch.turned) for name, one in watch.sums.items()}

@@ -53,9 +53,7 @@ class Choice:
         return self.changed if self.nats is None else self.nats
 
 
-def compare(
-    subject: Subject, *, calibrated: Calibrated | None = None, deep: bool = False
-) -> tuple[Choice, ...]:
+def compare(subject: Subject, *, calibrated: Calibrated | None = None, deep: bool = False) -> tuple[Choice, ...]:
     """Every scheme that saves something on this model, under every policy that fits, the largest saving first.
 
     `calibrated`: what flows through the weights. Cost: for each scheme a sample of `pairing.N_SAMPLED` numbers of all

@@ -205,7 +205,7 @@ def common_value(
 
 
 def _turned_back(sites: Sites, merged: Merged, first: Aligned, text: str) -> Storage:
-    """The bytes in the layout of the first member. Held in memory: every row of the one is in every row of the other."""
+    """The bytes in the layout of the first member. Held in memory: a row of one is in all of the other."""
     kind = dtype(first.dtype).numpy()
     rows = np.concatenate([merged.rows(*at).astype(kind) for at in sites.blocks()])
     return MemoryStorage(np.ascontiguousarray(rows.T).tobytes(), f"merged:{text}:{first.storage.region}")

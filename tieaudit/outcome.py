@@ -383,5 +383,7 @@ def _apply_command(model: Model, plan: Plan) -> str:
     if plan.optimizer != "adjust":
         words += ["--optimizer", plan.optimizer]
     if policies := {one.policy for one in plan.predictions}:  # without its data a fitted policy would be refused
-        words += ["--merge", *sorted(policies), "--calibrate", "DATA"] if len(policies) == 1 else ["--calibrate", "DATA"]
+        words += (
+            ["--merge", *sorted(policies), "--calibrate", "DATA"] if len(policies) == 1 else ["--calibrate", "DATA"]
+        )
     return f"{printable(' '.join(shlex.quote(word) for word in words), None)} --to OUT"

@@ -27,6 +27,7 @@ _RUN = 32
 """Neighbouring rows read at once: one read for each, and neighbours in a vocabulary are no more alike than others."""
 _DEEP_BLOCK = 1 << 21
 
+
 @dataclass(frozen=True)
 class _Layout:
     """Both tables with the longer axis as rows."""
@@ -50,9 +51,10 @@ class _Layout:
 def pair(weights: Sequence[tuple[Weight, Member]], *, deep: bool = False, place: Place = np.asarray) -> Pair:
     """Two members of a class, compared in the layout of the first.
 
-    `place`: where the sums are formed (`placing.place_on`), by default numpy. RewriteRefused if one is no dense floating-point tensor. Numbers that are not finite make every sum useless: the
-    squares are then NaN, which callers show as such. Cost: reads up to `N_SAMPLED` numbers of each, or with `deep`
-    each table twice; memory a few blocks and, deep, three matrices of columns × columns.
+    `place`: where the sums are formed (`placing.place_on`), by default numpy. RewriteRefused if one is no dense
+    floating-point tensor. Numbers that are not finite make every sum useless: the squares are then NaN, which callers
+    show as such. Cost: reads up to `N_SAMPLED` numbers of each, or with `deep` each table twice; memory a few blocks
+    and, deep, three matrices of columns × columns.
     """
     layout = _laid_out(weights)
     runs = _runs(layout, deep)

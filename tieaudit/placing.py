@@ -16,7 +16,7 @@ Place = Callable[[NDArray[np.float64]], Any]
 
 
 def place_on(device: str) -> Place:
-    """What puts an array where `device` says: `cpu` is numpy, `cuda` PyTorch on the GPU, `auto` the GPU if there is one.
+    """What puts an array where `device` says: `cpu` is numpy, `cuda` PyTorch on the GPU, `auto` either.
 
     MissingPackage or UsageError for `cuda` where that cannot be. `auto` imports PyTorch only where the system shows a
     GPU, because the import takes seconds.

@@ -14,13 +14,14 @@ from tieaudit.errors import RewriteRefused, UsageError
 from tieaudit.formats import NEEDS_SETTING, Format
 from tieaudit.merge import Common, aligned, common_value, difference, policy_of
 from tieaudit.merges import Calibrated
-from tieaudit.model import Member, Model, Use, classes
+from tieaudit.model import Member, Model, classes
 from tieaudit.other_names import with_other_names
 from tieaudit.placing import Place
 from tieaudit.printable import counted
 from tieaudit.propose import propose, schemes
 from tieaudit.registry import choose, discover
 from tieaudit.schemes import Scheme
+from tieaudit.unsharing import of_names, of_uses
 from tieaudit.verdict import Candidate, Refusal, Subject
 from tieaudit.view import AS_STORED
 
@@ -332,9 +333,9 @@ def _unshare(draft: _Draft, candidate: Candidate) -> list[Edit]:
     model = draft.model
     ids = [member.id for member in candidate.members]
     if model.has_graph and len(set(ids)) == 1:
-        edits: list[Edit] = _unshare_uses(draft, ids[0], candidate.because)
+        edits: list[Edit] = of_uses(model, ids[0], candidate.because)
     else:
-        edits = _unshare_names(model, list(dict.fromkeys(ids)), candidate.because)
+        edits = of_names(model, list(dict.fromkeys(ids)), candidate.because)
     for edit in edits:
         because = draft.format.can_realise(model, edit, draft.target) if draft.format.can_realise else "read only"
         if because is not None and not because.startswith(NEEDS_SETTING):
@@ -344,47 +345,6 @@ def _unshare(draft: _Draft, candidate: Candidate) -> list[Edit]:
         if isinstance(settings, str):
             raise RewriteRefused(settings)
         edits = [*settings, *edits]
-    return edits
-
-
-def _unshare_names(model: Model, ids: list[str], because: str) -> list[Edit]:
-    """Every name but one gets a copy, which the operations of its own module read where a graph reads only that one."""
-    stored = [id for id in ids if not model.by_id[id].absent]
-    source = next((id for id in stored if model.uses_of.get(id)), stored[0])
-    edits = [Unshare(source, model.by_id[id].name, _own_uses(model, source, id), because) for id in ids if id != source]
-    read = {(use.scope, use.node) for use in model.uses_of.get(source, ())}
-    alone = not any(model.uses_of.get(id) for id in ids if id != source)
-    if alone and len(read) > 1 and not any(edit.uses for edit in edits):
-        raise RewriteRefused(f"the graph does not say which of the {len(read)} operations that read {source} are whose")
-    return list(edits)
-
-
-def _own_uses(model: Model, source: str, id: str) -> tuple[tuple[str, str, str, int], ...]:
-    """The uses of `source` by the module to which the name `id` belongs."""
-    owner = model.by_id[id].name.rpartition(".")[0]
-    return tuple(
-        (use.part, use.scope, use.node, use.slot)
-        for use in model.uses_of.get(source, ())
-        if use.call and use.call[-1].rpartition("@")[0] == owner and not model.uses_of.get(id)
-    )
-
-
-def _unshare_uses(draft: _Draft, id: str, because: str) -> list[Edit]:
-    """One initializer with several consumers: the first keeps it, every further one gets a copy of its own."""
-    model = draft.model
-    taken = {weight.name for weight in model.weights}
-    by_consumer: dict[tuple[str, str, str, int], Use] = {}
-    for use in model.uses_of.get(id, ()):
-        by_consumer.setdefault((use.part, use.scope, use.node, use.slot), use)
-    edits: list[Edit] = []
-    for consumer in list(by_consumer)[1:]:
-        name = f"{model.by_id[id].name}.untied"
-        number = 1
-        while name in taken:
-            number += 1
-            name = f"{model.by_id[id].name}.untied_{number}"
-        taken.add(name)
-        edits.append(Unshare(id, name, (consumer,), because))
     return edits
 
 

@@ -89,7 +89,7 @@ def scores_among(outputs: Mapping[str, Any], targets: Array) -> str:
         name
         for name, shape in shapes.items()
         if len(shape) >= 2 and shape[-1] > 2 and int(np.prod(shape[:-1], dtype=np.int64)) == n
-        and np.issubdtype(np.dtype(str(outputs[name].dtype).removeprefix("torch.").replace("bfloat16", "float32")), np.floating)
+        and "float" in str(outputs[name].dtype)
     ]  # fmt: skip
     if "logits" in fitting:
         return "logits"

@@ -58,7 +58,7 @@ class Tokens:
         return self._picked(slice(begin, end))
 
     def halves(self) -> tuple[Tokens, Tokens | None]:
-        """Every other row: what policies are fitted to, and by which they are judged; one row alone is no two halves."""
+        """Every other row: what policies are fitted to, and by which they are judged; None for one row alone."""
         if self.n_rows < 2:
             return self, None
         return self._picked(slice(0, None, 2)), self._picked(slice(1, None, 2))
@@ -77,7 +77,7 @@ def main_ids(signature: Signature) -> Port | None:
     """The input that holds the tokens whose successors are scored: the decoder's, where there is one."""
     ids = [port for port in signature.inputs if port.dtype.startswith("int") and not _FILLED.search(port.name)]
     decoder = [port for port in ids if "decoder" in port.name]
-    return (decoder or [port for port in ids if port.limit] or ids or [None])[0]
+    return next(iter(decoder or [port for port in ids if port.limit] or ids), None)
 
 
 def from_archive(path: Path, signature: Signature) -> Tokens:
@@ -112,7 +112,7 @@ def from_archive(path: Path, signature: Signature) -> Tokens:
 def from_ids(
     ids: Array, port: Port, source: str, *, first: int | None = None, length: int = LENGTH, what: str = ""
 ) -> Tokens:
-    """One long row of ids, cut into rows of `length`, each behind `first` where there is one. UsageError for too few."""
+    """One long row of ids, cut into rows of `length`, each behind `first` if there is one. UsageError for too few."""
     fixed = next((dim for dim in port.dims[1:2] if isinstance(dim, int) and dim > 0), None)
     length = fixed or min(length, max(len(ids), 1) + (first is not None))
     n_own = length - (first is not None)

@@ -200,18 +200,19 @@ class Session:
         import torch
 
         one = self._open[params["handle"]]
-        assert one.watch is not None
+        watch = one.watch
+        assert watch is not None
         targets = arrays.get(TARGETS)
         args, kwargs = self._placed(one, {name: array for name, array in arrays.items() if name != TARGETS})
         with torch.set_grad_enabled(targets is not None):
             torch.manual_seed(0)
             result = attempt(lambda: one.module(*args, **kwargs), self._not_deterministic)
             if targets is None:
-                one.watch.forget()
+                watch.forget()
             else:
                 scores, wanted = self._scored(result, targets)
                 total = torch.nn.functional.cross_entropy(scores.float(), wanted, ignore_index=IGNORED, reduction="sum")
-                attempt(lambda: one.watch.differentiate(total), self._not_deterministic)
+                attempt(lambda: watch.differentiate(total), self._not_deterministic)
         return {}, {}
 
     def calibrated(self, params: Params, arrays: Arrays) -> Answer:
@@ -220,10 +221,11 @@ class Session:
         assert one.watch is not None
         one.watch.close()
         unfit = {one.keys[name]: reason for name, reason in one.watch.unfit.items()}
+        turned = [one.keys[name] for name in one.watch.turned]
         sums = {one.keys[name]: found for name, found in one.watch.sums.items() if name not in one.watch.unfit}
         one.watch = None
         facts, found = packed(sums)
-        return {**facts, "unfit": unfit}, found
+        return {**facts, "unfit": unfit, "turned": turned}, found
 
     def losses(self, params: Params, arrays: Arrays) -> Answer:
         """−log p of every target, in nats and in order."""

@@ -17,8 +17,8 @@ _CHECKED_ROWS = 8
 class Watch:
     """Hooks at the modules that own some parameters; a context manager.
 
-    `backward`: gradients are wanted, so that `differentiate` must follow every forward pass. `heads`: of these names the
-    outputs are taken as scores of a softmax. UsageError for a name that no embedding or linear layer owns.
+    `backward`: gradients are wanted, so that `differentiate` must follow every forward pass. `heads`: of these names
+    the outputs are taken as scores of a softmax. UsageError for a name that no embedding or linear layer owns.
     """
 
     def __init__(
@@ -27,6 +27,8 @@ class Watch:
         self.sums = {name: Sums() for name in names}
         self.unfit: dict[str, str] = {}
         """Name → why what its module computes is no product with it."""
+        self.turned: set[str] = set()
+        """Names of those whose layer multiplies by the weight as it is stored, and not by its transpose."""
         self._backward = backward
         self._pending: list[tuple[Callable[[Any], None], Any]] = []
         """Outputs of this forward pass whose gradients are still to come, and who takes them."""
@@ -77,9 +79,12 @@ class Watch:
             if not args or name in self.unfit:
                 return
             x = args[0].detach()
-            if sums.inputs is None and (reason := _no_product(owner, x, output)):
-                self.unfit[name] = reason
-                return
+            if sums.inputs is None:
+                found = _product(owner, x, output)
+                if isinstance(found, str):
+                    self.unfit[name] = found
+                    return
+                self.turned |= {name} if found else set()
             sums.add("inputs", _moment(x))
             sums.n_tokens += x.numel() // max(x.shape[-1], 1)
             if head:
@@ -115,18 +120,24 @@ def _owner(owners: Mapping[str, torch.nn.Module], name: str) -> torch.nn.Module:
     return owner
 
 
-def _no_product(owner: Any, x: torch.Tensor, output: Any) -> str:
-    """Why the output is not x·Wᵀ (+ bias), measured on a few rows; empty if it is. Conv1D of GPT-2 holds Wᵀ."""
+def _product(owner: Any, x: torch.Tensor, output: Any) -> bool | str:
+    """Whether the output is x·W + bias (and not x·Wᵀ + bias), measured on a few rows; or why it is neither.
+
+    Conv1D of GPT-2 is the layer that keeps its weight as [inputs, outputs].
+    """
     import torch
 
-    weight = owner.weight
-    if not isinstance(output, torch.Tensor) or x.shape[-1:] != weight.shape[1:] or output.shape[-1] != len(weight):
-        return f"{type(owner).__name__} holds its weight as [inputs, outputs], or is no linear layer"
+    if not isinstance(output, torch.Tensor):
+        return f"{type(owner).__name__} gives no tensor"
     rows, given = (one.detach().reshape(-1, one.shape[-1])[:_CHECKED_ROWS].float() for one in (x, output))
     bias = getattr(owner, "bias", None)
-    plain = torch.nn.functional.linear(rows, weight.detach().float(), None if bias is None else bias.detach().float())
-    if torch.allclose(plain, given, rtol=0.02, atol=0.02 * float(given.abs().max() + 1e-6)):
-        return ""
+    added = 0.0 if bias is None else bias.detach().float()
+    room = 0.02 * float(given.abs().max()) + 1e-6
+    weight = owner.weight.detach().float()
+    for turned, matrix in ((False, weight.T), (True, weight)):
+        if (rows.shape[-1], given.shape[-1]) == tuple(matrix.shape):
+            if float((rows @ matrix + added - given).abs().max()) <= room:
+                return turned
     return f"{type(owner).__name__} gives something else than its inputs times its weight"
 
 

@@ -35,7 +35,7 @@ Examples:
 @click.option("--inputs", type=click.Path(path_type=Path),
               help="Of a `package.module:factory`, sample inputs as an .npz; default: generated.")  # fmt: skip
 @click.option("--damage", is_flag=True,
-              help="Say of each candidate that changes values how alike its weights are, from a sample of them.")  # fmt: skip
+              help="How alike the weights of each candidate are that changes values, from a sample.")  # fmt: skip
 @click.option("--deep", is_flag=True, help="With --damage: read all of the weights that are compared, not a sample.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
               help="With --damage: where to compare them.")  # fmt: skip

@@ -58,8 +58,10 @@ class Statistics:
     def of(cls, sums: Sums, *, turned: bool = False) -> Statistics:
         """Averages of what was added up."""
         n = max(sums.n_tokens, 1)
-        scaled = [None if one is None else one / n for one in (sums.row_weights, sums.inputs, sums.gradients)]
-        return cls(sums.n_tokens, *scaled, turned=turned)
+        weights, inputs, gradients = (
+            None if one is None else one / n for one in (sums.row_weights, sums.inputs, sums.gradients)
+        )
+        return cls(sums.n_tokens, weights, inputs, gradients, turned)
 
     @property
     def curvature(self) -> Block | None:

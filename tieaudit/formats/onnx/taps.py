@@ -39,7 +39,8 @@ def read_graph(source: Path) -> ModelProto:
     from google.protobuf.message import DecodeError
 
     try:
-        return onnx.ModelProto.FromString(source.read_bytes())
+        proto: ModelProto = onnx.ModelProto.FromString(source.read_bytes())
+        return proto
     except DecodeError as error:
         raise CorruptFile(f"{source}: expected a serialised ONNX model: {error}") from error
 
