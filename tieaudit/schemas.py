@@ -11,7 +11,6 @@ from typing import Any
 
 from tieaudit.change import Plan, Proof
 from tieaudit.comparison import Choice
-from tieaudit.losses import LossChange
 from tieaudit.storage import Storage
 from tieaudit.survival.ties import Survived
 from tieaudit.view import View
@@ -45,7 +44,7 @@ FACTS: Mapping[str, Any] = {
     "not_deterministic": tuple[str, ...],
     "spread_of_the_original": float,
     "moved": Mapping[str, float],
-    "loss": LossChange,
+    "loss": Mapping[str, float],
     "loss_not_measured": str,
     "folded_apart_by_the_runtime": str,
     "held_in_a_wider_type_by_the_runtime": str,
