@@ -306,15 +306,17 @@ def json_of(path: Path) -> Any:
 
 
 def test_a_scan_without_damage_reads_no_weights_for_candidates(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    stage = sys.modules["tieaudit.scan"]  # the package offers the function under the same name
+    import tieaudit.damage
+    from tieaudit.load import load_one
+    from tieaudit.scan import scan
 
     path = model_of(tmp_path, normal(500, 8), normal(500, 8, seed=1))
-    monkeypatch.setattr(stage, "foreseen", lambda *args, **more: pytest.fail("candidates were compared"))
-    from tieaudit.load import load_one
-
-    assert stage.scan(load_one(str(path))).candidates[0].likeness is None
+    asked: list[bool] = []
+    monkeypatch.setattr(tieaudit.damage, "foreseen", lambda subject, found, *, deep, place: asked.append(deep) or found)
+    model = load_one(str(path))
+    assert scan(model).candidates[0].likeness is None and asked == []
+    scan(model, damage="deep", device="cpu")
+    assert asked == [True]
 
 
 def test_deep_and_device_belong_to_damage(tmp_path: Any) -> None:

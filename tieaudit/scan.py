@@ -6,10 +6,8 @@ from typing import Literal
 
 from tieaudit.audit import audit
 from tieaudit.config import Settings
-from tieaudit.damage import foreseen
 from tieaudit.find import Progress, find
 from tieaudit.model import Model
-from tieaudit.placing import place_on
 from tieaudit.propose import listed_candidates
 from tieaudit.roles import roles
 from tieaudit.verdict import Report, Subject
@@ -35,6 +33,9 @@ def scan(
     """
     subject = look(model, progress=progress)
     candidates = listed_candidates(subject)
-    if damage:
+    if damage:  # comparing numbers needs numpy, which nothing else here does
+        from tieaudit.damage import foreseen
+        from tieaudit.placing import place_on
+
         candidates = foreseen(subject, candidates, deep=damage == "deep", place=place_on(device))
     return audit(subject, candidates, settings or Settings())

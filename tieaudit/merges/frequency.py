@@ -38,5 +38,6 @@ frequency = Merge(
     page="""frequency: w_v = Σᵢ aᵢᵥ wᵢᵥ / Σᵢ aᵢᵥ
 
 aᵢᵥ is the token's share of all tokens for an embedding, E[p(1 − p)] for a head, and E[g²] of the gradient at each
-result for another product, each normalised over the rows. Rows of rare tokens keep what the head has, which scores every token at every step.""",
+result for another product, each normalised over the rows. Rows of rare
+tokens keep what the head has, which scores every token at every step.""",
 )
