@@ -93,6 +93,8 @@ def calibrate(subject: Subject, data: Data, ids: Sequence[str], device: str = "a
     model = subject.model
     weights, notes = _affordable([model.by_id[id] for id in ids])
     notes = [*data.tokens.notes, *notes]
+    if not weights:
+        return Calibrated({}, {}, tuple(notes))
     halves = [half for half in data.tokens.halves() if half is not None]
     unfit: dict[str, str] = {}
     found = []
