@@ -493,3 +493,16 @@ def test_statistics_of_a_member_that_is_used_the_other_way_round_do_not_count() 
     both = sites_of(weights, {}, Calibrated({"a": turned, "b": one}))
     assert both.statistics == (turned, one) and both.turned
     assert np.array_equal(both.tables[0].rows(0, D), TABLES["w1"].T)
+
+
+def test_classes_that_were_not_calibrated_are_counted_and_the_others_listed() -> None:
+    from tieaudit.change import Prediction
+    from tieaudit.outcome import _predicted
+
+    matrix = Prediction(("a", "b"), "mean", (0.5, 0.5), (0.25, None), 0.5, 30)
+    bias = Prediction(("c", "d"), "mean", (0.5, 0.5), (None, None), None, 30)
+    said = "\n".join(_predicted([matrix, bias, bias]))
+    assert "a 25.00%, b not calibrated; loss +0.5 nats a token" in said
+    assert "2 classes of weights not calibrated" in said and "in all" not in said
+    assert "+1 nats a token in all" in "\n".join(_predicted([matrix, matrix]))  # ½ + ½
+    assert _predicted([]) == []

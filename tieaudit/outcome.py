@@ -153,9 +153,14 @@ def _plan_lines(model: Model, plan: Plan) -> list[str]:
 
 def _predicted(found: Sequence[Prediction]) -> list[str]:
     """What calibration says that lossy ties cost, class by class."""
-    lines = _cut([f"  {_prediction(one)}" for one in found])
-    if not lines:
+    if not found:
         return []
+    measured = [one for one in found if any(error is not None for error in one.errors)]
+    lines = _cut([f"  {_prediction(one)}" for one in measured])
+    if n_left := len(found) - len(measured):
+        lines.append(f"  {counted(n_left, 'class', 'classes')} of weights not calibrated: no products, or not reached")
+    if not measured:
+        return ["predicted:", *lines]
     known = [one.nats for one in found if one.nats is not None]
     total = f"; {sum(known):+.3g} nats a token in all" if len(known) == len(found) > 1 else ""
     tokens = counted(max(one.n_tokens for one in found), "token")
