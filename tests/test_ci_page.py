@@ -20,7 +20,15 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "ci.md"
-FORMATS = {"github": "txt", "gitlab": "json", "sarif": "json", "junit": "xml", "json": "json", "markdown": "md", "text": "txt"}
+FORMATS = {
+    "github": "txt",
+    "gitlab": "json",
+    "sarif": "json",
+    "junit": "xml",
+    "json": "json",
+    "markdown": "md",
+    "text": "txt",
+}
 _FENCE = re.compile(r"^```(sh|text)\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
 
 
@@ -54,7 +62,9 @@ def files_of_the_project() -> list[str]:
 
 def environment(home: Path) -> dict[str, str]:
     """A newcomer's: nothing of ours on the path, no settings of whoever runs the tests."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("GIT_", "PRE_COMMIT", "VIRTUAL_ENV"))}
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("GIT_", "PRE_COMMIT", "VIRTUAL_ENV"))
+    }
     path = [one for one in kept.get("PATH", "").split(os.pathsep) if one != str(Path(sys.executable).parent)]
     return kept | {
         "HOME": str(home),
@@ -131,7 +141,9 @@ def test_the_page_is_what_happens(workspace: Path, request: pytest.FixtureReques
 
 def _rewritten(text: str, page: list[Block], said: list[str]) -> str:
     outputs = iter([output for block, output in zip(page, said, strict=True) if block.shown is not None])
-    return re.sub(r"^```text\n.*?^```\n", lambda _: f"```text\n{next(outputs)}```\n", text, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(
+        r"^```text\n.*?^```\n", lambda _: f"```text\n{next(outputs)}```\n", text, flags=re.MULTILINE | re.DOTALL
+    )
 
 
 def _check_red(folder: Path) -> None:

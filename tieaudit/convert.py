@@ -16,6 +16,7 @@ from tieaudit.errors import RewriteRefused, UsageError
 from tieaudit.formats import Format
 from tieaudit.formats.torch_checkpoint.create import can_create as cannot_share_storage
 from tieaudit.formats.torch_module.state import HOLDS, STATE_DICT
+from tieaudit.merges import Calibrated
 from tieaudit.model import Declaration, Member, Model, Tie, Weight, classes, storage_of
 from tieaudit.plan import Choices
 from tieaudit.plan import plan as make_plan
@@ -116,7 +117,9 @@ class _Draft:
         return self.format.can_create(self.model, edit, self.into.form, self.target)
 
 
-def convert(subject: Subject, into: Container, choices: Choices | None = None) -> Plan:
+def convert(
+    subject: Subject, into: Container, choices: Choices | None = None, calibrated: Calibrated | None = None
+) -> Plan:
     """The plan of a conversion: what `choices` tie or untie first (None: nothing), then every tie that is there.
 
     RewriteRefused, naming the tensor, if the container cannot hold one of them. Cost: reads no tensor beyond what the
@@ -135,7 +138,7 @@ def convert(subject: Subject, into: Container, choices: Choices | None = None) -
             edit=format_.edit or format_.create,
             notes=None,  # of what lies beside the tensors, which stays behind
         )
-        made = make_plan(subject, choices, asked)
+        made = make_plan(subject, choices, asked, calibrated=calibrated)
     apart = {edit.name for edit in made.edits if isinstance(edit, Unshare)}
     apart |= {edit.source for edit in made.edits if isinstance(edit, Unshare)}
     for edit in _whole(draft, made.edits):

@@ -46,6 +46,8 @@ FACTS: Mapping[str, Any] = {
     "not_deterministic": tuple[str, ...],
     "spread_of_the_original": float,
     "moved": Mapping[str, float],
+    "loss": Mapping[str, float],
+    "loss_not_measured": str,
     "folded_apart_by_the_runtime": str,
     "held_in_a_wider_type_by_the_runtime": str,
     "n_bytes_peak_writing": int,

@@ -70,6 +70,8 @@ class Likeness:
     """Diagnostic → (value, what unrelated tables have)."""
     exact: bool = False
     """Everything was read; otherwise a sample of rows, or a sketch of the columns."""
+    ids: tuple[str, ...] = ()
+    """The two that were compared."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ class Candidate:
     action: Literal["share", "unshare", "declare", "respell", "pool"] = "share"
     damage: str = ""
     """For a lossy proposal: the measured difference in one sentence, where it was measured."""
+    likeness: Likeness | None = None
+    """For a lossy proposal: its two members that are least alike, where they were compared."""
     n_groups: int = 0
     """For heads that are to be pooled: how many are to be left."""
 

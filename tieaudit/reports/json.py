@@ -12,7 +12,7 @@ from tieaudit.equality import of_buffers
 from tieaudit.model import Member, Role, Tie, Weight
 from tieaudit.plain import plain
 from tieaudit.reports import ReportFormat
-from tieaudit.verdict import Candidate, Finding, Report
+from tieaudit.verdict import Candidate, Finding, Likeness, Report
 
 SCHEMA = "tieaudit/scan/1"
 _OF_THE_SCREEN = frozenset({"color", "width"})
@@ -127,6 +127,19 @@ def _candidate(candidate: Candidate) -> dict[str, object]:
         "lossless": candidate.lossless,
         "because": candidate.because,
         "damage": candidate.damage,
+        "likeness": _likeness(candidate.likeness) if candidate.likeness is not None else None,
+    }
+
+
+def _likeness(found: Likeness) -> dict[str, object]:
+    return {
+        "verdict": found.verdict,
+        "because": found.because,
+        "ids": list(found.ids),
+        "exact": found.exact,
+        "diagnostics": {
+            name: {"value": plain(value), "unrelated": plain(null)} for name, (value, null) in found.diagnostics.items()
+        },
     }
 
 
