@@ -220,13 +220,15 @@ def of_roles(rows: list[Row]) -> list[str]:
     n_all = max(sum(total.values()), 1)
     plain = [row for row in rows if not row.roles["token_embedding"]]
     proposing = [row for row in plain if row.embedding_candidates]
+    against = [row for row in rows if row.n_against]
+    n_against = counted(sum(row.n_against for row in against), "weight")
     lines = [
         "## Roles",
         "",
-        f"{n_all:,} stored names of {sum(bool(row.roles) for row in rows)} files; {share(total['other'], n_all)} of them "
-        f"are *other*. In {len(plain)} files nothing embeds tokens: candidates of an embedding scheme are proposed in "
-        f"{len(proposing)} of these. Where a name contradicts the graph ({counted(sum(r.n_against for r in rows), 'weight')} "
-        f"of {sum(row.n_against > 0 for row in rows)} files), the graph counts and `against` has the other.",
+        f"{n_all:,} stored names of {sum(bool(row.roles) for row in rows)} files; {share(total['other'], n_all)} of "
+        f"them are *other*. In {len(plain)} files nothing embeds tokens: an embedding scheme proposes something in "
+        f"{len(proposing)} of these. Where a name contradicts the graph ({n_against} of "
+        f"{counted(len(against), 'file')}), the graph counts and `against` has the other.",
         "",
         *(f"- `{row.name}` proposes {', '.join(row.embedding_candidates)}" for row in proposing),
         ", ".join(f"{kind} {n:,}" for kind, n in total.most_common()) + ".",

@@ -75,7 +75,7 @@ def _agreed(weight: Weight, told: Role | None, named: Role, model: Model) -> Rol
         return Role("buffer", weight.because or "not learned")
     surer = named.kind not in _VAGUE and (not model.has_graph or named.kind.startswith(_ONLY_NAMED))
     if told is None:
-        told = named if surer or not model.has_graph else OTHER
+        told = named if surer or named.kind == "buffer" or not model.has_graph else OTHER
     elif told.kind in _VAGUE and surer:
         seen = f"the graph says no more than {told.kind}: {told.because}"
         told = replace(told, kind=named.kind, because=f"{named.because}; {seen}")

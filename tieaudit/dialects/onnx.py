@@ -160,6 +160,7 @@ onnx = Dialect(
     {
         **_STANDARD,
         **_CONTRIBUTED,
+        **in_domain("ai.onnx.ml", same("LabelEncoder CategoryMapper", _VIEW)),
         **in_domain("com.microsoft.nchwc", {"Conv": _STANDARD["Conv"]}),
         **in_domain("com.ms.internal.nhwc", {"Conv": _STANDARD["Conv"]}),
     },
