@@ -304,7 +304,8 @@ class Flow:
 
 
 def _may_be_learned(weight: Weight) -> bool:
-    packed = weight.dtype in ("int8", "uint8", "int4", "uint4", "int2", "uint2") and len(weight.shape) > 1
+    codes = ("int8", "uint8", "int4", "uint4", "int2", "uint2", "int16", "uint16")
+    packed = weight.dtype in codes and len(weight.shape) > 1
     return weight.parameter is not False and (weight.is_float or packed)
 
 

@@ -143,6 +143,7 @@ _CONTRIBUTED = in_domain(
                 10: "ffn_gate_bias",
             },
         ),
+        "Recv": Meaning("input"),
         **same("BiasGelu FastGelu", Meaning("activate", _FIRST, bias=1)),
         "BiasSplitGelu": Meaning("activate", _FIRST, bias=1),
         **same("QuickGelu Gelu QLinearSigmoid QLinearLeakyRelu", Meaning("activate", _FIRST)),

@@ -144,6 +144,10 @@ def _scaled(reading: Reading, value: str) -> bool:
             return False
         if index in reading.norms or flow.does(index) == "normalise":
             return True
+        if flow.does(index) == "multiply" and any(
+            flow.maker.get(one) in reading.norms for one in flow.data_inputs(index)
+        ):
+            return True
         if flow.does(index) != "view":
             return False
         value = flow.operations[index].inputs[0]
