@@ -1,4 +1,4 @@
-"""Roles where real files are unlike textbooks: nodes out of order, norms as TensorFlow writes them, codes, texts as ids.
+"""Roles where real files are unlike textbooks: nodes out of order, norms of TensorFlow, codes, texts as ids.
 
 Each graph is one that a file of a public repository holds, made small.
 """
