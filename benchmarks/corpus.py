@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "corpus.md"
 LEVELS = ("end to end", "regional", "structural")
 ENDINGS = (".onnx", ".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pt2")
+SMALL = 20
+"""Names under which files of one folder are listed together where they show the same roles."""
 NO_MODELS = (".md", ".tsv", ".json")
 """Lists and notes that describe a corpus."""
 
@@ -60,6 +62,12 @@ class Row:
     n_shared: int = 0
     """Ties that are one stored tensor already."""
     codes: tuple[str, ...] = ()
+    roles: Counter[str] = field(default_factory=Counter)
+    """Kind of role → how many stored names have it."""
+    n_against: int = 0
+    """Weights about whose role the name contradicts the graph."""
+    embedding_candidates: tuple[str, ...] = ()
+    """Schemes that propose to share a table or a head."""
     repair: Repair | None = field(default=None)
 
     @property
@@ -107,6 +115,9 @@ def count(row: Row, model: dict[str, Any]) -> None:
             row.n_ties, row.n_bytes_ties = row.n_ties + 1, row.n_bytes_ties + group["n_bytes_saved"]
     n_bytes = {weight["id"]: weight["n_bytes"] for weight in model["weights"]}
     row.n_bytes_constants += sum(n_bytes[id] for ids in model["constant_groups"] for id in ids[1:])
+    row.roles.update(model["n_by_role"])
+    row.n_against += sum(bool(weight["role"]["against"]) for weight in model["weights"])
+    row.embedding_candidates += tuple(one["scheme"] for one in model["candidates"])
     row.codes = tuple(sorted({*row.codes, *(finding["code"] for finding in model["findings"])}))
 
 
@@ -186,6 +197,8 @@ def page(rows: list[Row], others: list[Row]) -> str:
         f"{', '.join(f'{name} {count}' for name, count in held.most_common())}. A second scan of what was delivered "
         f"measures {counted(sum(repair.left for repair in delivered), 'tie')}, of what was refused.",
         "",
+        *of_roles(rows),
+        "",
         "## Refused",
         "",
         *(f"- `{row.name}`: {row.error}" for row in rows if row.exit_code != 0),
@@ -197,6 +210,53 @@ def page(rows: list[Row], others: list[Row]) -> str:
         *table(rows),
     ]
     return "\n".join(lines) + "\n"
+
+
+def of_roles(rows: list[Row]) -> list[str]:
+    """Roles of all files, then of each: files of one folder that show the same are one line."""
+    total: Counter[str] = Counter()
+    for row in rows:
+        total.update(row.roles)
+    n_all = max(sum(total.values()), 1)
+    plain = [row for row in rows if not row.roles["token_embedding"]]
+    proposing = [row for row in plain if row.embedding_candidates]
+    against = [row for row in rows if row.n_against]
+    n_against = counted(sum(row.n_against for row in against), "weight")
+    lines = [
+        "## Roles",
+        "",
+        f"{n_all:,} stored names of {sum(bool(row.roles) for row in rows)} files; {share(total['other'], n_all)} of "
+        f"them are *other*. In {len(plain)} files nothing embeds tokens: an embedding scheme proposes something in "
+        f"{len(proposing)} of these. Where a name contradicts the graph ({n_against} of "
+        f"{counted(len(against), 'file')}), the graph counts and `against` has the other.",
+        "",
+        *(f"- `{row.name}` proposes {', '.join(row.embedding_candidates)}" for row in proposing),
+        ", ".join(f"{kind} {n:,}" for kind, n in total.most_common()) + ".",
+        "",
+        "Of each file, files of one folder with the same counts in one line:",
+        "",
+        "| file | names | other | roles |",
+        "|---|--:|--:|---|",
+    ]
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.roles:
+            kinds = " · ".join(f"{kind} {n}" for kind, n in row.roles.most_common() if kind != "other")
+            folder = row.name.rpartition("/")[0]
+            groups.setdefault((folder if sum(row.roles.values()) < SMALL else row.name, kinds), []).append(row)
+    for (_, kinds), group in groups.items():
+        more = f" and {len(group) - 1} more" if len(group) > 1 else ""
+        sizes = [sum(row.roles.values()) for row in group]
+        least, most = min(sizes), max(sizes)
+        n = f"{least:,}" if least == most else f"{least:,}–{most:,}"
+        other = share(sum(row.roles["other"] for row in group), sum(sizes))
+        lines.append(f"| {group[0].name}{more} | {n} | {other} | {kinds or '–'} |")
+    return lines
+
+
+def share(part: int, whole: int) -> str:
+    """`12 %`."""
+    return f"{100 * part / whole:.0f} %" if whole else "–"
 
 
 HEAD = [

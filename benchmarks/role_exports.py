@@ -1,6 +1,7 @@
 """Exports of small live models to ONNX with every name scrambled, and which weight of the file was which parameter.
 
-`torch.onnx.export(dynamo=True)`, eager attention, symbolic batch and sequence where torch.export allows it.
+`torch.onnx.export(dynamo=True)`, eager attention, symbolic batch and sequence where torch.export allows it; what torch
+cannot export so is traced (`dynamo=False`).
 """
 
 from __future__ import annotations
@@ -64,8 +65,29 @@ def export(model: Any) -> Any:
         try:
             made = torch.onnx.export(Logits(), tuple(given.values()), None, dynamic_shapes=(shapes,), **settings)
         except Exception:  # many models allow no free sizes
-            made = torch.onnx.export(Logits(), tuple(given.values()), None, **settings)
+            try:
+                made = torch.onnx.export(Logits(), tuple(given.values()), None, **settings)
+            except Exception as error:
+                return _traced(Logits(), given, error)
     return made.model_proto
+
+
+def _traced(module: Any, given: dict[str, Any], first: Exception) -> Any:
+    """The export by tracing; `first`, which says what torch.export could not do, if that fails too."""
+    import io
+
+    import onnx
+    import torch
+
+    file = io.BytesIO()
+    try:
+        torch.onnx.export(
+            module, tuple(given.values()), file, dynamo=False, opset_version=17, input_names=list(given),
+            output_names=["logits"],
+        )  # fmt: skip
+    except Exception:
+        raise first from first.__cause__
+    return onnx.load_from_string(file.getvalue())
 
 
 def scramble(proto: Any, model: Any) -> dict[str, str]:

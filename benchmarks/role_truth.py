@@ -142,6 +142,30 @@ Doge* dt_proj = projection
 Speech* enc_to_dec_proj = projection
 XmodAdapter dense1 = adapter_a
 XmodAdapter dense2 = adapter_b
+*For* classifier projector = projection
+*Model text_projection visual_projection = projection
+*TextEmbeddings token_embedding = token_embedding
+*Aligner linear1 linear2 = projection
+*MixFFN dense1 = ffn_up
+*MixFFN dense2 = ffn_down
+*ImageToTextProjection dense = projection
+*TextFFN fc1 = ffn_up
+*TextFFN fc2 = ffn_down
+*TextTransformer segment_emb = type_embedding
+*VisionEmbeddings column_embedder row_embedder = position_embedding
+*VisionEmbeddings patch_projection = projection
+*VisionMlp wi_0 = ffn_gate
+*VisionMlp wi_1 = ffn_up
+*VisionMlp wo = ffn_down
+Ovis2VisionModel head_linear = projection
+*VisionAttention projection_layer proj = attention_output
+*VisionMLP linear_fc1 = ffn_up
+*VisionMLP linear_fc2 = ffn_down
+*PatchMerger linear_fc1 linear_fc2 = projection
+*VisionModel pos_embed = position_embedding
+*RelativePositionBias* relative_attention_bias = position_embedding
+*SimpleMLP proj = projection
+XPathEmbeddings inner2emb xpath_unitseq2_embeddings xpath_unitseq2_inner = projection
 """
 
 _TABLE = [
@@ -163,6 +187,9 @@ _OWN = {  # parameters that a module holds itself, by name
     "input_gate_weight": "projection", "recurrent_gate_weight": "projection", "input_gate_bias": "bias",
     "recurrent_gate_bias": "bias", "input_residual": "other", "post_attention_residual": "other", "A": "other",
     "eoi_embedding": "other", "mm_input_projection_weight": "projection",
+    "lambda_1": "other", "lambda_2": "other", "logit_scale": "other", "class_embedding": "other", "cls_emb": "other",
+    "distillation_token": "other", "latent_query": "other", "image_newline": "other", "per_dim_scale": "other",
+    "pooling_attention_query": "other",
     "lambda1": "other", "bias_u": "bias", "bias_v": "bias", "pos_bias_u": "bias", "pos_bias_v": "bias",
 }  # fmt: skip
 

@@ -2,9 +2,10 @@
 
     python benchmarks/roles.py ZOO [--exports FOLDER] [--only ARCH,ARCH] [--page]
 
-ZOO holds one folder per architecture: `truth.json` with its `class`, and `untied` (or `tied`), saved by transformers.
+ZOO holds one folder per architecture: `truth.json` with its `class`, `input_embedding` and `output_head`, and `untied`
+(or `tied`), saved by transformers; `index.json` names those that could not be built.
 The truth is the module tree of the live model (`role_truth.py`). Exports are kept in FOLDER and made where they are
-missing (an hour for 60 architectures on two cores). Cost otherwise: a few seconds for each.
+missing (10 minutes for 60 architectures on two cores). Cost otherwise: a few seconds for each.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import json
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.role_truth import Truth, truth_of  # noqa: E402 - runs as a script, from any folder
 from tieaudit.model import Role  # noqa: E402
 from tieaudit.places import NO_LAYER  # noqa: E402
-from tieaudit.roles import roles  # noqa: E402
+from tieaudit.propose import propose, schemes  # noqa: E402
+from tieaudit.scan import look  # noqa: E402
+from tieaudit.verdict import Subject  # noqa: E402
 
 PAGE = ROOT / "docs" / "roles.md"
 MARKS = ("<!-- measured -->", "<!-- end -->")
@@ -38,8 +41,10 @@ class Tally:
     all: Counter[str] = field(default_factory=Counter)
     wrong: dict[tuple[str, str], list[str]] = field(default_factory=lambda: defaultdict(list))
     n_layers: list[int] = field(default_factory=lambda: [0, 0])
-    pairs: dict[str, bool] = field(default_factory=dict)
-    """Architecture → whether exactly the library's input embedding and output head were told."""
+    pairs: dict[str, str] = field(default_factory=dict)
+    """Architecture → empty where the one candidate of `io` is the library's pair, else what was proposed instead."""
+    misfits: list[str] = field(default_factory=list)
+    """Architectures whose pair differs in shape: a candidate that nothing writes."""
 
     def add(self, arch: str, told: Mapping[str, Role], truth: Mapping[str, Truth]) -> None:
         """Roles of weights against the truth about them, by the same names."""
@@ -107,33 +112,68 @@ def measure(zoo: Path, exports: Path | None, only: frozenset[str]) -> tuple[Tall
             continue
         about = json.loads((home / "truth.json").read_text())
         folder = home / ("untied" if (home / "untied").is_dir() else "tied")
+        subject = look_at(folder)
+        pair = about.get("input_embedding"), about.get("output_head")
+        if all(pair):
+            note_pair(named, arch, subject, {weight.id: weight.name for weight in subject.model.weights}, set(pair))
         try:
             model = live(folder, about["class"])
         except Exception as error:  # whatever a class raises for a tiny configuration
-            failed.append(f"{arch} (does not load: {type(error).__name__})")
+            failed.append(f"{arch} (does not load: {reason(error)})")
             continue
         truth = {name: one for name, one in truth_of(model).items() if one is not None}
-        told = _told(folder)
-        named.add(arch, told, stored_truth(folder, model, truth))
-        pair = about.get("input_embedding"), about.get("output_head")
-        if all(pair):
-            named.pairs[arch] = _is_pair(told, pair)
+        named.add(arch, _told(subject), stored_truth(folder, model, truth))
         if exports is not None:
             _measure_export(arch, model, truth, exports / arch, scrambled, failed, all(pair))
     return named, scrambled, failed
 
 
-def _told(folder: Path) -> dict[str, Role]:
+def look_at(folder: Path) -> Subject:
+    """A folder as the tool sees it."""
     from tieaudit.formats.huggingface import huggingface
 
     ((path, files),) = huggingface.group([folder])
-    model = huggingface.load(path, files)
-    return {model.by_id[id].name: role for id, role in roles(model).items() if not model.by_id[id].absent}
+    return look(huggingface.load(path, files))
 
 
-def _is_pair(told: Mapping[str, Role], pair: tuple[str | None, str | None]) -> bool:
-    heads = [name for name, role in told.items() if role.kind == "output_head"]
-    return heads == [pair[1]] and told[str(pair[0])].kind == "token_embedding"
+def _told(subject: Subject) -> dict[str, Role]:
+    model = subject.model
+    return {model.by_id[id].name: role for id, role in subject.roles.items() if not model.by_id[id].absent}
+
+
+def note_pair(tally: Tally, arch: str, subject: Subject, names: Mapping[str, str], pair: set[str]) -> None:
+    """Whether the scheme io proposes one class, of exactly this pair; `names` has the truth's name of an id."""
+    candidates, refusals = propose(subject, schemes(["io"])[0])
+    found = [{names.get(member.id, member.id) for member in one.members} for one in candidates]
+    right = found == [pair] and not refusals
+    tally.pairs[arch] = "" if right else "; ".join(" = ".join(sorted(one)) for one in found) or "nothing"
+    if right and candidates[0].action == "fit":
+        tally.misfits.append(arch)
+
+
+def reason(error: BaseException) -> str:
+    """The kind and first line of what an error goes back to."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {[*str(error).splitlines(), ''][0][:90]}"
+
+
+def live_pair(model: Any, truth: Mapping[str, Truth], here: Collection[str]) -> set[str]:
+    """The library's pair by the names of the live model, for a graph that holds the parameters `here`.
+
+    Some classes keep a table that nothing reads beside one for each side (T5's `shared`): of those in the graph it
+    is the decoder's, whose ids the head scores.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    table, head = (names[id(one.weight)] for one in (model.get_input_embeddings(), model.get_output_embeddings()))
+    if not set(table) & set(here):
+        table = [
+            name for name in here
+            if name in truth and truth[name].kind == "token_embedding" and truth[name].side == "decoder"
+        ]  # fmt: skip
+    return {name for name in (*table, *head) if name in here}
 
 
 def _measure_export(
@@ -147,37 +187,45 @@ def _measure_export(
         try:
             origin = write(model, path)
         except Exception as error:  # torch's exporter raises many kinds
-            failed.append(f"{arch} ({type(error).__name__})")
+            failed.append(f"{arch} ({reason(error)})")
             return
         origins.write_text(json.dumps(origin, indent=1))
     origin = json.loads(origins.read_text())
-    found = roles(load(path, (path,)))
-    told = {name: found[id] for id, name in origin.items()}
-    tally.add(arch, told, truth)
+    subject = look(load(path, (path,)))
+    tally.add(arch, {name: subject.roles[id] for id, name in origin.items()}, truth)
     if is_pair:
-        kinds = {
-            kind: {truth[n].kind for n, r in told.items() if r.kind == kind}
-            for kind in ("token_embedding", "output_head")
-        }
-        n_heads = sum(role.kind == "output_head" for role in found.values())
-        tally.pairs[arch] = n_heads == 1 and all(told == {kind} for kind, told in kinds.items())
+        note_pair(tally, arch, subject, origin, live_pair(model, truth, origin.values()))
 
 
-def page(named: Tally, scrambled: Tally, failed: list[str]) -> str:
+def unbuilt_of(zoo: Path) -> list[str]:
+    """Architectures of which there is no model, by what their classes said to a tiny configuration."""
+    index = zoo / "index.json"
+    failed = json.loads(index.read_text())["failed"] if index.exists() else {}
+    said = {arch: " ".join(error.replace("\\n", " ").split()) for arch, error in failed.items()}
+    return [f"{arch} (`{text if len(text) < 100 else text[:97] + '…'}`)" for arch, text in sorted(said.items())]
+
+
+def page(named: Tally, scrambled: Tally, failed: list[str], unbuilt: list[str]) -> str:
     """The measured part of docs/roles.md."""
     lines = ["| kind | with names | without names |", "|---|---:|---:|"]
     for kind in sorted(named.all | scrambled.all, key=lambda kind: -named.all[kind]):
         lines.append(f"| {kind} | {_share(named, kind)} | {_share(scrambled, kind)} |")
     lines.append(f"| **all** | **{_total(named)}** | **{_total(scrambled)}** |")
     lines.append(f"| number of the layer | {_layers(named)} | {_layers(scrambled)} |")
-    lines.append(f"| exactly the library's (embedding, head) | {_pairs(named)} | {_pairs(scrambled)} |")
+    lines.append(f"| `io` proposes exactly the library's pair | {_pairs(named)} | {_pairs(scrambled)} |")
     for title, tally in (("With names", named), ("Without names", scrambled)):
         lines += ["", f"{title}, all misses (truth → told):", ""]
         for (kind, told), names in sorted(tally.wrong.items(), key=lambda item: (-len(item[1]), item[0])):
             lines.append(f"- {kind} → {told}, {len(names)}: `{names[0]}`" + (" …" if len(names) > 1 else ""))
-        bad = [arch for arch, right in tally.pairs.items() if not right]
-        lines += [f"- another pair: {', '.join(bad)}"] if bad else []
-    lines += ["", f"Not measured without names: {', '.join(failed) or 'none'}."]
+        lines += [f"- another pair, {arch}: {instead}" for arch, instead in tally.pairs.items() if instead]
+    if named.misfits:
+        lines += [
+            "",
+            f"Pairs whose shapes differ, shown as candidates that nothing writes: {', '.join(named.misfits)}.",
+        ]
+    lines += ["", "Not measured without names:", "", *(f"- {one}" for one in failed or ["none"])]
+    if unbuilt:
+        lines += ["", "Not built at this size by transformers, and not measured:", "", *(f"- {one}" for one in unbuilt)]
     return "\n".join(lines)
 
 
@@ -195,7 +243,7 @@ def _layers(tally: Tally) -> str:
 
 
 def _pairs(tally: Tally) -> str:
-    return f"{sum(tally.pairs.values())} / {len(tally.pairs)}"
+    return f"{sum(not instead for instead in tally.pairs.values())} / {len(tally.pairs)}"
 
 
 def main() -> None:
@@ -206,7 +254,7 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="write the tables into docs/roles.md")
     given = parser.parse_args()
     only = frozenset(given.only.split(",")) if given.only else frozenset[str]()
-    text = page(*measure(given.zoo, given.exports, only))
+    text = page(*measure(given.zoo, given.exports, only), unbuilt_of(given.zoo))
     if given.page:
         before, rest = PAGE.read_text().split(MARKS[0], 1)
         PAGE.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{rest.split(MARKS[1], 1)[1]}")

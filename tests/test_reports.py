@@ -77,6 +77,9 @@ def test_the_text_of_a_scan_is_as_agreed(name: str, golden: Callable[[str, str],
     # a golden is no oracle: what it shows must be what the report holds
     assert re.search(rf"^  stored +{re.escape(size(report.summary.n_bytes))} ", printed, re.MULTILINE)
     assert re.search(rf"^  weights +{report.summary.n_weights}$", printed, re.MULTILINE)
+    for kind, n in report.n_by_role.items():  # of these models none has two kinds that are counted as one
+        assert re.search(rf"^  roles .*\b{kind} {n}\b", printed, re.MULTILINE)
+    assert sum(report.n_by_role.values()) == report.summary.n_weights
     for finding in report.findings:
         assert f"{finding.code} {finding.name}" in printed
     counts = f"{counted(len(report.findings), 'finding')} · {len(report.cannot_tell)} cannot tell · 0 crashed"
@@ -121,6 +124,15 @@ def test_evidence_that_json_cannot_hold_becomes_text(schema: jsonschema.Draft202
     found = document(replace(report, findings=(odd,)))
     schema.validate(found)
     assert found["models"][0]["findings"][0]["evidence"]["worst"] == "nan"
+
+
+def test_evidence_that_contradicts_is_on_the_screen_and_in_the_json() -> None:
+    subject = toy({E: W, H: ramp(64, 8, seed=1)})
+    roles = {**subject.roles, H: replace(subject.roles[H], kind="token_embedding", against="output_head")}
+    report = look(replace(subject, roles=roles))
+    assert f"evidence conflicts about {H}: token_embedding or output_head" in text(report)
+    assert [one["role"]["against"] for one in document(report)["models"][0]["weights"]] == ["", "output_head"]
+    assert "conflicts" not in text(look(subject))
 
 
 HOSTILE = "evil\x1b[2J\x07\u202egnp.txt\u200b\n\ud800 real"

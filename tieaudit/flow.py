@@ -11,6 +11,7 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
+from heapq import heappop, heappush
 
 from tieaudit.dialects import OTHER, Dialect, Meaning
 from tieaudit.model import Model, Operation, Use, Weight
@@ -25,6 +26,7 @@ _N_MOST_ADDED = 20
 _N_MOST_STEPS_OF_ALL = 1_000_000
 """Of all walks in one graph: a made-up graph may ask for billions."""
 _COUNTED_NAMES = re.compile(r"position|past|length|seq_?len|cache", re.IGNORECASE)
+_WORK = frozenset("product convolve recur".split())
 _MIXING = frozenset("product convolve recur attend experts normalise softmax".split())
 
 
@@ -62,7 +64,7 @@ class Flow:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.operations: Sequence[Operation] = tuple(model.operations)
+        self.operations: Sequence[Operation] = _made_before_read(tuple(model.operations))
         self.n_left = _N_MOST_STEPS_OF_ALL
         known = {
             name: meaning for one in discover("dialects", Dialect).values() for name, meaning in one.meanings.items()
@@ -88,8 +90,18 @@ class Flow:
         for weight in model.weights:
             self.natures[weight.id] = Nature.FIXED
             self._learned[weight.id] = (weight.id,) if _may_be_learned(weight) else ()
+        self._learned.update((id, (id,)) for id in self._quantised_biases())
         for index in range(len(self.operations)):
             self._conclude(index)
+
+    def _quantised_biases(self) -> Iterator[str]:
+        """Vectors of int32 that are dequantised or stand in the slot of a bias: products of two scales in codes."""
+        codes = {one.id for one in self.model.weights if one.dtype == "int32" and len(one.shape) == 1}
+        for operation, meaning in zip(self.operations, self.meanings, strict=True):
+            for slot, value in enumerate(operation.inputs if codes else ()):
+                is_bias = (meaning.roles or {}).get(slot) == "bias" or slot == 0 and "Dequantize" in operation.op
+                if value in codes and is_bias:
+                    yield value
 
     def does(self, index: int) -> str:
         """What the operation does, in the common vocabulary."""
@@ -169,6 +181,8 @@ class Flow:
                 return Nature.COUNTED, ()
         if nature is Nature.IDS and (does in _MIXING or does == "other"):
             nature = Nature.DATA
+        if nature is Nature.COUNTED and does in _WORK and any(map(self.learned, operation.inputs)):
+            nature = Nature.DATA  # ids as ones among zeros, times a table
         if nature is not Nature.FIXED:
             return nature, ()
         found = dict.fromkeys(id for value in operation.inputs for id in self.learned(value))
@@ -290,5 +304,34 @@ class Flow:
 
 
 def _may_be_learned(weight: Weight) -> bool:
-    packed = weight.dtype in ("int8", "uint8", "int4", "uint4", "int2", "uint2") and len(weight.shape) > 1
+    codes = ("int8", "uint8", "int4", "uint4", "int2", "uint2", "int16", "uint16")
+    packed = weight.dtype in codes and len(weight.shape) > 1
     return weight.parameter is not False and (weight.is_float or packed)
+
+
+def _made_before_read(operations: Sequence[Operation]) -> Sequence[Operation]:
+    """The operations, each behind those that make its inputs; as they were where they are so, or go in a circle.
+
+    ONNX asks for that order, but optimisers of graphs append nodes (the Split in ONNX Runtime's own GPT-2 models).
+    """
+    maker: dict[str, int] = {}
+    for index, operation in enumerate(operations):
+        for value in operation.outputs:
+            maker.setdefault(value, index)
+    waits = [{maker[value] for value in one.inputs if value in maker} - {at} for at, one in enumerate(operations)]
+    if all(before < index for index, needed in enumerate(waits) for before in needed):
+        return operations
+    order: list[int] = []
+    readers: dict[int, list[int]] = {}
+    for index, needed in enumerate(waits):
+        for before in needed:
+            readers.setdefault(before, []).append(index)
+    ready = [index for index, needed in enumerate(waits) if not needed]
+    while ready:  # the earliest that can be done, so that what was in order stays so
+        index = heappop(ready)
+        order.append(index)
+        for reader in readers.get(index, ()):
+            waits[reader].discard(index)
+            if not waits[reader]:
+                heappush(ready, reader)
+    return [operations[index] for index in order] if len(order) == len(operations) else operations

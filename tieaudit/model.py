@@ -201,6 +201,8 @@ class Role:
     layer: int | None = None
     side: Literal["encoder", "decoder"] | None = None
     expert: int | None = None
+    against: str = ""
+    """The kind that weaker evidence says, where it contradicts; `because` has both sides."""
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,8 @@ class Names:
             path = self.paths[weight.id]
             if path.modules and (path.end == "weight" or len(weight.shape) > 1):
                 self.beside.setdefault(path.modules[:-1], {}).setdefault(path.modules[-1], weight)
+        self.counted = {path.modules for path in self.paths.values() if path.end == "running_var"}
+        """Modules that hold a running variance: norms over batches, whatever they are called."""
         self.has_sides = all(
             any(self._numbered(path.modules, side) for path in self.paths.values()) for side in ("encoder", "decoder")
         )
@@ -97,12 +99,14 @@ class Names:
     def _kind(self, weight: Weight, path: Path) -> str | None:
         if _BUFFERS.search(weight.name.lower()):
             return "buffer"
+        if len(weight.name) == 1:
+            return None  # too little to go by
         if path.end == "bias" or path.end.startswith(("bias_ih", "bias_hh")):
             return self._bias(weight, path)
         return self._matrix(weight, path)
 
     def _bias(self, weight: Weight, path: Path) -> str | None:
-        if _is_norm(path):
+        if _is_norm(path) or path.modules in self.counted:
             return "norm_bias"
         if path.end.startswith(("bias_ih", "bias_hh")):
             return "recurrent_hidden_bias" if path.end.startswith("bias_hh") else "recurrent_input_bias"
@@ -138,8 +142,8 @@ class Names:
         if rank >= 3 and not _FEED.search(path.around + "." + leaf):
             if leaf not in PLAIN or weight.name.lower().endswith(".weight"):
                 return "convolution"
-        if rank < 2 and leaf not in PLAIN:
-            return "norm_scale" if rank == 1 and _NORM.search(leaf) else None
+        if rank < 2 and (leaf not in PLAIN or path.modules in self.counted):
+            return "norm_scale" if rank == 1 and (_NORM.search(leaf) or path.modules in self.counted) else None
         kind = self._table(weight, path) or self._plain(weight, path) or self._by_context(weight, path)
         if kind is None and rank >= 3:
             return "convolution"

@@ -115,10 +115,10 @@ def plan(
                 f"{asked.scheme.name}: nothing to do in the model as it is; schemes look at what was read, not at what "
                 "another one makes of it: apply it to the result"
             )
-        unequal = [] if choices.allow_lossy else [one for one in candidates if not one.lossless]
-        if len(unequal) > 1 and unequal[0].action == "share":
+        unequal = [one for one in candidates if not one.lossless and one.action == "share"]
+        if len(unequal) > 1 and not choices.allow_lossy:
             draft.refusals.append(_unequal(draft, asked.scheme, unequal))
-            candidates = [one for one in candidates if one.lossless]
+            candidates = [one for one in candidates if one not in unequal]
         for candidate in candidates:
             _consider(draft, candidate)
     draft.notes.extend(_of_merged(draft))
@@ -156,7 +156,7 @@ def _consider(draft: _Draft, candidate: Candidate) -> None:
         if not (covered and candidate.action == "respell"):
             draft.refuse(candidate, f"conflicts with what {', '.join(sorted(decided))} already does to these weights")
             return
-    make = {"share": _share, "unshare": _unshare, "respell": _respell, "declare": _declare, "pool": _pool}
+    make = {"share": _share, "unshare": _unshare, "respell": _respell, "declare": _declare, "pool": _pool, "fit": _fit}
     try:
         edits = make[candidate.action](draft, candidate)
     except RewriteRefused as refused:
@@ -343,6 +343,10 @@ def _pool(draft: _Draft, candidate: Candidate) -> list[Edit]:
 
 def _ids(pool: Pool) -> tuple[str, ...]:
     return tuple(one.id for one in pool.weights)
+
+
+def _fit(draft: _Draft, candidate: Candidate) -> list[Edit]:
+    raise RewriteRefused(f"{candidate.because}; nothing writes that")
 
 
 def _respell(draft: _Draft, candidate: Candidate) -> list[Edit]:

@@ -1,7 +1,4 @@
-"""Stage: Model → roles. What each weight is for, from the graph first, then the class, then its name.
-
-This version tells token_embedding, output_head, output_head_bias and buffer; everything else is *other*.
-"""
+"""Stage: Model → roles. What each weight is for, from the graph first, then the class, then its name."""
 
 from __future__ import annotations
 
@@ -63,7 +60,8 @@ def roles(model: Model) -> Mapping[str, Role]:
     told = model.metadata.get("roles") or f"the class {model.metadata.get('architecture', 'of the model')} says so"
     for id, kind in model.hints.items():
         if id in model.by_id:
-            found.setdefault(id, Role(kind, told))
+            seen = found.setdefault(id, Role(kind, told))
+            found[id] = _contradicted(model, id, seen, kind, f"but {told}: {kind}")
     found.update(_by_other_names(model, found))
     named = roles_by_name(model)
     for weight in model.weights:
@@ -77,17 +75,25 @@ def _agreed(weight: Weight, told: Role | None, named: Role, model: Model) -> Rol
         return Role("buffer", weight.because or "not learned")
     surer = named.kind not in _VAGUE and (not model.has_graph or named.kind.startswith(_ONLY_NAMED))
     if told is None:
-        told = named if surer or not model.has_graph else OTHER
+        told = named if surer or named.kind == "buffer" or not model.has_graph else OTHER
     elif told.kind in _VAGUE and surer:
         seen = f"the graph says no more than {told.kind}: {told.because}"
         told = replace(told, kind=named.kind, because=f"{named.because}; {seen}")
-    elif told.kind not in (*_VAGUE, named.kind) and named.kind not in _VAGUE:
-        told = replace(told, because=f"{told.because}; its name says {named.kind}")
+    elif named.kind not in _VAGUE and not told.against:
+        told = _contradicted(model, weight.id, told, named.kind, f"its name says {named.kind}")
     if told.kind in NO_LAYER:
         return replace(told, side=told.side or named.side)
     expert = named.expert if told.expert is None else told.expert
     layer = named.layer if told.layer is None and "shared by" not in told.because else told.layer
     return replace(told, layer=layer, side=told.side or named.side, expert=expert)
+
+
+def _contradicted(model: Model, id: str, told: Role, other: str, because: str) -> Role:
+    """The same role, with what contradicts it. One tensor in two uses may be both: neither evidence lies."""
+    both = {told.kind, other} == {"token_embedding", "output_head"} and len(model.uses_of.get(id, ())) != 1
+    if told.kind in (*_VAGUE, other) or both:
+        return told
+    return replace(told, because=f"{told.because}; {because}", against=other)
 
 
 def _by_flow(model: Model) -> Mapping[str, Role]:

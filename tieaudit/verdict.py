@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -83,7 +84,8 @@ class Candidate:
     n_bytes_saved: int
     lossless: bool
     because: str
-    action: Literal["share", "unshare", "declare", "respell", "pool"] = "share"
+    action: Literal["share", "unshare", "declare", "respell", "pool", "fit"] = "share"
+    """`fit`: the roles are those of a tie, the shapes are not: shown, never written."""
     damage: str = ""
     """For a lossy proposal: the measured difference in one sentence, where it was measured."""
     likeness: Likeness | None = None
@@ -202,3 +204,10 @@ class Report:
     n_rules: int
     n_silenced: int = 0
     """Findings under their rule's threshold: not listed, still in ties and totals."""
+
+    @property
+    def n_by_role(self) -> dict[str, int]:
+        """Kind of role → how many stored names have it, the most frequent first; *other* is last."""
+        names = [weight.id for weight in self.subject.model.weights if not weight.absent]
+        counts = Counter(self.subject.roles[id].kind for id in names if id in self.subject.roles)
+        return dict(sorted(counts.items(), key=lambda one: (one[0] == "other", -one[1], one[0])))

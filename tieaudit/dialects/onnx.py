@@ -143,6 +143,7 @@ _CONTRIBUTED = in_domain(
                 10: "ffn_gate_bias",
             },
         ),
+        "Recv": Meaning("input"),
         **same("BiasGelu FastGelu", Meaning("activate", _FIRST, bias=1)),
         "BiasSplitGelu": Meaning("activate", _FIRST, bias=1),
         **same("QuickGelu Gelu QLinearSigmoid QLinearLeakyRelu", Meaning("activate", _FIRST)),
@@ -160,6 +161,7 @@ onnx = Dialect(
     {
         **_STANDARD,
         **_CONTRIBUTED,
+        **in_domain("ai.onnx.ml", same("LabelEncoder CategoryMapper", _VIEW)),
         **in_domain("com.microsoft.nchwc", {"Conv": _STANDARD["Conv"]}),
         **in_domain("com.ms.internal.nhwc", {"Conv": _STANDARD["Conv"]}),
     },

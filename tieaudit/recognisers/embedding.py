@@ -61,6 +61,8 @@ def _kind(table: _Table, tables: list[_Table], most: int, has_data: bool) -> tup
 def _table(reading: Reading, index: int) -> _Table | None:
     flow = reading.flow
     operation, meaning = flow.operations[index], flow.meanings[index]
+    if meaning.does == "product":
+        return _by_ones(reading, index)
     if meaning.does != "lookup" or len(operation.inputs) <= max(meaning.table, meaning.indices):
         return None
     table, indices = operation.inputs[meaning.table], operation.inputs[meaning.indices]
@@ -78,6 +80,32 @@ def _table(reading: Reading, index: int) -> _Table | None:
     axis = operation.attributes.get("axis", 0)
     n_rows = shape[axis] if isinstance(axis, int) and -len(shape) <= axis < len(shape) else shape[0]
     return _Table(ids[0], index, n_rows, added, nature is Nature.IDS and from_ids, rank == 1)
+
+
+def _by_ones(reading: Reading, index: int) -> _Table | None:
+    """A table that is multiplied by rows of one 1 among zeros: ids compared with a range, then cast, then a product."""
+    flow = reading.flow
+    data = flow.data_inputs(index)
+    tables, others = [v for v in data if flow.learned(v)], [v for v in data if flow.nature(v) is Nature.COUNTED]
+    if len(tables) != 1 or len(others) != 1 or len(data) != 2 or len(flow.learned(tables[0])) != 1:
+        return None
+    maker = flow.maker.get(others[0])
+    while maker is not None and flow.does(maker) == "view":
+        maker = flow.maker.get(flow.operations[maker].inputs[0])
+    if maker is None or flow.does(maker) != "compare":
+        return None
+    compared = flow.operations[maker].inputs
+    if sorted(map(flow.nature, compared)) != [Nature.FIXED, Nature.IDS]:
+        return None
+    id = flow.learned(tables[0])[0]
+    shape = flow.shape_at(index, id)
+    outputs = flow.operations[index].outputs
+    if len(shape) != 2 or min(shape) < 2:
+        return None
+    added = frozenset(i for i, _ in reading.ahead(outputs[0], _ADDED) if flow.does(i) == "add")
+    ids = next(value for value in compared if flow.nature(value) is Nature.IDS)
+    from_ids, rank = _from_ids(flow, ids)
+    return _Table(id, index, shape[0], added, from_ids, rank == 1)
 
 
 def _from_ids(flow: Flow, indices: str) -> tuple[bool, int | None]:

@@ -19,7 +19,7 @@ def _recognise(reading: Reading) -> None:
     tables = {
         flow.shape_at(i, id)[0]: id
         for i, operation in enumerate(flow.operations)
-        if flow.does(i) in ("lookup", "embed")
+        if flow.does(i) in ("lookup", "embed") or flow.does(i) == "product" and i not in flow.projections
         for value in operation.inputs
         for id in flow.learned(value)
         if reading.roles.get(id, None) is not None and reading.roles[id].kind == "token_embedding"

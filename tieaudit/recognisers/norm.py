@@ -16,13 +16,19 @@ _N_MOST_STEPS = 40
 def _recognise(reading: Reading) -> None:
     flow = reading.flow
     for index, operation in enumerate(flow.operations):
+        if flow.does(index) == "subtract":
+            _less_scaled(reading, index)
         if flow.does(index) not in ("multiply", "add"):
             continue
         learned = [value for value in operation.inputs if flow.nature(value) is Nature.FIXED and flow.learned(value)]
         data = [value for value in operation.inputs if flow.is_data(value)]
         if len(learned) != 1 or len(data) != 1:
             continue
-        if flow.does(index) == "multiply" and _normalised(reading, data[0]):
+        if flow.does(index) == "multiply" and flow.is_vector(learned[0]) and _is_root(reading, data[0]):
+            reading.norms.add(index)
+            because = f"multiplies the root by which something is normalised ({reading.at(index)})"
+            reading.tell(flow.learned(learned[0]), "norm_scale", because)
+        elif flow.does(index) == "multiply" and _normalised(reading, data[0]):
             reading.norms.add(index)
             reading.tell(flow.learned(learned[0]), "norm_scale", f"scales what is normalised ({reading.at(index)})")
         elif flow.does(index) == "multiply" and flow.is_vector(learned[0]) and _affine(reading, index):
@@ -81,6 +87,44 @@ def _divides(reading: Reading, value: str) -> bool:
     return False
 
 
+def _is_root(reading: Reading, value: str) -> bool:
+    """Whether a value is 1 / √(mean …): x · (scale · root) + (bias − mean · (scale · root)), as in TensorFlow."""
+    flow, rooted = reading.flow, False
+    for _ in range(_N_MOST_STEPS):
+        index = flow.maker.get(value)
+        if index is None:
+            return False
+        does, op = flow.does(index), flow.operations[index].op
+        if rooted and (op in _MEANS or does == "normalise"):
+            return True
+        data = [one for one in flow.data_inputs(index) if flow.is_data(one)]
+        if does == "root" or op in ("Pow", "pow"):
+            rooted = True
+        elif (
+            not rooted
+            and does != "view"
+            or rooted
+            and does not in ("view", "add", "choose", "subtract", "adjust", "multiply")
+        ):
+            return False
+        if not data:
+            return False
+        value = data[0]
+    return False
+
+
+def _less_scaled(reading: Reading, index: int) -> None:
+    """The bias in bias − mean · (scale · root)."""
+    flow = reading.flow
+    first, second = [*flow.operations[index].inputs, "", ""][:2]
+    maker = flow.maker.get(second)
+    if not (flow.learned(first) and flow.is_vector(first)) or maker is None or flow.does(maker) != "multiply":
+        return
+    if any(flow.maker.get(value) in reading.norms for value in flow.operations[maker].inputs):
+        because = f"the scaled mean is subtracted from it, behind a norm ({reading.at(index)})"
+        reading.tell(flow.learned(first), "norm_bias", because)
+
+
 def _affine(reading: Reading, index: int) -> bool:
     """A norm whose statistics were folded away, or that has none: x · scale + bias, both learned."""
     flow = reading.flow
@@ -99,6 +143,10 @@ def _scaled(reading: Reading, value: str) -> bool:
         if index is None:
             return False
         if index in reading.norms or flow.does(index) == "normalise":
+            return True
+        if flow.does(index) == "multiply" and any(
+            flow.maker.get(one) in reading.norms for one in flow.data_inputs(index)
+        ):
             return True
         if flow.does(index) != "view":
             return False

@@ -17,19 +17,21 @@ def _recognise(reading: Reading) -> None:
         else:
             reading.tell(one.biases, "bias", f"added to what {one.weights[0]} gives ({reading.at(one.index)})")
         reading.project(one, "projection", f"multiplies what flows ({reading.at(one.index)})")
+    # without an attention nothing needs to be told where it stands: what is added to an image is no table of positions
+    mixes = any(meaning.does in ("attend", "softmax") for meaning in flow.meanings) and bool(reading.spine.blocks)
     for index, operation in enumerate(flow.operations):
         if flow.does(index) not in ("add", "subtract"):
             continue
         for value in operation.inputs:
             if flow.nature(value) is Nature.FIXED and flow.learned(value) and any(map(flow.is_data, operation.inputs)):
-                _added(reading, index, value)
+                _added(reading, index, value, mixes)
     for index, operation in enumerate(flow.operations):
         if any(map(flow.is_data, operation.outputs)):
             for value in operation.inputs:
                 reading.tell(flow.learned(value), "other", f"read by {reading.at(index)}")
 
 
-def _added(reading: Reading, index: int, value: str) -> None:
+def _added(reading: Reading, index: int, value: str, mixes: bool) -> None:
     flow = reading.flow
     ids, place = flow.learned(value), reading.at(index)
     others = [one for one in flow.operations[index].inputs if one != value]
@@ -50,7 +52,7 @@ def _added(reading: Reading, index: int, value: str) -> None:
         others = [value for value in flow.data_inputs(maker) if flow.is_data(value)][:1]
     if flow.is_vector(value):
         reading.tell(ids[:1], "bias", f"a vector that is added ({place})")
-    elif len(ids) == 1:
+    elif len(ids) == 1 and mixes:
         reading.tell(ids, "position_embedding", f"added, with a value for every position ({place})")
 
 

@@ -57,6 +57,7 @@ def _model(report: Report) -> dict[str, object]:
         "metadata": dict(model.metadata),
         "notes": list(model.notes),
         "summary": asdict(report.summary),
+        "n_by_role": report.n_by_role,
         "weights": [
             {**_weight(report, weight, weight.id in found.constants), "n_calls": calls.get(weight.id)}
             for weight in model.weights
@@ -99,6 +100,7 @@ def _weight(report: Report, weight: Weight, constant: bool) -> dict[str, object]
             "side": role.side,
             "expert": role.expert,
             "because": role.because,
+            "against": role.against,
         },
     }
 

@@ -25,6 +25,14 @@ _MEANING: dict[Origin, str] = {
     "proposed": "proposed",
 }
 _COLOR = {"error": "31;1", "warning": "33;1", "info": "36", "title": "1", "quiet": "2", "command": "32"}
+_PLACES = (
+    *("token_embedding", "position_embedding", "type_embedding", "output_head", "output_head_bias"),
+    *(f"attention_{part}" for part in ("query", "key", "value", "qkv", "kv", "output")),
+    *(f"ffn_{part}" for part in ("gate", "up", "gate_up", "down")),
+    *("router", "adapter_a", "adapter_b", "convolution", "recurrent_input", "recurrent_hidden", "norm_scale"),
+    *("norm_bias", "projection", "bias", "buffer", "other"),
+)
+"""The order in which kinds of roles are counted on the screen."""
 _LISTS_ALL = "(--format json lists all)"
 _MIN_NAME = 20
 _SHORT_ROLE = 24
@@ -137,8 +145,36 @@ def _totals(report: Report, page: _Page) -> list[str]:
     lines = ["  " + line for line in columns(rows, "<><")]
     if total.n_parameters_because:
         lines += page.wrap(printable(total.n_parameters_because, _LONGEST), "  ")
+    lines += _roles(report, page)
     uses = report.subject.model.metadata.get("uses", "")
     return lines + (page.wrap(f"uses come {printable(uses, _LONGEST)}", "  ") if uses else [])
+
+
+def _roles(report: Report, page: _Page) -> list[str]:
+    """How many weights are of each kind, from a model's inputs to its outputs; then what evidence contradicts."""
+    counts: dict[str, int] = {}
+    for kind, n in report.n_by_role.items():
+        counts[_family(kind)] = counts.get(_family(kind), 0) + n
+    if not counts:
+        return []
+    order = sorted(counts, key=lambda kind: _PLACES.index(kind) if kind in _PLACES else len(_PLACES) - 2)
+    text = "\N{NO-BREAK SPACE}· ".join(f"{printable(kind)}\N{NO-BREAK SPACE}{counts[kind]:,}" for kind in order)
+    label = f"  {'roles':<12}"
+    wrapped = page.wrap(text, " " * len(label))
+    lines = [label + wrapped[0].lstrip(), *wrapped[1:]]
+    against = [(id, role) for id, role in report.subject.roles.items() if role.against]
+    if against:
+        id, role = against[0]
+        more = f", and of {len(against) - 1:,} more {_LISTS_ALL}" if len(against) > 1 else ""
+        said = f"evidence conflicts about {printable(id)}: {role.kind} or {role.against}{more}"
+        lines += [page.paint(line, "quiet") for line in page.wrap(said, " " * len(label))]
+    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
+
+
+def _family(kind: str) -> str:
+    """Biases of matrices are counted as one kind, so that a line holds them."""
+    is_bias = kind.endswith("bias") and kind not in ("norm_bias", "output_head_bias")
+    return "bias" if is_bias else kind
 
 
 def _ties(report: Report, page: _Page) -> list[str]:
@@ -291,7 +327,10 @@ def _candidate(candidate: Candidate, page: _Page) -> list[str]:
         for member in candidate.members[: page.most.n_most_members]
     )
     cost = "lossless" if candidate.lossless else "changes values"
-    text = f"{candidate.scheme}: {ids}; saves {size(candidate.n_bytes_saved)}, {cost}"
+    saves = f"saves {size(candidate.n_bytes_saved)}, {cost}"
+    if candidate.action == "fit":
+        saves = f"would save {size(candidate.n_bytes_saved)}, but their shapes differ"
+    text = f"{candidate.scheme}: {ids}; {saves}"
     reason = f"{candidate.because}. {candidate.damage}" if candidate.damage else candidate.because
     return [
         *page.wrap(text, "  "),

@@ -23,12 +23,10 @@ def _propose(subject: Subject, argument: str) -> Iterator[Candidate | Refusal]:
     for head in heads:
         fitting = [(weight, view) for weight in embeddings if (view := _view(weight, head)) is not None]
         if not fitting:
-            tables = ", ".join(map(_described, embeddings[:3]))
-            because = f"the output head {_described(head)} fits no token embedding ({tables})"
-            yield Refusal("io", (head.id,), because)
+            yield _unfit(subject, head, embeddings)
             continue
         tied = [pair for pair in fitting if one_value.get(pair[0].id, pair[0].id) == one_value.get(head.id, head.id)]
-        weight, view = tied[0] if tied else min(fitting, key=lambda pair: _distance(pair[0], head))
+        weight, view = tied[0] if tied else min(fitting, key=lambda pair: _distance(subject, pair[0], head))
         if weight.absent or head.absent or frozenset((weight.id, head.id)) in done:
             continue
         done.add(frozenset((weight.id, head.id)))
@@ -41,6 +39,34 @@ def _propose(subject: Subject, argument: str) -> Iterator[Candidate | Refusal]:
         because = f"{head.id} scores the vocabulary that {weight.id} embeds"
         members = (Member(weight.id), Member(head.id, view))
         yield Candidate("io", members, head.n_bytes, bool(tied), because)
+
+
+def _unfit(subject: Subject, head: Weight, embeddings: list[Weight]) -> Candidate | Refusal:
+    """The pair that would be one if it had one shape, with what it lacks; a refusal where only the role agrees."""
+    near = [one for one in embeddings if not one.absent and _agrees(one, head)]
+    if head.absent or not near:
+        tables = ", ".join(map(_described, embeddings[:3]))
+        return Refusal("io", (head.id,), f"the output head {_described(head)} fits no token embedding ({tables})")
+    table = min(near, key=lambda one: (one.shape[0] not in head.shape, *_distance(subject, one, head)))
+    of_head = head.shape if head.shape[0] == table.shape[0] or head.shape[1] == table.shape[1] else head.shape[::-1]
+    (n_rows, width), (n_scored, n_in), size = table.shape, of_head, head.n_bytes // head.n_elements
+    pair = f"{_described(head)} and {_described(table)}"
+    if n_rows == n_scored:
+        because = f"{pair} have one vocabulary and two widths: one table needs a learned map of {width}×{n_in} between"
+        saved = max(head.n_bytes - width * n_in * size, 0)
+    else:
+        n_common = min(n_rows, n_scored)
+        because = f"{pair} have one width and two vocabularies: one table could serve only the {n_common} rows of both"
+        saved = n_common * width * size
+    members = (Member(table.id), Member(head.id, AS_STORED if of_head == head.shape else TRANSPOSED))
+    return Candidate("io", members, saved, False, because, action="fit")
+
+
+def _agrees(table: Weight, head: Weight) -> bool:
+    """Whether a table and a head share the vocabulary or the width."""
+    if table.dtype != head.dtype or not table.is_float or not len(table.shape) == len(head.shape) == 2:
+        return False
+    return any(table.shape[axis] == shape[axis] for shape in (head.shape, head.shape[::-1]) for axis in (0, 1))
 
 
 def _described(weight: Weight) -> str:
@@ -76,9 +102,17 @@ def _same_region(a: Weight, b: Weight) -> bool:
     return a.storage is not None and b.storage is not None and a.storage.region == b.storage.region
 
 
-def _distance(embedding: Weight, head: Weight) -> tuple[bool, bool, bool]:
-    """Prefer the embedding of the head's own part and scope, and the decoder's over the encoder's."""
-    return (embedding.part != head.part, embedding.scope != head.scope, "encoder" in embedding.id.lower())
+def _distance(subject: Subject, embedding: Weight, head: Weight) -> tuple[bool, bool, bool, bool, bool]:
+    """Prefer the head's own part and scope, what is used, what the class answers, and the decoder's over the encoder's.
+
+    Where a class keeps a table for both sides and a copy in each (T5), its answer is the one that it ties the head to;
+    a graph that does not read that table has its word first.
+    """
+    model = subject.model
+    answer = next((id for id, kind in model.hints.items() if kind == "token_embedding"), embedding.id)
+    unused = model.has_graph and not model.uses_of.get(embedding.id)
+    is_encoder = "encoder" in (subject.roles[embedding.id].side or embedding.id.lower())
+    return embedding.part != head.part, embedding.scope != head.scope, unused, embedding.id != answer, is_encoder
 
 
 io = Scheme(

@@ -23,6 +23,8 @@ _N_MOST_CALLS = 50
 """Functions inside functions."""
 _N_MOST_INTS = 16
 _INTEGER_TYPES = frozenset({2, 3, 4, 5, 6, 7, 12, 13})  # TensorProto.DataType
+_STRING = 8
+"""Texts become integers by a table of words before anything is looked up."""
 
 
 class Operations(Sequence[Operation]):
@@ -114,7 +116,8 @@ class _Walk:
             if info.name in held:
                 continue
             kind = info.type.tensor_type
-            facts: dict[str, Attribute] = {"name": info.name, "integer": int(kind.elem_type in _INTEGER_TYPES)}
+            by_ids = kind.elem_type in _INTEGER_TYPES or kind.elem_type == _STRING
+            facts: dict[str, Attribute] = {"name": info.name, "integer": int(by_ids)}
             if kind.HasField("shape"):
                 facts["rank"] = len(kind.shape.dim)
             value = make_id(info.name, self.part, scope.name)
