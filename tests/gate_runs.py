@@ -9,7 +9,8 @@ from tieaudit.audit import rules
 from tieaudit.checked import Checked, Judged, Place, Run
 from tieaudit.verdict import CannotTell, Crashed, Finding, Fix, Severity, Summary
 
-N_RULES = len(rules())
+N_RULES = 3
+"""Of a policy that chose some; a new rule changes nothing about these runs."""
 E, H = "model.embed_tokens.weight", "lm_head.weight"
 SUMMARY = Summary(n_weights=2, n_parameters=1024, n_parameters_named=1024, n_bytes=4096, n_bytes_duplicate=2048)
 
@@ -61,12 +62,14 @@ TWICE = judged(
     "TIE102", path="models/opt/model.safetensors", fix=Fix("safe", "tieaudit apply models/opt --to OUT", "dedup")
 )
 BY_HAND = judged(
-    "TIE205", path="export/decoder.onnx", ids=("mask.0", "mask.1"), message="mask.0 and mask.1 are equal", n_bytes=80_000,
+    "TIE205",
+    path="export/decoder.onnx",
+    ids=("mask.0", "mask.1"),
+    message="mask.0 and mask.1 are equal",
+    n_bytes=80_000,
     fix=Fix("manual", "the masks are made by the exporter: export again"),
-)  # fmt: skip
-STALE = judged(
-    "TIE901", path="tieaudit.toml", line=7, ids=(), message="the suppression of TIE103 hid nothing", n_bytes=0
 )
+STALE = judged("TIE999", path="tieaudit.toml", line=7, ids=(), message="said by a rule of another version", n_bytes=0)
 
 MIXED = Run(
     models=(

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from tieaudit.checked import RANK, Checked, Judged, Run
 from tieaudit.printable import counted
-from tieaudit.verdict import Severity
 
 
 @dataclass(frozen=True)

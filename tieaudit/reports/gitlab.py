@@ -56,11 +56,11 @@ def _entry(name: str, said: str, severity: str, path: str, line: int, key: str) 
     """`key`: what tells it apart from others of this name in this file, the same from run to run."""
     from hashlib import sha256
 
-    path = path or "."
+    path, name = path or ".", printable(name)
     fingerprint = sha256("\0".join((name, path, key)).encode("utf-8", "surrogatepass")).hexdigest()
     return {
-        "description": printable(said, _LONGEST),
-        "check_name": printable(name),
+        "description": printable(said, _LONGEST) or name,
+        "check_name": name,
         "fingerprint": fingerprint,
         "severity": severity,
         "location": {"path": printable(path, _LONGEST_PATH), "lines": {"begin": max(line, 1)}},

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from tieaudit.checked import Checked, Judged, Run
-from tieaudit.printable import counted, printable
+from tieaudit.printable import counted, inert, printable
 from tieaudit.reports import ReportFormat
 from tieaudit.tally import Tally, tally, where, worst_first
 from tieaudit.verdict import Severity
@@ -90,7 +90,7 @@ def _finding(model: Checked, judged: Judged) -> list[str]:
     if finding.fix.safety == "manual":
         return [*lines, f"By hand: {_prose(command)}", ""]
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", command)), default=0))
-    return [*lines, f"{fence}sh", command, fence, ""]
+    return [*lines, f"{fence}sh", inert(command), fence, ""]
 
 
 def _rest(run: Run, room: int) -> list[str]:

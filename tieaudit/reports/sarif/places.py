@@ -23,7 +23,7 @@ def location(path: str, line: int, ids: Sequence[str] = ()) -> dict[str, object]
         physical["region"] = {"startLine": line}
     found: dict[str, object] = {"physicalLocation": physical}
     if ids:
-        names = [printable(id) for id in ids[:_N_MOST_NAMES]]
+        names = dict.fromkeys(printable(id) for id in ids[:_N_MOST_NAMES])  # shortened ones may agree; items may not
         found["logicalLocations"] = [{"fullyQualifiedName": name, "kind": "tensor"} for name in names]
     return found
 
