@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from gate_readers import READERS, command_in, github, gitlab, junit, markdown, rendered, sarif
-from gate_runs import BROKEN, MIXED, RUNS, SUMMARY, E, judged, many, model
+from gate_runs import BROKEN, MIXED, RUNS, E, judged, many, model
 
 from tieaudit.audit import rules
 from tieaudit.checked import Checked, Judged, Place, Run
@@ -437,4 +437,15 @@ def test_a_crash_without_findings_is_no_clean_model_in_any_format() -> None:
         text = shown(name, run)
         READERS[name](text)
         assert "ValueError" in text, name
-    assert SUMMARY.n_weights == 2
+
+
+@pytest.mark.parametrize("name", set(GOLDENS) - {"json"})
+def test_a_model_that_was_not_read_whole_is_not_clean_also_where_the_rule_that_says_so_is_left_out(name: str) -> None:
+    text = shown(name, Run((model("models/cut", unreadable=True),)))
+    READERS[name](text)
+    assert "some of the weights could not be read" in text
+    assert "models/cut" in text
+    assert "no finding" not in text
+    # said once, where a rule says it
+    judged_too = Run((model("models/cut", judged("TIE902", message="cut"), unreadable=True),))
+    assert "some of the weights could not be read" not in shown(name, judged_too)

@@ -67,7 +67,7 @@ def tally(run: Run) -> Tally:
         n_findings=sum(len(model.findings) for model in models),
         n_cannot_tell=sum(len(model.cannot_tell) for model in models),
         n_crashed=sum(len(model.crashed) for model in models),
-        n_not_read=len(run.errors),
+        n_not_read=len(not_read(run)),
         n_skipped=len(run.skipped),
         n_suppressed=sum(model.n_suppressed for model in models),
         n_known=sum(len(model.known) for model in models),
@@ -104,9 +104,15 @@ def worst_first(run: Run) -> list[tuple[Checked, Judged]]:
     return sorted(run.findings, key=lambda pair: RANK[pair[1].finding.severity])
 
 
+def not_read(run: Run) -> list[tuple[str, str]]:
+    """(path, why) of what could not be read, or not whole where no rule says so: a policy may leave that rule out."""
+    parts = [model for model in run.models if model.unreadable and not any(said(model))]
+    return [*run.errors, *((model.path, "some of the weights could not be read") for model in parts)]
+
+
 def quiet(model: Checked) -> bool:
     """Whether there is nothing to say of a model but that it was looked at."""
-    return not (model.findings or model.cannot_tell or model.crashed or model.unreadable or not model.weights_here)
+    return not (model.findings or model.cannot_tell or model.crashed or not model.weights_here)
 
 
 def where(judged: Judged, model: Checked) -> str:

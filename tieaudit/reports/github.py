@@ -13,7 +13,7 @@ from typing import Literal
 from tieaudit.checked import Checked, Judged, Run
 from tieaudit.printable import counted, inert, printable
 from tieaudit.reports import ReportFormat
-from tieaudit.tally import tally, where, worst_first
+from tieaudit.tally import not_read, tally, where, worst_first
 from tieaudit.verdict import Severity
 
 _N_MOST = 10
@@ -71,7 +71,7 @@ def _of_run(run: Run, settings: Mapping[str, object]) -> str:
 def _annotations(run: Run) -> list[_Annotation]:
     found = [
         _Annotation("error", path, 0, "tieaudit: not read", printable(message, _LONGEST))
-        for path, message in run.errors
+        for path, message in not_read(run)
     ]
     for model in run.models:
         for crash in model.crashed:

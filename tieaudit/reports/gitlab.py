@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from tieaudit.checked import Checked, Judged, Run
 from tieaudit.printable import printable
 from tieaudit.reports import ReportFormat
-from tieaudit.tally import where
+from tieaudit.tally import not_read, where
 from tieaudit.verdict import Severity
 
 _SEVERITIES: Mapping[Severity, str] = {"error": "critical", "warning": "major", "info": "info"}
@@ -29,7 +29,7 @@ def _of_run(run: Run, settings: Mapping[str, object]) -> str:
 
 
 def _entries(run: Run) -> Iterator[dict[str, object]]:
-    for path, message in run.errors:
+    for path, message in not_read(run):
         yield _entry("not-read", message, "blocker", path, 1, "")
     for model in run.models:
         for crash in model.crashed:

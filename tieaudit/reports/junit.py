@@ -13,7 +13,7 @@ from tieaudit.audit import rules
 from tieaudit.checked import Checked, Judged, Run
 from tieaudit.printable import counted, printable
 from tieaudit.reports import ReportFormat
-from tieaudit.tally import said, where
+from tieaudit.tally import not_read, said, where
 
 _LONGEST = 2000
 _N_MOST = 100
@@ -40,7 +40,7 @@ def _of_run(run: Run, settings: Mapping[str, object]) -> str:
     """The document. Characters that XML 1.0 does not allow cannot occur: everything passed `printable`."""
     known = {code: f"{code} {rule.name}" for code, rule in rules().items()}
     suites = [(model.path, cases) for model in run.models if (cases := list(_cases(model, known)))]
-    suites += [(path, [_Case("reading", "error", "not-read", why, file=path)]) for path, why in run.errors]
+    suites += [(path, [_Case("reading", "error", "not-read", why, file=path)]) for path, why in not_read(run)]
     suites += [(path, [_Case("reading", "skipped", "skipped", why, file=path)]) for path, why in run.skipped]
     every = [case for _, cases in suites for case in cases]
     lines = ['<?xml version="1.0" encoding="UTF-8"?>', f'<testsuites name="tieaudit" {_counts(every)}>']
@@ -67,8 +67,6 @@ def _cases(model: Checked, known: Mapping[str, str]) -> Iterator[_Case]:
     n_more = model.n_rules - len(spoke) - len(silent)
     if n_more > 0:
         yield _Case(counted(n_more, "other rule"))
-    if model.unreadable and not spoke:
-        yield _Case("reading", "error", "not-read", "some of the weights could not be read", file=model.path)
 
 
 def _of_rule(model: Checked, code: str, title: str) -> _Case:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from tieaudit.checked import Checked, Judged, Run
 from tieaudit.printable import counted, inert, printable
 from tieaudit.reports import ReportFormat
-from tieaudit.tally import Tally, tally, where, worst_first
+from tieaudit.tally import Tally, not_read, tally, where, worst_first
 from tieaudit.verdict import Severity
 
 _N_MOST = 65_536
@@ -96,7 +96,7 @@ def _finding(model: Checked, judged: Judged) -> list[str]:
 def _rest(run: Run, room: int) -> list[str]:
     """What could not be judged, and what was skipped, each in a folded list."""
     lists = {
-        "Not read": [f"- {_path(path)}: {_prose(printable(why, _LONGEST))}" for path, why in run.errors],
+        "Not read": [f"- {_path(path)}: {_prose(printable(why, _LONGEST))}" for path, why in not_read(run)],
         "Crashed, a fault of tieaudit": [
             f"- {_path(model.path)}: {_code(printable(one.code, 40))} {_prose(printable(one.because, _LONGEST))}"
             for model in run.models

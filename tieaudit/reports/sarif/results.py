@@ -9,7 +9,7 @@ from tieaudit.checked import RANK, Checked, Judged, Run
 from tieaudit.printable import counted, printable
 from tieaudit.reports.sarif.descriptors import LEVELS
 from tieaudit.reports.sarif.places import location
-from tieaudit.tally import where
+from tieaudit.tally import not_read, where
 
 _LONGEST = 2000
 _N_MOST_LOCATIONS = 10
@@ -120,7 +120,7 @@ def _fingerprints(group: Group, path: str, seen: dict[tuple[str, str], int]) -> 
 
 def notifications(run: Run, index: Mapping[str, int]) -> list[dict[str, object]]:
     """What could not be read, crashed or could not be told, and what was skipped; the worst first."""
-    found = [_notification("error", message, path) for path, message in run.errors]
+    found = [_notification("error", message, path) for path, message in not_read(run)]
     for model in run.models:
         for crash in model.crashed:
             said = _notification("error", f"{crash.code} crashed, a fault of tieaudit: {crash.because}", model.path)

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from tieaudit.audit import rules as known_rules
 from tieaudit.checked import Checked, Judged, Run
 from tieaudit.printable import columns, counted, printable, size
-from tieaudit.reports.text.page import LONGEST, Page, more, not_read, page_of, printed
-from tieaudit.tally import RuleTally, by_rule, quiet, tally, where
+from tieaudit.reports.text.page import LONGEST, Page, more, page_of, printed, reasons
+from tieaudit.tally import RuleTally, by_rule, not_read, quiet, tally, where
 from tieaudit.verdict import CannotTell, Crashed
 
 _N_MOST_QUIET = 5
@@ -26,11 +26,13 @@ def of_run(run: Run, settings: Mapping[str, object]) -> str:
     for model in run.models:
         if not quiet(model):
             lines += [*_model(model, page), ""]
-    lines += _quiet([model for model in run.models if quiet(model) and model.summary is not None], page)
-    if run.errors:
-        lines += [page.paint("Not read", "title"), *not_read(run.errors, page), ""]
+    unread = not_read(run)
+    looked_at = [model for model in run.models if model.summary is not None and not model.unreadable]
+    lines += _quiet([model for model in looked_at if quiet(model)], page)
+    if unread:
+        lines += [page.paint("Not read", "title"), *reasons(unread, page), ""]
     if run.skipped:
-        lines += [page.paint("Skipped", "title"), *not_read(run.skipped[:_N_MOST_SKIPPED], page)]
+        lines += [page.paint("Skipped", "title"), *reasons(run.skipped[:_N_MOST_SKIPPED], page)]
         lines += [*more(len(run.skipped) - _N_MOST_SKIPPED, "  "), ""]
     if settings.get("statistics"):
         lines += _statistics(by_rule(run), page)
@@ -59,8 +61,6 @@ def _model(model: Checked, page: Page) -> list[str]:
     lines = [page.paint(printable(model.path), "title") + kind + n_found + _hidden(model)]
     if not model.weights_here:
         lines += page.wrap("only pointers to the weights are here (git-LFS, DVC): their bytes were not judged", "  ")
-    if model.unreadable and not model.findings:
-        lines += page.wrap("some of the weights could not be read", "  ")
     commands: set[str] = set()
     for judged in model.findings[: page.most.n_most_findings]:
         lines += _finding(model, judged, page, commands)

@@ -56,8 +56,8 @@ def more(n_more: int, indent: str) -> list[str]:
     return [f"{indent}… and {n_more:,} more (--format json lists all)"] if n_more > 0 else []
 
 
-def not_read(errors: Iterable[tuple[str, str]], page: Page) -> list[str]:
-    """What could not be read, and why: the path only where the message does not name it."""
+def reasons(errors: Iterable[tuple[str, str]], page: Page) -> list[str]:
+    """What could not be read or was skipped, and why: the path only where the message does not name it."""
     lines = []
     for path, message in errors:
         shown = printable(message, LONGEST)

@@ -8,7 +8,7 @@ from tieaudit.depth import shared_across_depth
 from tieaudit.equality import of_buffers
 from tieaudit.model import Member, Model, Origin, Role, Tie
 from tieaudit.printable import columns, counted, printable, shorten, size
-from tieaudit.reports.text.page import LONGEST, Page, more, not_read, page_of, printed
+from tieaudit.reports.text.page import LONGEST, Page, more, page_of, printed, reasons
 from tieaudit.verdict import Candidate, Finding, Report
 
 _MEANING: dict[Origin, str] = {
@@ -32,7 +32,7 @@ def of_scans(reports: Sequence[Report], errors: Sequence[tuple[str, str]], setti
         lines += [*_model(report, page), ""]
     if errors:
         lines.append(page.paint("Not read", "title"))
-        lines += not_read(errors, page)
+        lines += reasons(errors, page)
         lines.append("")
     return printed([*lines, _verdict(reports, errors)])
 
