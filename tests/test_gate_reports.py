@@ -303,7 +303,7 @@ def n_told(run: Run) -> int:
 
 def test_more_results_than_fit_are_folded_by_model_and_rule_and_none_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     # 10 models with 6 findings of 3 rules are 60; folded by model and rule they are 30
-    monkeypatch.setattr("tieaudit.reports.sarif._N_MOST_RESULTS", 59)
+    monkeypatch.setattr("tieaudit.reports.sarif.log._N_MOST_RESULTS", 59)
     run = many(10, 6)
     sarif(shown("sarif", run))
     found = log_of(run)
@@ -315,7 +315,7 @@ def test_more_results_than_fit_are_folded_by_model_and_rule_and_none_is_lost(mon
 
 def test_models_that_still_do_not_fit_are_folded_by_rule_the_worst_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     # 40 models with 3 findings each: 120 of three rules, 40 of them errors; 50 - 3 stay apart
-    monkeypatch.setattr("tieaudit.reports.sarif._N_MOST_RESULTS", 50)
+    monkeypatch.setattr("tieaudit.reports.sarif.log._N_MOST_RESULTS", 50)
     run = many(40, 3)
     sarif(shown("sarif", run))
     results = log_of(run)["results"]
@@ -334,7 +334,7 @@ def test_the_limit_is_that_of_github() -> None:
 def test_fingerprints_of_folded_results_do_not_change_with_the_number_of_findings(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tieaudit.reports.sarif._N_MOST_RESULTS", 40)
+    monkeypatch.setattr("tieaudit.reports.sarif.log._N_MOST_RESULTS", 40)
     few, more = log_of(many(10, 6))["results"][0], log_of(many(10, 9))["results"][0]
     assert few["message"] != more["message"]
     assert few["partialFingerprints"] == more["partialFingerprints"]
@@ -347,7 +347,7 @@ def test_names_that_agree_when_shortened_are_named_once() -> None:
 
 
 def test_names_that_do_not_compress_are_folded_until_the_file_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tieaudit.reports.sarif._N_MOST_BYTES", 100_000)
+    monkeypatch.setattr("tieaudit.reports.sarif.log._N_MOST_BYTES", 100_000)
     run = Run(
         tuple(
             model(f"m{i}", judged(ids=(os.urandom(90).hex(),) * 8, message=os.urandom(900).hex())) for i in range(200)

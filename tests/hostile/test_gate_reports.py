@@ -58,6 +58,7 @@ HOSTILE = {
     "table": "| a | b |\n|---|---|",
     "emphasis": "**a** __b__ ~~c~~ _d_",
     "quote": "> a",
+    "fence": "`````",
     "tilde fence": "~~~",
     "summary": "</code></summary></details><details open><summary>",
     "json": '"},{"severity":"info","x":"\\',

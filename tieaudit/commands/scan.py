@@ -61,10 +61,10 @@ def scan(paths: tuple[str, ...], key: str, inputs: Path | None, format_name: str
 
 
 def _report(name: str) -> Render:
-    from tieaudit.registry import choose, discover
+    from tieaudit.registry import named
     from tieaudit.reports import ReportFormat
 
-    render: Render = choose(discover("reports", ReportFormat), name, "report format").render
+    render: Render = named("reports", ReportFormat, name, "report format").render
     return render
 
 
