@@ -111,6 +111,20 @@ def test_every_module_of_an_open_set_defines_one_member(name: str) -> None:
     assert len(members) >= len(modules)  # entry points of other packages may add some
 
 
+def test_a_member_that_is_asked_for_by_name_is_loaded_without_the_others() -> None:
+    from tieaudit.registry import named
+    from tieaudit.reports import ReportFormat
+
+    for name, member in discover("reports", ReportFormat).items():
+        assert named("reports", ReportFormat, name, "report format") is member
+    with pytest.raises(errors.UsageError, match=r"no report format is called 'sarf'.*did you mean sarif"):
+        named("reports", ReportFormat, "sarf", "report format")
+    code = "from tieaudit.registry import named; from tieaudit.reports import ReportFormat; import sys; "
+    code += "named('reports', ReportFormat, 'text', ''); print([name for name in sys.modules if 'sarif' in name])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_a_module_without_a_member_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from tieaudit import relations
 

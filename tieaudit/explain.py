@@ -12,19 +12,10 @@ from tieaudit.merges import NO_CALIBRATION, Merge
 from tieaudit.printable import size
 from tieaudit.registry import choose, discover
 from tieaudit.relations import Relation
+from tieaudit.rules import HEADINGS as HEADINGS
 from tieaudit.rules import Rule
+from tieaudit.rules import sections as sections
 from tieaudit.schemes import Scheme
-
-HEADINGS = (
-    "What it does",
-    "Why it matters",
-    "How it is decided",
-    "Example",
-    "Fix",
-    "Cannot tell when",
-    "Sources",
-)
-"""The headings of every rule's page, in this order."""
 
 
 def explain(name: str) -> str:
@@ -84,19 +75,6 @@ def threshold(rule: Rule) -> str:
     if not names:
         return "none, every finding is shown"
     return f"findings under {size(DEFAULTS.threshold(rule.code))} are silenced ({', '.join(names)})"
-
-
-def sections(page: str) -> dict[str, str]:
-    """Heading → text of a rule's docstring; the text before the first heading is under the empty heading."""
-    found: dict[str, list[str]] = {"": []}
-    current = ""
-    for line in inspect.cleandoc(page).splitlines():
-        if line.rstrip(":") in HEADINGS and line.endswith(":"):
-            current = line.rstrip(":")
-            found[current] = []
-        else:
-            found[current].append(line.removeprefix("    ") if current else line)
-    return {heading: "\n".join(lines).strip() for heading, lines in found.items()}
 
 
 def scheme_page(scheme: Scheme) -> str:

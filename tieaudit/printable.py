@@ -5,7 +5,11 @@ Also the units of the reports: sizes are decimal (1 MB = 1,000,000 bytes), count
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+_FIRST_ON_THE_LINE = re.compile(r"^((?:\s|\x1b\[[0-9;]*m)*)::")
+_ANYWHERE = re.compile(r"##(?=\[|\w+\[)")
 
 N_MOST = 200
 N_MOST_MESSAGE = 2000
@@ -19,7 +23,7 @@ def printable(text: str, n_most: int | None = N_MOST) -> str:
     """
     if n_most is not None and len(text) > 2 * n_most:  # the rest would be cut anyway; do not escape a megabyte
         text = shorten(text, 2 * n_most)
-    safe = "".join(_escaped(character) for character in text)
+    safe = text if text.isprintable() else "".join(_escaped(character) for character in text)
     return safe if n_most is None else shorten(safe, n_most)
 
 
@@ -32,6 +36,17 @@ def _escaped(character: str) -> str:
     if code < 0x100:
         return f"\\x{code:02x}"
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def inert(line: str) -> str:
+    """A line that no CI service takes for a command when it is in its log; others stay as they are.
+
+    `::name::` counts at the start of a line, after blanks, and `##[name]` anywhere (actions/runner, ActionCommand.cs);
+    Azure Pipelines and TeamCity read `##vso[` and `##teamcity[`. Names are printable, but may hold these.
+    """
+    if "::" in line:
+        line = _FIRST_ON_THE_LINE.sub(r"\1\\x3a:", line)
+    return _ANYWHERE.sub(r"#\\x23", line) if "##" in line else line
 
 
 def shorten(text: str, n_most: int) -> str:

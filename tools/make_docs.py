@@ -125,7 +125,12 @@ def formats() -> str:
     lines += ["", f"More of them: {', '.join(pages)}.", ""]
     lines += ["# Report formats", "", "| `--format` | what it is |", "|---|---|"]
     lines += [f"| {one.name} | {one.summary} |" for one in discover("reports", ReportFormat).values()]
-    lines += ["", "The JSON of `scan` is described by [schema/scan-1.schema.json](schema/scan-1.schema.json).", ""]
+    schema = "[schema/{0}-1.schema.json](schema/{0}-1.schema.json)"
+    lines += [
+        "",
+        "Scans are shown by text and json, [runs of the gate](reports.md) by all. The JSON of `scan` is described",
+    ]
+    lines += [f"by {schema.format('scan')}, that of `check` by {schema.format('check')}.", ""]
     return "\n".join(lines)
 
 

@@ -72,8 +72,8 @@ def scan(
 
 
 def _report(name: str) -> Render:
-    from tieaudit.registry import choose, discover
+    from tieaudit.registry import named
     from tieaudit.reports import ReportFormat
 
-    render: Render = choose(discover("reports", ReportFormat), name, "report format").render
+    render: Render = named("reports", ReportFormat, name, "report format").render
     return render

@@ -1,4 +1,4 @@
-"""The machine-readable report: schema `tieaudit/scan/1`, additive only (docs/schema/scan-1.schema.json)."""
+"""The machine-readable reports: schemas `tieaudit/scan/1` and `tieaudit/check/1`, additive only (docs/schema/)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 
 from tieaudit import __version__
+from tieaudit.checked import Checked, Judged, Run
 from tieaudit.depth import n_calls, shared_across_depth
 from tieaudit.equality import of_buffers
 from tieaudit.model import Member, Role, Tie, Weight
 from tieaudit.plain import plain
 from tieaudit.reports import ReportFormat
-from tieaudit.verdict import Candidate, Finding, Likeness, Report
+from tieaudit.tally import tally
+from tieaudit.verdict import Candidate, CannotTell, Crashed, Finding, Likeness, Report
 
 SCHEMA = "tieaudit/scan/1"
+SCHEMA_OF_RUNS = "tieaudit/check/1"
 _OF_THE_SCREEN = frozenset({"color", "width"})
 _N_MOST_INDENTED = 2000
 """Weights in one document that is still printed with line breaks."""
@@ -38,8 +41,14 @@ def document(
 def _render(reports: Sequence[Report], errors: Sequence[tuple[str, str]], settings: Mapping[str, object]) -> str:
     # indented for people while people may read it: the standard library is ten times slower with an indent
     indent = 1 if sum(len(report.subject.model.weights) for report in reports) <= _N_MOST_INDENTED else None
-    # ASCII only: names from files may hold lone surrogates and control characters, which no terminal should get raw
-    return encoder.dumps(document(reports, errors, settings), indent=indent, ensure_ascii=True, allow_nan=False) + "\n"
+    return _text(document(reports, errors, settings), indent)
+
+
+def _text(document: dict[str, object], indent: int | None) -> str:
+    # ASCII only: names from files may hold lone surrogates and control characters, which no terminal should get raw;
+    # and no `##`, which a CI service may take for a command where the document is printed to its log
+    text = encoder.dumps(document, indent=indent, ensure_ascii=True, allow_nan=False)
+    return text.replace("##", "#\\u0023") + "\n"
 
 
 def _setting(value: object) -> object:
@@ -70,12 +79,8 @@ def _model(report: Report) -> dict[str, object]:
         "constant_groups": [list(ids) for ids in found.constant_classes],
         "candidates": [_candidate(candidate) for candidate in report.candidates],
         "findings": [_finding(finding) for finding in report.findings],
-        "cannot_tell": [
-            {"code": item.code, "because": item.because, "ids": list(item.ids)} for item in report.cannot_tell
-        ],
-        "crashed": [
-            {"code": item.code, "because": item.because, "traceback": item.traceback} for item in report.crashed
-        ],
+        "cannot_tell": [_unsure(item) for item in report.cannot_tell],
+        "crashed": [_crash(item) for item in report.crashed],
         "n_rules": report.n_rules,
         "n_silenced": report.n_silenced,
     }
@@ -145,6 +150,14 @@ def _likeness(found: Likeness) -> dict[str, object]:
     }
 
 
+def _unsure(item: CannotTell) -> dict[str, object]:
+    return {"code": item.code, "because": item.because, "ids": list(item.ids)}
+
+
+def _crash(item: Crashed) -> dict[str, object]:
+    return {"code": item.code, "because": item.because, "traceback": item.traceback}
+
+
 def _finding(finding: Finding) -> dict[str, object]:
     return {
         "code": finding.code,
@@ -158,8 +171,54 @@ def _finding(finding: Finding) -> dict[str, object]:
     }
 
 
+def document_of_run(run: Run) -> dict[str, object]:
+    """A run of the gate as plain lists and dictionaries: all that it holds. Ids and paths are as they are."""
+    return {
+        "schema": SCHEMA_OF_RUNS,
+        "tool": {"name": "tieaudit", "version": __version__},
+        "root": run.root,
+        "policy": run.policy,
+        "facts": plain(run.facts),
+        "totals": asdict(tally(run)),
+        "models": [_checked(model) for model in run.models],
+        "errors": [{"path": path, "message": message} for path, message in run.errors],
+        "skipped": [{"path": path, "reason": reason} for path, reason in run.skipped],
+    }
+
+
+def _render_run(run: Run, settings: Mapping[str, object]) -> str:
+    short = sum(1 + len(model.findings) + len(model.known) for model in run.models) <= _N_MOST_INDENTED
+    return _text(document_of_run(run), 1 if short else None)
+
+
+def _checked(model: Checked) -> dict[str, object]:
+    return {
+        "path": model.path,
+        "format": model.format,
+        "summary": asdict(model.summary) if model.summary is not None else None,
+        "findings": [_judged(judged) for judged in model.findings],
+        "known": [_judged(judged) for judged in model.known],
+        "cannot_tell": [_unsure(item) for item in model.cannot_tell],
+        "crashed": [_crash(item) for item in model.crashed],
+        "n_rules": model.n_rules,
+        "n_silenced": model.n_silenced,
+        "n_suppressed": model.n_suppressed,
+        "used": list(model.used),
+        "unreadable": model.unreadable,
+        "n_bytes_read": model.n_bytes_read,
+        "weights_here": model.weights_here,
+        "cached": model.cached,
+    }
+
+
+def _judged(judged: Judged) -> dict[str, object]:
+    place = {"path": judged.place.path, "line": judged.place.line}
+    return {**_finding(judged.finding), "place": place, "fingerprint": judged.fingerprint}
+
+
 json = ReportFormat(
     name="json",
-    summary="schema tieaudit/scan/1: everything, additive only, for programs",
+    summary="schemas tieaudit/scan/1 and tieaudit/check/1: everything, additive only, for programs",
     render=_render,
+    of_run=_render_run,
 )

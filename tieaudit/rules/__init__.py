@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from tieaudit.verdict import CannotTell, Finding, Severity, Subject
+
+HEADINGS = (
+    "What it does",
+    "Why it matters",
+    "How it is decided",
+    "Example",
+    "Fix",
+    "Cannot tell when",
+    "Sources",
+)
+"""The headings of every rule's page, in this order."""
 
 Check = Callable[[Subject], Iterator[Finding | CannotTell]]
 
@@ -54,3 +66,16 @@ def rule(
         return Rule(code, name, severity, since, check, examples)
 
     return wrap
+
+
+def sections(page: str) -> dict[str, str]:
+    """Heading → text of a rule's docstring; the text before the first heading is under the empty heading."""
+    found: dict[str, list[str]] = {"": []}
+    current = ""
+    for line in inspect.cleandoc(page).splitlines():
+        if line.rstrip(":") in HEADINGS and line.endswith(":"):
+            current = line.rstrip(":")
+            found[current] = []
+        else:
+            found[current].append(line.removeprefix("    ") if current else line)
+    return {heading: "\n".join(lines).strip() for heading, lines in found.items()}

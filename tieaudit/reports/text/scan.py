@@ -1,20 +1,14 @@
-"""The report for people: one screen per model, the verdict last.
-
-Everything that comes from a file passes `printable`. Long lists are cut and counted; JSON lists all.
-"""
+"""What a scan found, for people: one screen per model, the verdict last."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
-from tieaudit.config import DEFAULTS, Settings
 from tieaudit.depth import shared_across_depth
 from tieaudit.equality import of_buffers
 from tieaudit.model import Member, Model, Origin, Role, Tie
 from tieaudit.printable import columns, counted, printable, shorten, size
-from tieaudit.reports import ReportFormat
+from tieaudit.reports.text.page import LONGEST, Page, more, page_of, printed, reasons
 from tieaudit.verdict import Candidate, Finding, Report
 
 _MEANING: dict[Origin, str] = {
@@ -24,7 +18,6 @@ _MEANING: dict[Origin, str] = {
     "declared": "claimed by the configuration or the class, true or not",
     "proposed": "proposed",
 }
-_COLOR = {"error": "31;1", "warning": "33;1", "info": "36", "title": "1", "quiet": "2", "command": "32"}
 _PLACES = (
     *("token_embedding", "position_embedding", "type_embedding", "output_head", "output_head_bias"),
     *(f"attention_{part}" for part in ("query", "key", "value", "qkv", "kv", "output")),
@@ -33,58 +26,23 @@ _PLACES = (
     *("norm_bias", "projection", "bias", "buffer", "other"),
 )
 """The order in which kinds of roles are counted on the screen."""
-_LISTS_ALL = "(--format json lists all)"
 _MIN_NAME = 20
 _SHORT_ROLE = 24
 _N_MOST_USES = 3
 """Uses listed of one stored tensor: further ones tell less than further names."""
-_LONGEST = 2000
-"""Characters of a sentence that may hold text from a file."""
 
 
-@dataclass(frozen=True)
-class _Page:
-    """How much fits, and whether escape codes of our own are wanted."""
-
-    width: int
-    color: bool
-    most: Settings
-    """How many ties, members and findings are listed."""
-
-    def paint(self, text: str, style: str) -> str:
-        return f"\x1b[{_COLOR[style]}m{text}\x1b[0m" if self.color else text
-
-    def wrap(self, text: str, indent: str) -> list[str]:
-        """Sentences, broken at spaces only: names stay whole and can be copied."""
-        return textwrap.wrap(
-            text, self.width, initial_indent=indent, subsequent_indent=indent, break_long_words=False,
-            break_on_hyphens=False,
-        ) or [indent.rstrip()]  # fmt: skip
-
-
-def _render(reports: Sequence[Report], errors: Sequence[tuple[str, str]], settings: Mapping[str, object]) -> str:
-    page = _page(settings)
+def of_scans(reports: Sequence[Report], errors: Sequence[tuple[str, str]], settings: Mapping[str, object]) -> str:
+    """Scans as text; settings: color, width, thresholds."""
+    page = page_of(settings)
     lines: list[str] = []
     for report in reports:
         lines += [*_model(report, page), ""]
     if errors:
         lines.append(page.paint("Not read", "title"))
-        for path, message in errors:
-            shown = printable(message, _LONGEST)
-            if printable(path, None) not in shown:
-                shown = f"{printable(path)}: {shown}"
-            lines += page.wrap(shown, "  ")
+        lines += reasons(errors, page)
         lines.append("")
-    return "\n".join([*lines, _verdict(reports, errors)]) + "\n"
-
-
-def _page(settings: Mapping[str, object]) -> _Page:
-    width, most = settings.get("width"), settings.get("thresholds")
-    return _Page(
-        width=max(width if isinstance(width, int) else 100, 60),
-        color=bool(settings.get("color", False)),
-        most=most if isinstance(most, Settings) else DEFAULTS,
-    )
+    return printed([*lines, _verdict(reports, errors)])
 
 
 def _verdict(reports: Sequence[Report], errors: Sequence[tuple[str, str]]) -> str:
@@ -100,7 +58,7 @@ def _verdict(reports: Sequence[Report], errors: Sequence[tuple[str, str]]) -> st
     return " · ".join(counts)
 
 
-def _model(report: Report, page: _Page) -> list[str]:
+def _model(report: Report, page: Page) -> list[str]:
     model = report.subject.model
     lines = [page.paint(printable(model.path), "title") + " · " + _kind(model)]
     lines += _totals(report, page)
@@ -131,7 +89,7 @@ def _kind(model: Model) -> str:
     return " · ".join(facts)
 
 
-def _totals(report: Report, page: _Page) -> list[str]:
+def _totals(report: Report, page: Page) -> list[str]:
     total = report.summary
     once = "unknown" if total.n_parameters is None else f"{total.n_parameters:,}"
     named = "unknown" if total.n_parameters_named is None else f"{total.n_parameters_named:,}"
@@ -144,13 +102,13 @@ def _totals(report: Report, page: _Page) -> list[str]:
         rows[2] = (*rows[2][:2], "nothing stored twice")
     lines = ["  " + line for line in columns(rows, "<><")]
     if total.n_parameters_because:
-        lines += page.wrap(printable(total.n_parameters_because, _LONGEST), "  ")
+        lines += page.wrap(printable(total.n_parameters_because, LONGEST), "  ")
     lines += _roles(report, page)
     uses = report.subject.model.metadata.get("uses", "")
-    return lines + (page.wrap(f"uses come {printable(uses, _LONGEST)}", "  ") if uses else [])
+    return lines + (page.wrap(f"uses come {printable(uses, LONGEST)}", "  ") if uses else [])
 
 
-def _roles(report: Report, page: _Page) -> list[str]:
+def _roles(report: Report, page: Page) -> list[str]:
     """How many weights are of each kind, from a model's inputs to its outputs; then what evidence contradicts."""
     counts: dict[str, int] = {}
     for kind, n in report.n_by_role.items():
@@ -165,8 +123,8 @@ def _roles(report: Report, page: _Page) -> list[str]:
     against = [(id, role) for id, role in report.subject.roles.items() if role.against]
     if against:
         id, role = against[0]
-        more = f", and of {len(against) - 1:,} more {_LISTS_ALL}" if len(against) > 1 else ""
-        said = f"evidence conflicts about {printable(id)}: {role.kind} or {role.against}{more}"
+        rest = f", and of {len(against) - 1:,} more (--format json lists all)" if len(against) > 1 else ""
+        said = f"evidence conflicts about {printable(id)}: {role.kind} or {role.against}{rest}"
         lines += [page.paint(line, "quiet") for line in page.wrap(said, " " * len(label))]
     return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
 
@@ -177,7 +135,7 @@ def _family(kind: str) -> str:
     return "bias" if is_bias else kind
 
 
-def _ties(report: Report, page: _Page) -> list[str]:
+def _ties(report: Report, page: Page) -> list[str]:
     by_origin: dict[Origin, list[Tie]] = {origin: [] for origin in _MEANING}
     seen: set[frozenset[str]] = set()
     buffers = _equal_buffers(report)
@@ -196,12 +154,12 @@ def _ties(report: Report, page: _Page) -> list[str]:
         if ties:
             title = page.paint(f"Ties, {origin}", "title") + f" ({len(ties):,}): {_MEANING[origin]}"
             lines += [title, *_tie_lines(report, ties[: page.most.n_most_ties], page)]
-            lines += _more(len(ties) - page.most.n_most_ties, "  ")
+            lines += more(len(ties) - page.most.n_most_ties, "  ")
     lines = lines or ["No tie of any origin."]
     return [*lines, *_repeated(report, page), *_buffer_lines(report, buffers, page), *_slices(report, page)]
 
 
-def _repeated(report: Report, page: _Page) -> list[str]:
+def _repeated(report: Report, page: Page) -> list[str]:
     """Modules called several times: sharing that no name and no memory shows."""
     model, found = report.subject.model, shared_across_depth(report.subject.model)
     if not found:
@@ -216,10 +174,10 @@ def _repeated(report: Report, page: _Page) -> list[str]:
         )
         for one in found[: page.most.n_most_ties]
     ]
-    return [*lines, *("  " + line for line in columns(rows, "<>><")), *_more(len(found) - len(rows), "  ")]
+    return [*lines, *("  " + line for line in columns(rows, "<>><")), *more(len(found) - len(rows), "  ")]
 
 
-def _slices(report: Report, page: _Page) -> list[str]:
+def _slices(report: Report, page: Page) -> list[str]:
     """Names that share some of their bytes: no tie, but what changes one changes the other."""
     found = report.subject.found.overlaps
     if not found:
@@ -228,8 +186,8 @@ def _slices(report: Report, page: _Page) -> list[str]:
     for one in found[: page.most.n_most_ties]:
         shown = ", ".join(printable(id) for id in one.ids[: page.most.n_most_members])
         shown += f" and {len(one.ids) - page.most.n_most_members:,} more" * (len(one.ids) > page.most.n_most_members)
-        lines += page.wrap(f"{shown}: {printable(one.because, _LONGEST)}", "  ")
-    return [*lines, *_more(len(found) - page.most.n_most_ties, "  ")]
+        lines += page.wrap(f"{shown}: {printable(one.because, LONGEST)}", "  ")
+    return [*lines, *more(len(found) - page.most.n_most_ties, "  ")]
 
 
 def _equal_buffers(report: Report) -> list[Tie]:
@@ -239,7 +197,7 @@ def _equal_buffers(report: Report) -> list[Tie]:
     return sorted(found, key=lambda tie: -tie.n_bytes_saved)
 
 
-def _buffer_lines(report: Report, buffers: Sequence[Tie], page: _Page) -> list[str]:
+def _buffer_lines(report: Report, buffers: Sequence[Tie], page: Page) -> list[str]:
     """One line for each: equal masks and shapes are bytes, and must not drown the ties."""
     if not buffers:
         return []
@@ -249,7 +207,7 @@ def _buffer_lines(report: Report, buffers: Sequence[Tie], page: _Page) -> list[s
         row[1:3] = [f"and {counted(len(tie.members) - 1, 'equal one')}"]
     title = page.paint("Equal buffers", "title") + f" ({len(buffers):,}): masks, shapes or tables; bytes, no parameters"
     lines = ["  " + line for line in _fitted(rows, page.width - 2)]
-    return ["", title, *lines, *_more(len(buffers) - len(shown), "  ")]
+    return ["", title, *lines, *more(len(buffers) - len(shown), "  ")]
 
 
 def _largest(report: Report, tie: Tie) -> int:
@@ -259,7 +217,7 @@ def _largest(report: Report, tie: Tie) -> int:
     )
 
 
-def _tie_lines(report: Report, ties: Sequence[Tie], page: _Page) -> list[str]:
+def _tie_lines(report: Report, ties: Sequence[Tie], page: Page) -> list[str]:
     shown = [
         [_member_row(report, tie, member, index == 0) for index, member in enumerate(_first(tie, page))] for tie in ties
     ]
@@ -267,8 +225,8 @@ def _tie_lines(report: Report, ties: Sequence[Tie], page: _Page) -> list[str]:
     lines: list[str] = []
     for tie, group in zip(ties, shown, strict=True):
         lines += ["  " + next(table) for _ in group]
-        lines += _more(len(tie.members) - len(group), "    ")
-        lines += [page.paint(line, "quiet") for line in page.wrap(printable(tie.because, _LONGEST), "    ")]
+        lines += more(len(tie.members) - len(group), "    ")
+        lines += [page.paint(line, "quiet") for line in page.wrap(printable(tie.because, LONGEST), "    ")]
     return lines
 
 
@@ -283,7 +241,7 @@ def _fitted(rows: Sequence[Sequence[str]], width: int) -> list[str]:
     return columns(named, "<" * (len(widths) - 1) + ">")
 
 
-def _first(tie: Tie, page: _Page) -> Sequence[Member]:
+def _first(tie: Tie, page: Page) -> Sequence[Member]:
     n_most = page.most.n_most_members
     return tie.members[: min(n_most, _N_MOST_USES) if tie.members[0].use else n_most]
 
@@ -308,7 +266,7 @@ def _role(role: Role | None) -> str:
     return f"{role.kind} ({where})" if where else role.kind
 
 
-def _candidates(report: Report, page: _Page) -> list[str]:
+def _candidates(report: Report, page: Page) -> list[str]:
     lines: list[str] = []
     known = [set(tie.ids) for tie in report.subject.found.ties if tie.origin == "measured"]
     chosen = [
@@ -318,10 +276,10 @@ def _candidates(report: Report, page: _Page) -> list[str]:
     for candidate in chosen[: page.most.n_most_ties]:
         lines += _candidate(candidate, page)
     title = page.paint("Candidates", "title") + f" ({len(chosen):,}): could be one tensor, are not"
-    return [title, *lines, *_more(len(chosen) - page.most.n_most_ties, "  ")] if chosen else []
+    return [title, *lines, *more(len(chosen) - page.most.n_most_ties, "  ")] if chosen else []
 
 
-def _candidate(candidate: Candidate, page: _Page) -> list[str]:
+def _candidate(candidate: Candidate, page: Page) -> list[str]:
     ids = " = ".join(
         printable(member.id) + (f" ({member.view})" if member.view.steps else "")
         for member in candidate.members[: page.most.n_most_members]
@@ -334,7 +292,7 @@ def _candidate(candidate: Candidate, page: _Page) -> list[str]:
     reason = f"{candidate.because}. {candidate.damage}" if candidate.damage else candidate.because
     return [
         *page.wrap(text, "  "),
-        *(page.paint(line, "quiet") for line in page.wrap(printable(reason, _LONGEST), "    ")),
+        *(page.paint(line, "quiet") for line in page.wrap(printable(reason, LONGEST), "    ")),
         *(page.paint(line, "quiet") for line in page.wrap(_diagnostics(candidate), "    ") if candidate.likeness),
     ]
 
@@ -345,22 +303,22 @@ def _diagnostics(candidate: Candidate) -> str:
     return "measured (unrelated): " + ", ".join(f"{name} {one:.3g} ({null:.3g})" for name, (one, null) in found.items())
 
 
-def _findings(report: Report, page: _Page) -> list[str]:
+def _findings(report: Report, page: Page) -> list[str]:
     lines: list[str] = []
     said: set[str] = set()
     for finding in report.findings[: page.most.n_most_findings]:
         lines += _finding(finding, page, said)
-    lines += _more(len(report.findings) - page.most.n_most_findings, "  ")
+    lines += more(len(report.findings) - page.most.n_most_findings, "  ")
     if report.n_silenced:
         what = counted(report.n_silenced, "more finding" if report.findings else "finding")
         lines.append(f"  {what} under the size thresholds (docs/thresholds.md)")
     return [page.paint("Findings", "title") + f" ({len(report.findings):,})", *lines] if lines else []
 
 
-def _finding(finding: Finding, page: _Page, said: set[str]) -> list[str]:
+def _finding(finding: Finding, page: Page, said: set[str]) -> list[str]:
     """`said`: commands that were shown already; one command mends many findings and is worth reading once."""
     head = page.paint(f"{finding.severity:<7}", finding.severity)
-    lines = [f"  {head} {finding.code} {finding.name}", *page.wrap(printable(finding.message, _LONGEST), "    ")]
+    lines = [f"  {head} {finding.code} {finding.name}", *page.wrap(printable(finding.message, LONGEST), "    ")]
     if finding.fix is None:
         return lines
     text = printable(finding.fix.command, None)
@@ -373,13 +331,13 @@ def _finding(finding: Finding, page: _Page, said: set[str]) -> list[str]:
     return [*lines, "    $ " + page.paint(text, "command") + note]  # never wrapped: it is there to be pasted
 
 
-def _unsure(report: Report, page: _Page) -> list[str]:
+def _unsure(report: Report, page: Page) -> list[str]:
     lines: list[str] = []
     if report.cannot_tell:
         lines.append(page.paint("Cannot tell", "title") + f" ({len(report.cannot_tell):,})")
         for item in report.cannot_tell[: page.most.n_most_findings]:
-            lines += page.wrap(f"{item.code} {printable(item.because, _LONGEST)}", "  ")
-        lines += _more(len(report.cannot_tell) - page.most.n_most_findings, "  ")
+            lines += page.wrap(f"{item.code} {printable(item.because, LONGEST)}", "  ")
+        lines += more(len(report.cannot_tell) - page.most.n_most_findings, "  ")
     if report.crashed:
         lines += [""] if lines else []
         lines.append(
@@ -387,26 +345,6 @@ def _unsure(report: Report, page: _Page) -> list[str]:
         )
         for crash in report.crashed:
             lines += page.wrap(
-                f"{crash.code} {printable(crash.because, _LONGEST)} (--format json has the traceback)", "  "
+                f"{crash.code} {printable(crash.because, LONGEST)} (--format json has the traceback)", "  "
             )
     return lines
-
-
-def _more(n_more: int, indent: str) -> list[str]:
-    return [f"{indent}… and {n_more:,} more {_LISTS_ALL}"] if n_more > 0 else []
-
-
-def _of_run(run, settings):  # temporary
-    lines = []
-    for m in run.models:
-        for j in m.findings:
-            lines.append(f"{j.place.path}:{j.place.line} {j.finding.code} {j.finding.severity} {j.finding.message}")
-        for c in m.cannot_tell:
-            lines.append(f"{m.path} ? {c.code} {c.because}")
-    lines.append(
-        f"{len(run.models)} models {sum(m.cached for m in run.models)} cached {len(run.errors)} errors {len(run.skipped)} skipped"
-    )
-    return "\n".join(lines) + "\n"
-
-
-text = ReportFormat(name="text", summary="one screen for people, the verdict last", render=_render, of_run=_of_run)
