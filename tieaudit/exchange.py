@@ -61,29 +61,41 @@ def exchange(model: Model, plan: Plan, written: Written, proof: Proof, folder: P
     """
     home = home_of(model)
     check_replaceable(model)
+    try:
+        steps = _planned(model, plan, written, proof, folder, home)
+        _carry_out(_written_down(model, steps, folder, home))
+    except OSError as error:
+        where = error.filename2 or error.filename or home
+        raise RewriteRefused(f"{where}: cannot be replaced: {error.strerror}; every file is as it was") from error
+    return Delivered(Path(model.path), home / _receipt_name(model))
+
+
+def _planned(model: Model, plan: Plan, written: Written, proof: Proof, folder: Path, home: Path) -> list[Step]:
     steps = _ordered(model, list(_differences(model, written, folder, home)))
     if not steps:
         raise RewriteRefused(f"{model.path}: the result is what is there already; {_NOTHING}")
     _check_shared(model, [step for step in steps if step.before is not None], home)
     receipt = _receipt(model, plan, written, proof, folder, home, steps)
-    at = len(steps) - sum(step.after is None for step in steps)
-    steps.insert(at, receipt)
-    journal = _written_down(model, steps, folder, home)
+    n_going = sum(step.after is None for step in steps)
+    steps.insert(len(steps) - n_going, receipt)
+    return steps
+
+
+def _carry_out(journal: Journal) -> None:
+    """All steps, or none of them: whatever interrupts them, an error or the user, they are taken back."""
     try:
-        flush_folder(home)
-        for number, step in enumerate(steps):
+        flush_folder(journal.home)
+        for number, step in enumerate(journal.steps):
             _make(journal, number, step)
-        for parent in sorted({(home / step.name).parent for step in steps}):
+        for parent in sorted({(journal.home / step.name).parent for step in journal.steps}):
             flush_folder(parent)
-    except BaseException as error:
-        journals.roll_back(journal)
-        journals.close(journal)
-        if isinstance(error, OSError):
-            where = error.filename2 or error.filename or home
-            raise RewriteRefused(f"{where}: cannot be replaced: {error.strerror}; everything was put back") from error
+        over = journals.close(journal)
+    except BaseException:
+        if journal.folder.exists():
+            journals.roll_back(journal)
+            journals.sweep(journals.close(journal))
         raise
-    journals.close(journal)
-    return Delivered(Path(model.path), home / receipt.name)
+    journals.sweep(over)
 
 
 def _own(model: Model, home: Path) -> list[str]:
@@ -176,12 +188,16 @@ def _check_apart(format_: Format, path: Path, files: tuple[Path, ...], touched: 
         )
 
 
+def _receipt_name(model: Model) -> str:
+    path = Path(model.path)
+    return RECEIPT_NAME if path.is_dir() else f"{path.name}{RECEIPT_SUFFIX}"
+
+
 def _receipt(
     model: Model, plan: Plan, written: Written, proof: Proof, folder: Path, home: Path, steps: Iterable[Step]
 ) -> Step:
     """The receipt, written into the workspace; its own step."""
-    path = Path(model.path)
-    name = RECEIPT_NAME if path.is_dir() else f"{path.name}{RECEIPT_SUFFIX}"
+    name = _receipt_name(model)
     if os.path.lexists(home / name):
         try:
             read_receipt(home / name)
@@ -206,10 +222,7 @@ def _written_down(model: Model, steps: list[Step], folder: Path, home: Path) -> 
             _keep(home / step.name, inside / "old" / str(number))
     journals.write(inside, steps)
     place = home / inside.name
-    try:
-        inside.rename(place)
-    except OSError as error:
-        raise RewriteRefused(f"{place}: cannot be put there: {error.strerror}; {_NOTHING}") from error
+    inside.rename(place)  # refused by the system if another run has put one there meanwhile: it is not empty
     return Journal(place, tuple(steps))
 
 

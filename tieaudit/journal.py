@@ -2,7 +2,7 @@
 
 A journal is a hidden folder beside the files: `old/` holds what they were (further names of the same bytes, which cost
 nothing), `new/` what they become, `journal.json` says which is which, by digests. It appears by one rename, complete,
-and ends by another; whoever finds it in between puts everything back that is not what it was.
+and ends by another, to the name of something that is over; whoever finds it in between puts everything back.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from tieaudit.rewrite import flush, running, this_machine
 
 SCHEMA = "tieaudit/replacing/1"
 _MARK = ".tieaudit-replacing-"
-_NAME = re.compile(rf"\..*{re.escape(_MARK)}[0-9a-f]{{8}}", re.DOTALL)
-_JOURNAL, _OVER = "journal.json", "over.json"
+_OVER = ".tieaudit-replaced-"
+_NAME = re.compile(rf"\..*(?:{re.escape(_MARK)}|{re.escape(_OVER)})[0-9a-f]{{8}}", re.DOTALL)
+_JOURNAL = "journal.json"
 _SECONDS_OF_DOUBT = 3600
 """So long a replacement that another machine began may still be at work; it takes as long as the renames take."""
 
@@ -108,7 +109,7 @@ def write(folder: Path, steps: Sequence[Step]) -> Journal:
 def read(folder: Path) -> Journal | None:
     """The journal in a folder; None if what it says is done. CorruptFile if it is none of ours, or leads elsewhere."""
     file = folder / _JOURNAL
-    if not file.exists() and (folder / _OVER).exists():
+    if _OVER in folder.name:
         return None
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -172,11 +173,11 @@ def recover(path: Path) -> list[str]:
 def _recovered(folder: Path) -> str:
     journal = read(folder)
     if journal is None:
-        shutil.rmtree(folder, ignore_errors=True)
-        return f"{folder.parent}: removed the rest of a replacement that was complete"
+        sweep(folder)
+        return f"{folder.parent}: removed the rest of a replacement that had ended"
     _check_abandoned(journal)
     n_back = roll_back(journal)
-    close(journal)
+    sweep(close(journal))
     files = counted(n_back, "file")
     return f"{folder.parent}: a replacement was interrupted; {files} put back, everything is as it was before it"
 
@@ -222,9 +223,16 @@ def roll_back(journal: Journal) -> int:
     return len(todo)
 
 
-def close(journal: Journal) -> None:
-    """It is over, one way or the other: what it kept is removed."""
-    (journal.folder / _JOURNAL).rename(journal.folder / _OVER)
-    flush_folder(journal.folder)
+def close(journal: Journal) -> Path:
+    """It is over, one way or the other. By one rename: what is left is the rest, which `sweep` removes."""
+    over = journal.folder.with_name(journal.folder.name.replace(_MARK, _OVER))
+    shutil.rmtree(over, ignore_errors=True)  # of an earlier one, which was killed while it was swept
+    journal.folder.rename(over)
+    return over
+
+
+def sweep(over: Path) -> None:
+    """Remove what a replacement that is over has kept. Never fails: the next run finds what stays."""
     with suppress(OSError):
-        shutil.rmtree(journal.folder)
+        flush_folder(over.parent)
+    shutil.rmtree(over, ignore_errors=True)

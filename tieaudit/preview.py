@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -117,6 +118,8 @@ def _files(model: Model, plan: Plan, tensors: Iterable[OneTensor]) -> Iterator[s
         parts = {model.by_id[id].part for id in changed}
         todo = [files for part, files in zip(model.parts, paths, strict=True) if part.name in parts]
         touched.update(file for files in todo for file in files)
+        if any(len({model.by_id[id].part for id in (one.kept, *one.dropped)}) > 1 for one in tensors):
+            touched.add(_common_file(home))
         while more := [files for files in paths if touched & {*files[1:]} and not touched >= {*files}]:
             touched.update(file for files in more for file in files)
     else:
@@ -126,6 +129,14 @@ def _files(model: Model, plan: Plan, tensors: Iterable[OneTensor]) -> Iterator[s
             touched.update(file for files in paths for file in files if file.name.endswith(_INDEX))
     touched.update(home / edit.file for edit in plan.edits if isinstance(edit, SetConfig))
     yield from sorted(os.path.relpath(file, home) for file in touched)
+
+
+def _common_file(home: Path) -> Path:
+    """Where weights go that several parts share."""
+    from tieaudit.formats.onnx.bench import SHARED_FILE
+
+    names = itertools.chain([SHARED_FILE], (SHARED_FILE.replace(".", f"_{n}.", 1) for n in itertools.count(1)))
+    return next(home / name for name in names if not (home / name).exists())
 
 
 def _file_of(weight: Weight) -> Path | None:
