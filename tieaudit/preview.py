@@ -14,7 +14,7 @@ from tieaudit.mend import Mending
 from tieaudit.model import Declaration, Model, Weight, classes
 from tieaudit.printable import counted, listed, printable, size
 
-N_MOST_CLASSES = 12
+N_MOST_CLASSES = 6
 _INDEX = ".index.json"
 
 
