@@ -22,13 +22,32 @@ from tieaudit.apply import apply_in_place
 from tieaudit.change import Plan
 from tieaudit.deliver import check_receipt, undo
 from tieaudit.errors import CorruptFile, ParityFailed, RewriteRefused
-from tieaudit.exchange import exchange
+from tieaudit.exchange import check_replaceable, exchange
 from tieaudit.load import load_one
 from tieaudit.model import Model
 from tieaudit.plan import Choices, plan
 from tieaudit.scan import look
 
 pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(autouse=True)
+def structural_alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proof without running models, which has tests of its own, unless a test asks for `every_level`."""
+    if "every_level" in request.fixturenames:
+        return
+    verify = importlib.import_module("tieaudit.verify")
+    monkeypatch.setattr(verify, "runner_for", lambda model: "this test runs no models")
+    monkeypatch.setattr(
+        importlib.import_module("tieaudit.apply"),
+        "prove_apart",
+        lambda asked: verify.prove(asked.before, asked.after, asked.plan, asked.written),
+    )
+
+
+@pytest.fixture
+def every_level() -> None:
+    """Asked for by a test whose proof is the real one."""
 
 
 def planned(path: Path, scheme: str = "dedup") -> tuple[Model, Plan]:
@@ -283,9 +302,12 @@ def test_what_was_made_in_place_is_not_undone(tmp_path: Path) -> None:
     assert check_receipt(receipt) == [f"output {tmp_path / 'm.onnx'}: changed since the receipt was written"]
 
 
-def interrupted_at(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model with external data, of whose files one was replaced when the run died; the place of its journal."""
+def interrupted_at(home: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Model, dict[str, str]]:
+    """A model with external data, of whose files one was replaced when the run died.
+
+    The place of its journal, the model as it was read before, and its files."""
     source = tiny_onnx.lost(home / "m.onnx", external=True)
+    model, before = load_one(source), listing(home)
     module = sys.modules["tieaudit.exchange"]
     real, calls = module._make, []
 
@@ -300,18 +322,17 @@ def interrupted_at(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         patched.setattr(journal, "roll_back", lambda book: sys.exit())
         with pytest.raises(SystemExit):
             in_place(source)
-    return journal.interrupted(home)[0]
+    return journal.interrupted(home)[0], model, before
 
 
 def test_an_interrupted_replacement_is_noticed_put_back_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny_onnx.lost(tmp_path / "m.onnx", external=True)
-    before = listing(tmp_path)
-    interrupted_at(tmp_path, monkeypatch)
-    assert listing(tmp_path) != before
+    _, model, before = interrupted_at(tmp_path, monkeypatch)
+    assert {name: listing(tmp_path)[name] == before[name] for name in before} == {"m.onnx": True, "m.onnx.data": False}
     with pytest.raises(RewriteRefused, match="was begun before and has not ended"):
-        in_place(tmp_path / "m.onnx")
+        check_replaceable(model)
+    assert journal.interrupted(tmp_path / "other.onnx") == []
     assert journal.recover(tmp_path / "m.onnx") == [
         f"{tmp_path}: a replacement was interrupted; 1 file put back, everything is as it was before it"
     ]
@@ -329,7 +350,7 @@ def test_a_file_that_somebody_changed_since_is_not_put_back(tmp_path: Path, monk
 
 
 def test_a_replacement_that_may_be_at_work_is_left_to_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = interrupted_at(tmp_path, monkeypatch)
+    place, _, _ = interrupted_at(tmp_path, monkeypatch)
     before = listing(tmp_path)
     monkeypatch.setattr(journal, "this_machine", lambda: "another")
     with pytest.raises(RewriteRefused, match="may be at work"):
