@@ -207,7 +207,7 @@ main(sys.argv[1:])
 @pytest.mark.parametrize("external", [False, True])
 @pytest.mark.parametrize(
     ("module", "function", "nth"),
-    [("rewrite", "flush", 0), ("rewrite", "_read_back", 0), ("apply", "prove_apart", 0), ("apply", "deliver", 0),
+    [("rewrite", "flush", 0), ("rewrite", "read_back", 0), ("apply", "prove_apart", 0), ("apply", "deliver", 0),
      ("deliver", "_rename_new", 0), ("deliver", "flush", 0)],
 )  # fmt: skip
 def test_a_kill_at_any_stage_leaves_no_output_and_the_input_intact(
@@ -332,7 +332,7 @@ def dead_process() -> int:
 @pytest.mark.skipif(not Path("/proc/self/ns/pid").exists(), reason="the system does not tell which process ran")
 def test_what_a_killed_run_left_is_removed_by_the_next_one_and_what_may_be_alive_is_named(tmp_path: Path) -> None:
     source = tiny_onnx.lost(tmp_path / "m.onnx")
-    here = importlib.import_module("tieaudit.rewrite")._this_machine()
+    here = importlib.import_module("tieaudit.rewrite").this_machine()
     dead, alive, elsewhere, not_ours = (
         tmp_path / f".out.onnx.tieaudit-{name}"
         for name in (

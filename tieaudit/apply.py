@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tieaudit.calibrating import Data
-from tieaudit.change import Plan, Proof
+from tieaudit.change import Plan, Proof, Written
 from tieaudit.deliver import Delivered, deliver
 from tieaudit.errors import ParityFailed, RewriteRefused
+from tieaudit.exchange import check_replaceable, exchange, home_of
 from tieaudit.formats import Format
 from tieaudit.losses import change_of_loss
 from tieaudit.model import Model
@@ -67,20 +68,56 @@ def apply(
     seen = stamps(model) if seen is None else seen
     plan = replace(plan, notes=(*plan.notes, *left_behind(destination)))
     with workspace(destination) as folder:
-        written, after = rewrite(model, plan, folder)
-        seen.check()
-        if model.format == _LIVE:  # its tensors belong to this process
-            proof = prove(model, after, plan, written)
-        else:
-            proof = prove_apart(Request(model, after, plan, written, device, inputs, max_drift))
-        seen.check()
-        proof = replace(proof, facts={**proof.facts, "n_bytes_peak_writing": peak_bytes()})
-        _accept(model, proof, require or least_level(model))
-        if data is not None:
-            proof = replace(proof, facts={**proof.facts, **_loss(model, after, data, device)})
-        if inputs is not None and (reason := unused(proof)) is not None:
-            raise RewriteRefused(f"the given inputs could not be used, nothing was delivered: {reason}")
+        written, proof = _written(model, plan, folder, Wanted(require, device, inputs, max_drift, data), seen)
         return Applied(plan, proof, deliver(model, plan, written, proof, folder, destination))
+
+
+def apply_in_place(
+    model: Model, plan: Plan, *, require: str | None = None, device: str = "auto", seen: Stamps | None = None
+) -> Applied:
+    """Make `plan` of the model's own files: written beside them, proved, and only then exchanged, all or none.
+
+    Raises as `apply`, and RewriteRefused if the files cannot be replaced; then each is what it was. For a lossless plan
+    only, because no original is kept.
+    """
+    if not plan.lossless or plan.into is not None:
+        raise RewriteRefused(f"{model.path}: only a plan that changes no value is made in place", hint="give --to")
+    check_replaceable(model)
+    seen = stamps(model) if seen is None else seen
+    place = home_of(model) / (Path(model.path).name if Path(model.path).is_file() else "model")
+    plan = replace(plan, notes=(*plan.notes, *left_behind(place)))
+    with workspace(place, replacing=True) as folder:
+        written, proof = _written(model, plan, folder, Wanted(require, device), seen)
+        return Applied(plan, proof, exchange(model, plan, written, proof, folder))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of the proof."""
+
+    require: str | None
+    device: str
+    inputs: Mapping[str, Any] | None = None
+    max_drift: float | None = None
+    data: Data | None = None
+
+
+def _written(model: Model, plan: Plan, folder: Path, wanted: Wanted, seen: Stamps) -> tuple[Written, Proof]:
+    """The planned model in a workspace, and its proof; raises as `apply` does unless it may be delivered."""
+    written, after = rewrite(model, plan, folder)
+    seen.check()
+    if model.format == _LIVE:  # its tensors belong to this process
+        proof = prove(model, after, plan, written)
+    else:
+        proof = prove_apart(Request(model, after, plan, written, wanted.device, wanted.inputs, wanted.max_drift))
+    seen.check()
+    proof = replace(proof, facts={**proof.facts, "n_bytes_peak_writing": peak_bytes()})
+    _accept(model, proof, wanted.require or least_level(model))
+    if wanted.data is not None:
+        proof = replace(proof, facts={**proof.facts, **_loss(model, after, wanted.data, wanted.device)})
+    if wanted.inputs is not None and (reason := unused(proof)) is not None:
+        raise RewriteRefused(f"the given inputs could not be used, nothing was delivered: {reason}")
+    return written, proof
 
 
 def _loss(before: Model, after: Model, data: Data, device: str) -> dict[str, object]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 
 from tieaudit import __version__
 from tieaudit.change import Plan, Proof, Written
@@ -20,6 +21,8 @@ from tieaudit.rewrite import flush, keep_private
 from tieaudit.storage import BLOCK_BYTES
 
 SCHEMA = "tieaudit/receipt/1"
+RECEIPT_SUFFIX = ".receipt.json"
+"""What the receipt of a single file is called, behind the file's name."""
 MAX_RECEIPT_BYTES = 256_000_000
 
 
@@ -44,16 +47,16 @@ def deliver(model: Model, plan: Plan, written: Written, proof: Proof, folder: Pa
     else:  # written under the very name that the destination has, or into a folder of that name
         as_folder, single = plan.into.file != destination.name, plan.into.file
     renames = {} if as_folder else {str(single): destination.name}
-    receipt = folder / (RECEIPT_NAME if as_folder else f"{destination.name}.receipt.json")
+    receipt = folder / (RECEIPT_NAME if as_folder else f"{destination.name}{RECEIPT_SUFFIX}")
     home = destination if as_folder else destination.parent
     made = _missing(destination.absolute().parent)
-    _write_receipt(receipt, model, plan, written, proof, folder, home, renames, made)
+    write_receipt(receipt, model, plan, written, proof, folder, home, renames=renames, made=made)
     keep_private(model, folder, [receipt.name])
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         if as_folder:
             _open_up(model, folder)
-            _flush_folder(folder)
+            flush_folder(folder)
             _rename_new(folder, destination)
             return Delivered(destination, destination / RECEIPT_NAME)
         names = [*(name for name in written.files if name != single), receipt.name, str(single)]
@@ -122,7 +125,8 @@ def _rename_new(source: Path, target: Path) -> None:
         raise RewriteRefused(f"{target}: cannot be moved into place: {error.strerror}") from error
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
+    """Force the names in a folder to the disk, so that renames survive a loss of power."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -130,7 +134,7 @@ def _flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _write_receipt(
+def write_receipt(
     path: Path,
     model: Model,
     plan: Plan,
@@ -138,11 +142,18 @@ def _write_receipt(
     proof: Proof,
     folder: Path,
     home: Path,
-    renames: Mapping[str, str],
-    made: Sequence[Path],
+    *,
+    renames: Mapping[str, str] = MappingProxyType({}),
+    made: Sequence[Path] = (),
+    replaced: Mapping[str, Mapping[str, str | None]] | None = None,
 ) -> None:
+    """Write the receipt of what lies in `folder` and is to lie in `home`. Cost: reads input and output once.
+
+    `renames`: names that files get there. `made`: folders that are made for it. `replaced`: for a model whose own files
+    are replaced, the digests of each before and after.
+    """
     inputs = dict.fromkeys(str(Path(name).absolute()) for part in model.parts for name in part.paths)
-    receipt = {
+    receipt: dict[str, object] = {
         "schema": SCHEMA,
         "tool": {"name": "tieaudit", "version": __version__},
         "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -155,6 +166,8 @@ def _write_receipt(
         "plan": plain(plan),
         "proof": plain(proof),
     }
+    if replaced is not None:
+        receipt["replaced"] = {"originals": "not kept", "files": replaced}
     path.write_text(json.dumps(receipt, indent=1, ensure_ascii=True) + "\n", encoding="utf-8")
     flush(path)
 
@@ -203,9 +216,13 @@ def _is_path(name: str) -> bool:
 
 
 def check_receipt(path: Path) -> list[str]:
-    """What no longer agrees with a receipt, in sentences; empty if input and output are exactly what it says."""
+    """What no longer agrees with a receipt, in sentences; empty if input and output are exactly what it says.
+
+    Where the output took the place of the input, only the output can be looked at.
+    """
     receipt = read_receipt(path)
-    return [*_changed(receipt, "input", path), *_changed(receipt, "output", path)]
+    inputs = [] if "replaced" in receipt else _changed(receipt, "input", path)
+    return [*inputs, *_changed(receipt, "output", path)]
 
 
 def _changed(receipt: dict[str, dict[str, object]], side: str, path: Path) -> list[str]:
@@ -232,8 +249,15 @@ def undo(path: Path) -> list[Path]:
     """Take a delivery back: remove exactly the files that the receipt lists, and the receipt.
 
     The input was never changed, so this is all there is to undo; it is checked first. RewriteRefused if the input is
-    no longer what it was (the output may then be the only copy) or if an output file was changed since.
+    no longer what it was (the output may then be the only copy) or if an output file was changed since, and for a
+    delivery in place, which keeps no originals.
     """
+    if "replaced" in read_receipt(path):
+        raise RewriteRefused(
+            f"{path}: expected a delivery beside its input, found one in place, whose originals are not kept; nothing "
+            "was changed",
+            hint="version control has them; the receipt has their digests",
+        )
     problems = check_receipt(path)
     if problems:
         raise RewriteRefused(f"not undone, nothing removed: {'; '.join(problems[:3])}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -89,11 +89,13 @@ def plan(
     *,
     calibrated: Calibrated | None = None,
     place: Place = np.asarray,
+    only: Callable[[Candidate], list[Candidate]] | None = None,
 ) -> Plan:
     """The plan for one model. UsageError for unknown schemes, targets and policies; everything else is a refusal.
 
     `as_format`: the format whose word counts for what can be made, where the model becomes another one. `calibrated`:
-    what flows through the weights, see `calibrating`. `place`: where weights are compared, see `placing`.
+    what flows through the weights, see `calibrating`. `place`: where weights are compared, see `placing`. `only`: what
+    is left of a proposal, where not all that the schemes propose is wanted.
     """
     format_ = as_format or choose(discover("formats", Format), subject.model.format, "format")
     target = choices.target or format_.targets[0]
@@ -110,7 +112,9 @@ def plan(
     for asked in schemes(choices.schemes):
         candidates, refusals = propose(subject, asked)
         draft.refusals.extend(refusals)
-        if not candidates and not refusals and len(choices.schemes) > 1:
+        if only is not None:
+            candidates = [part for one in candidates for part in only(one)]
+        elif not candidates and not refusals and len(choices.schemes) > 1:
             draft.notes.append(
                 f"{asked.scheme.name}: nothing to do in the model as it is; schemes look at what was read, not at what "
                 "another one makes of it: apply it to the result"
@@ -248,7 +252,7 @@ def _share_apart(draft: _Draft, candidate: Candidate) -> list[Edit]:
     for part in draft.model.parts:
         inside = tuple(member for member in candidate.members if draft.model.by_id[member.id].part == part.name)
         if len({member.id for member in inside}) > 1:
-            found += _share(draft, replace(candidate, members=_anchored(inside, inside[0].id)))
+            found += _share(draft, replace(candidate, members=anchored(inside, inside[0].id)))
     return found
 
 
@@ -272,7 +276,7 @@ def _lossy(draft: _Draft, candidate: Candidate) -> Share:
         _check_adjustments(draft, candidate, policy, common)
     members = candidate.members
     if common.kept is not None:
-        members = _anchored(members, common.kept)
+        members = anchored(members, common.kept)
     decided = f" ({common.because})" if common.because else ""
     if common.prediction is not None:
         draft.predictions.append(common.prediction)
@@ -295,7 +299,7 @@ def _check_adjustments(draft: _Draft, candidate: Candidate, policy: str, common:
         )
 
 
-def _anchored(members: tuple[Member, ...], kept: str) -> tuple[Member, ...]:
+def anchored(members: tuple[Member, ...], kept: str) -> tuple[Member, ...]:
     """The same class with `kept` first, seen as stored; views of the others follow (a transpose is its own inverse)."""
     anchor = next(member for member in members if member.id == kept)
     rest = [member for member in members if member.id != kept]

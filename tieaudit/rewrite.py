@@ -64,17 +64,17 @@ def _stamp(path: str) -> tuple[int, int, int] | None:
 
 
 @contextmanager
-def workspace(destination: Path) -> Iterator[Path]:
+def workspace(destination: Path, *, replacing: bool = False) -> Iterator[Path]:
     """An empty folder on the destination's file system, removed afterwards whatever happens.
 
-    RewriteRefused if the destination exists or its place cannot be written.
+    RewriteRefused if the destination exists (unless it is to be replaced) or its place cannot be written.
     """
-    if os.path.lexists(destination):
+    if not replacing and os.path.lexists(destination):
         raise RewriteRefused(f"{destination}: exists already; nothing is ever overwritten", hint="give another --to")
     home = nearest_existing(destination)
     try:
         # cut: a name may have 255 bytes, and that of the destination may have nearly as many
-        folder = home / f".{destination.name[:40]}{MARK}{_this_machine()}-{os.getpid()}-{secrets.token_hex(6)}"
+        folder = home / f".{destination.name[:40]}{MARK}{this_machine()}-{os.getpid()}-{secrets.token_hex(6)}"
         folder.mkdir(
             0o700
         )  # nobody else reads what is not proved yet; `deliver` gives it the permissions it is to have
@@ -98,7 +98,7 @@ def left_behind(destination: Path) -> list[str]:
             name = _WORKSPACE.fullmatch(path.name)
             if name is None or path.is_symlink() or not path.is_dir():
                 continue
-            if name["machine"] == _this_machine() and not _running(int(name["pid"])):
+            if name["machine"] == this_machine() and not running(int(name["pid"])):
                 shutil.rmtree(path, ignore_errors=True)
             if not path.exists():
                 found.append(f"removed {path}, which a run that was killed had left")
@@ -109,7 +109,8 @@ def left_behind(destination: Path) -> list[str]:
     return found
 
 
-def _running(pid: int) -> bool:
+def running(pid: int) -> bool:
+    """Whether a process of this number runs, on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -120,7 +121,7 @@ def _running(pid: int) -> bool:
 
 
 @cache
-def _this_machine() -> str:
+def this_machine() -> str:
     """Equal in two processes only if a process number means the same in both: one start of one machine, one namespace.
 
     Empty facts where the system does not tell make another value in every process, so that nothing is taken for dead.
@@ -162,7 +163,7 @@ def rewrite(model: Model, plan: Plan, folder: Path) -> tuple[Written, Model]:
         keep_private(model, folder, written.files)
         for name in written.files:
             flush(folder / name)
-        return written, _read_back(format_, model, plan, folder)
+        return written, read_back(model, plan, folder)
     except OSError as error:
         raise RewriteRefused(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from error
 
@@ -200,7 +201,9 @@ def _narrow(path: Path, mode: int) -> None:
     path.chmod(now & 0o777 & (mode | (0o700 if path.is_dir() else 0o600)))
 
 
-def _read_back(format_: Format, model: Model, plan: Plan, folder: Path) -> Model:
+def read_back(model: Model, plan: Plan, folder: Path) -> Model:
+    """What was written for a model into `folder`, read again as that model is. UnreadableModel if it cannot be."""
+    format_: Format = choose(discover("formats", Format), _format_name(model, plan), "format")
     path = folder if Path(model.path).is_dir() else folder / Path(model.path).name
     try:
         if plan.into is not None:
