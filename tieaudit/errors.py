@@ -5,6 +5,7 @@
     ├─ UnreadableModel       expected / found / where / what to do
     │   ├─ UnknownFormat     nothing here that tieaudit knows how to read
     │   ├─ CorruptFile       the format's own rules are broken at a known place
+    │   ├─ WeightsNotHere    a pointer to the weights (git-LFS, DVC, a broken link): nothing is wrong, nothing was seen
     │   └─ MissingPackage    an extra is needed: which, and how to get it
     ├─ PluginError           names the plug-in's file
     ├─ RewriteRefused        nothing was written; the reason is a sentence
@@ -44,6 +45,10 @@ class UnknownFormat(UnreadableModel):
 
 class CorruptFile(UnreadableModel):
     """The file breaks the rules of its own format."""
+
+
+class WeightsNotHere(UnreadableModel):
+    """The file stands for weights that are elsewhere (git-LFS, DVC, a link to a missing blob): cannot tell."""
 
 
 class MissingPackage(UnreadableModel):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tieaudit.errors import TieAuditError, UnknownFormat, UnreadableModel, UsageError
+from tieaudit.errors import TieAuditError, UnknownFormat, UnreadableModel, UsageError, WeightsNotHere
 from tieaudit.formats import Format
-from tieaudit.model import Model
+from tieaudit.model import NOT_HERE, Model
+from tieaudit.pointers import elsewhere
 from tieaudit.registry import discover
 
 
@@ -23,12 +24,13 @@ class Source:
     files: tuple[Path, ...]
 
     def load(self, key: str = "", inputs: Path | None = None) -> Model:
-        """Read it. UnreadableModel with one clear line if that fails; the system's own errors become one too.
+        """Read it. WeightsNotHere for a pointer, UnreadableModel with one clear line if that fails; the system's own errors become one too.
 
         `key`: of a file that holds several models, the one under this key; UsageError for other formats. `inputs`:
         sample inputs of a live module, an .npz; UsageError for other formats and if it holds no plain arrays.
         """
         try:
+            self._expect_weights()
             if inputs is not None:
                 if self.format.load_inputs is None:
                     raise UsageError(f"{self.path}: sample inputs are of use for `package.module:factory` only")
@@ -50,6 +52,13 @@ class Source:
             raise UnreadableModel(f"{self.path}: declares more than fits into memory") from error
 
 
+    def _expect_weights(self) -> None:
+        """WeightsNotHere where a main file is a pointer, unless the format has something to say without it."""
+        for file in () if self.format.loads_without_weights else self.files:
+            if (away := elsewhere(file)) is not None:
+                raise WeightsNotHere(f"{file}: {away.because}, the weights are not here", hint=away.hint)
+
+
 def formats() -> list[Format]:
     """All formats, those that win an argument over a path first."""
     return sorted(discover("formats", Format).values(), key=lambda one: -one.precedence)
@@ -64,11 +73,11 @@ def locate(patterns: Iterable[str]) -> tuple[list[Source], list[tuple[str, str]]
     errors: list[tuple[str, str]] = []
     for pattern in patterns:
         try:
-            name = _named(pattern)
+            name = named_model(pattern)
             if name is not None:
                 claimed.setdefault(name.name, (name, []))[1].append(Path(pattern))
                 continue
-            for path in _expand(pattern):
+            for path in expand(pattern):
                 _claim(path, claimed)
         except TieAuditError as error:
             errors.append((pattern, str(error)))
@@ -76,8 +85,14 @@ def locate(patterns: Iterable[str]) -> tuple[list[Source], list[tuple[str, str]]
             errors.append((pattern, f"{pattern}: cannot be read: {error.strerror or error}"))
         except RecursionError:
             errors.append((pattern, f"{pattern}: folders nested too deeply to be searched; name one inside"))
+    sources = sources_of(claimed.values(), errors)
+    return sources, errors
+
+
+def sources_of(claimed: Iterable[tuple[Format, Sequence[Path]]], errors: list[tuple[str, str]]) -> list[Source]:
+    """Owned paths → the models that they mean, each once, by their paths; what cannot be told goes to `errors`."""
     sources: dict[tuple[Path, tuple[Path, ...]], Source] = {}  # variants of one export share their folder
-    for format_, paths in claimed.values():
+    for format_, paths in claimed:
         try:
             for path, files in format_.group(paths):
                 sources.setdefault((path, files), Source(path, format_, files))
@@ -85,7 +100,7 @@ def locate(patterns: Iterable[str]) -> tuple[list[Source], list[tuple[str, str]]
             errors.append((str(paths[0]), str(error)))
         except OSError as error:
             errors.append((str(paths[0]), f"{error.filename or paths[0]}: cannot be read: {error.strerror or error}"))
-    return sorted(sources.values(), key=lambda source: str(source.path)), errors
+    return sorted(sources.values(), key=lambda source: str(source.path))
 
 
 def load_one(path: str | Path, *, together: bool = False, key: str = "") -> Model:
@@ -105,7 +120,14 @@ def load_one(path: str | Path, *, together: bool = False, key: str = "") -> Mode
     if len(sources) != 1:
         names = ", ".join(str(source.path) for source in sources[:4])
         raise UsageError(f"{path}: expected one model, found {len(sources)}: {names}", hint="name one of them")
-    return sources[0].load(key)
+    return _with_weights(sources[0].load(key))
+
+
+def _with_weights(model: Model) -> Model:
+    """Who takes one model means its weights: it is to be written, run or compared."""
+    if model.metadata.get("weights", "").startswith(NOT_HERE):
+        raise WeightsNotHere(f"{model.path}: the weights are {model.metadata['weights']}")
+    return model
 
 
 def _together(folder: Path, sources: list[Source]) -> Model:
@@ -118,14 +140,15 @@ def _together(folder: Path, sources: list[Source]) -> Model:
     raise UsageError(f"{folder}: expected a folder of several ONNX files, which could share a data file, found none")
 
 
-def _named(text: str) -> Format | None:
+def named_model(text: str) -> Format | None:
     """The format of which this is a model's name rather than a path; what exists is a path."""
     if os.path.lexists(text):
         return None
     return next((one for one in formats() if one.named is not None and one.named(text)), None)
 
 
-def _expand(pattern: str) -> list[Path]:
+def expand(pattern: str) -> list[Path]:
+    """The paths that a path or a glob means. UnreadableModel if there are none."""
     path = Path(pattern)
     if path.exists() or path.is_symlink():
         if not path.exists():
@@ -136,7 +159,7 @@ def _expand(pattern: str) -> list[Path]:
     matches = sorted(_matches(pattern))
     if not matches:
         raise UnreadableModel(f"{pattern}: no such file or folder")
-    return [match for match in matches if match.is_dir() or _owner(match) is not None] or matches
+    return [match for match in matches if match.is_dir() or owner_of(match) is not None] or matches
 
 
 def _matches(pattern: str) -> Iterable[Path]:
@@ -151,15 +174,16 @@ def _matches(pattern: str) -> Iterable[Path]:
     return (match for root, match in found if not any(one.startswith(".") for one in match.relative_to(root).parts))
 
 
-def _owner(path: Path) -> Format | None:
+def owner_of(path: Path) -> Format | None:
+    """The format to which an existing path belongs, by its name and a few bytes. Raises OSError."""
     return next((one for one in formats() if one.owns(path)), None)
 
 
 def _claim(path: Path, claimed: dict[str, tuple[Format, list[Path]]]) -> None:
     """Give a path to the format that owns it; a folder is searched to the bottom, whether or not it is a model."""
-    owner = _owner(path)
+    owner = owner_of(path)
     if owner is None and path.is_file():
-        raise UnknownFormat(f"{path}: {_describe(path)}", hint=f"tieaudit reads {_names()}")
+        raise UnknownFormat(f"{path}: {describe(path)}", hint=f"tieaudit reads {_names()}")
     if owner is None and not path.is_dir():
         raise UnknownFormat(f"{path}: expected a file or a folder, found a device, a pipe or a socket")
     found = [(path, owner)] if owner is not None else []
@@ -176,7 +200,7 @@ def _models_below(folder: Path, holder: Format | None) -> Iterator[tuple[Path, F
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.is_symlink() and path.is_dir():
             continue  # a linked folder may lead back up
-        owner = _owner(path)
+        owner = owner_of(path)
         if owner is not None and (path.is_dir() or holder is None or owner.name != holder.name):
             yield path, owner
         if path.is_dir():
@@ -187,7 +211,7 @@ def _names() -> str:
     return ", ".join(one.name for one in formats())
 
 
-def _describe(path: Path) -> str:
+def describe(path: Path) -> str:
     """What an unrecognised file is, as far as its first bytes tell."""
     with path.open("rb") as file:
         head = file.read(512)

@@ -189,6 +189,9 @@ class Declaration:
         return self.claimed_by.endswith(("__metadata__", " metadata"))
 
 
+NOT_HERE = "not here: "
+"""How the metadata `weights` of a model begins where files with its weights are elsewhere (git-LFS, DVC, a cache)."""
+
 UNWRITTEN = "not in the file"
 
 
@@ -260,6 +263,8 @@ class Model:
     """Role kinds that the loader knows from the class, by weight id."""
     dimensions: Mapping[str, int] = field(default_factory=dict)
     """Sizes that a configuration states, by dotted key, such as `text_config.vocab_size`."""
+    flags: Mapping[str, object] = field(default_factory=dict)
+    """The setting that ties, by dotted key, at every level of a configuration that states it, as it is written there."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """Facts for the report: producer, opset, model type, whether the class was asked …"""
     notes: tuple[str, ...] = ()

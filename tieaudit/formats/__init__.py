@@ -81,6 +81,10 @@ class Format:
     """(model, id of a projection, number of groups) → the edit that pools its heads, or why they cannot be."""
     holds_adjustments: bool = False
     """Whether `edit` writes what a share's members apply to the common value, as operations of the program."""
+    sure_names: tuple[str, ...] = ()
+    """Endings of names by which a file is known to be of this format although its content is not here."""
+    loads_without_weights: bool = False
+    """Whether `load` says what it can of a model whose weights are elsewhere, instead of WeightsNotHere."""
     precedence: int = 0
     """Among formats that own one path the highest wins (a Hugging Face folder over the safetensors inside)."""
 

@@ -17,6 +17,7 @@ huggingface = Format(
     create=later("tieaudit.formats.huggingface.create:create"),
     switch=later("tieaudit.formats.huggingface.realise:switch"),
     equalises=True,
+    loads_without_weights=True,
     held_by=later("tieaudit.formats.huggingface.realise:held_by"),
     precedence=20,
 )

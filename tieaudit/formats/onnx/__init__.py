@@ -18,4 +18,5 @@ FORMAT = Format(
     edit=later("tieaudit.formats.onnx.edit:edit"),
     pool=later("tieaudit.formats.onnx.pool:plan_of"),
     holds_adjustments=True,
+    sure_names=(".onnx",),
 )

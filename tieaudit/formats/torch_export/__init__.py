@@ -18,4 +18,5 @@ torch_export = Format(
     can_realise=later("tieaudit.formats.torch_export.realise:can_realise"),
     edit=later("tieaudit.formats.torch_export.write:edit"),
     precedence=5,
+    sure_names=(".pt2",),
 )
