@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tieaudit.errors import TieAuditError, UnknownFormat, UnreadableModel, UsageError, WeightsNotHere
 from tieaudit.formats import Format
-from tieaudit.model import NOT_HERE, Model
+from tieaudit.model import Model
 from tieaudit.pointers import elsewhere
 from tieaudit.registry import discover
 
@@ -24,7 +24,9 @@ class Source:
     files: tuple[Path, ...]
 
     def load(self, key: str = "", inputs: Path | None = None) -> Model:
-        """Read it. WeightsNotHere for a pointer, UnreadableModel with one clear line if that fails; the system's own errors become one too.
+        """Read it. UnreadableModel with one clear line if that fails; the system's own errors become one too.
+
+        WeightsNotHere, which is one of those, for a pointer to the model: nothing is known to be wrong with it.
 
         `key`: of a file that holds several models, the one under this key; UsageError for other formats. `inputs`:
         sample inputs of a live module, an .npz; UsageError for other formats and if it holds no plain arrays.
@@ -50,7 +52,6 @@ class Source:
             raise UnreadableModel(f"{self.path}: nested too deeply to be read safely") from error
         except MemoryError as error:
             raise UnreadableModel(f"{self.path}: declares more than fits into memory") from error
-
 
     def _expect_weights(self) -> None:
         """WeightsNotHere where a main file is a pointer, unless the format has something to say without it."""
@@ -103,11 +104,12 @@ def sources_of(claimed: Iterable[tuple[Format, Sequence[Path]]], errors: list[tu
     return sorted(sources.values(), key=lambda source: str(source.path))
 
 
-def load_one(path: str | Path, *, together: bool = False, key: str = "") -> Model:
+def load_one(path: str | Path, *, together: bool = False, key: str = "", unfetched: bool = False) -> Model:
     """The single model at `path`. UsageError if there are several, UnreadableModel if there is none.
 
     A folder means the model whose folder it is, the plain one of several variants, not other files that lie in it,
     and not models of folders inside; `together`: all its ONNX files, as parts of one model. `key`: see `Source.load`.
+    `unfetched`: what can be said of a folder whose weights are elsewhere, instead of WeightsNotHere.
     """
     sources, errors = locate([str(path)])
     if errors:
@@ -120,12 +122,8 @@ def load_one(path: str | Path, *, together: bool = False, key: str = "") -> Mode
     if len(sources) != 1:
         names = ", ".join(str(source.path) for source in sources[:4])
         raise UsageError(f"{path}: expected one model, found {len(sources)}: {names}", hint="name one of them")
-    return _with_weights(sources[0].load(key))
-
-
-def _with_weights(model: Model) -> Model:
-    """Who takes one model means its weights: it is to be written, run or compared."""
-    if model.metadata.get("weights", "").startswith(NOT_HERE):
+    model = sources[0].load(key)
+    if not (model.weights_here or unfetched):  # it is to be written, run or compared
         raise WeightsNotHere(f"{model.path}: the weights are {model.metadata['weights']}")
     return model
 

@@ -1,6 +1,6 @@
 """Files that stand for others: why the content of a file is not here, and how to get it.
 
-A repository of models mostly holds pointers: git-LFS, git-annex and Git-Xet leave a small text in the place of the file,
+A repository of models mostly holds pointers: git-LFS, git-annex and Git-Xet leave a small text in place of the file,
 DVC a note beside it, a Hugging Face cache a link to a blob. What such a file stands for was not looked at, which is
 neither clean nor broken. Only a few bytes are read, and nothing is fetched.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tieaudit.equality import Equality, can_declare, n_bytes_covered, n_bytes_extra, region_of, tells_ties
-from tieaudit.model import NOT_HERE, Model, Weight, classes
+from tieaudit.model import Model, Weight, classes
 from tieaudit.verdict import Found, Summary
 
 
@@ -49,7 +49,7 @@ def _documented(model: Model, members: tuple[str, ...]) -> list[str]:
 
 
 def _parameters(model: Model, found: Found) -> tuple[int | None, int | None, str]:
-    if model.metadata.get("weights", "").startswith(NOT_HERE):
+    if not model.weights_here:
         counted = model.metadata.get("n_parameters_live", "")
         because = "as the class counts them: the weights are not here" if counted else "the weights are not here"
         return (int(counted) if counted.isdigit() else None), None, because

@@ -1,4 +1,4 @@
-"""A folder whose weights are elsewhere, all of them or some shards: what the index, the class and the configuration say.
+"""A folder whose weights are elsewhere, all of them or some shards: what the index, the class and config.json say.
 
 The names come from the index where it is a real file, which then also says what is missing; else from the class. What
 is not here is a weight with a place and no bytes: neither absent (nobody restores it) nor missing. A shape is known
