@@ -77,6 +77,39 @@ def _holds(folder: str, inner: str) -> bool:
 
 
 @dataclass
+class _Place:
+    """A folder on the way, under all the names that it has."""
+
+    path: str
+    shown: Path
+    below: str | None
+    """Path below the root with a slash behind, as the policy's patterns see it; None outside of the root."""
+    prefix: str
+    """The same below the top of the repository, as git's patterns see it."""
+    layers: ignored.Layers
+    names: frozenset[str] = frozenset()
+
+    def entries(self, respect_gitignore: bool) -> list[os.DirEntry[str]]:
+        """What lies in it; from here on its own `.gitignore` counts."""
+        if respect_gitignore:
+            self.layers = ignored.with_own(self.layers, Path(self.path), self.prefix)
+        with os.scandir(self.path) as found:
+            entries = list(found)
+        self.names = frozenset(entry.name for entry in entries)
+        return entries
+
+    def ignores(self, name: str, *, folder: bool = False) -> bool:
+        """Whether git ignores an entry for another reason than that DVC keeps it: the note is what git has of it."""
+        return name + DVC not in self.names and ignored.is_ignored(self.layers, self.prefix + name, folder=folder)
+
+    def inner(self, name: str) -> _Place:
+        """A folder in it. What ignores a folder ignores all of it, which DVC's must not."""
+        layers = () if name + DVC in self.names else self.layers
+        below = None if self.below is None else f"{self.below}{name}/"
+        return _Place(f"{self.path}/{name}", self.shown / name, below, f"{self.prefix}{name}/", layers)
+
+
+@dataclass
 class _Run:
     root: Path
     excluded: GitIgnoreSpec
@@ -86,7 +119,7 @@ class _Run:
     errors: list[tuple[str, str]] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     saw_all: bool = True
-    walked: set[str] = field(default_factory=set)
+    walked: set[Path] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.home = os.path.abspath(self.root)
@@ -110,7 +143,7 @@ class _Run:
     def _grouped(self, format_: Format, paths: Sequence[Path]) -> list[Source]:
         """The models of files of one folder: with the other parts, where some were named or changed alone."""
         folder, beside = paths[0].parent, list[Path]()
-        if format_.has_parts and str(folder) not in self.walked:
+        if format_.has_parts and folder not in self.walked:
             beside = [path for path in self._kept_beside(folder) if path.name.endswith(format_.sure_names)]
         every = sorted(dict.fromkeys([*paths, *beside]), key=lambda path: (path.stem, path.name))
         sources = sources_of([(format_, every)], self.errors)
@@ -121,14 +154,11 @@ class _Run:
 
     def _kept_beside(self, folder: Path) -> list[Path]:
         """Files of a folder that a search would look at."""
-        prefix, layers = ignored.outer_layers(folder) if self.respect_gitignore else ("", ())
-        layers = ignored.with_own(layers, folder, prefix) if self.respect_gitignore else layers
         if not folder.is_dir():
             return []
-        with os.scandir(folder) as found:
-            entries = list(found)
-        kept = self._kept_entries(entries, {entry.name for entry in entries}, prefix, layers)
-        return [folder / entry.name for entry in kept if not _is_folder(entry)]
+        here = self._place(str(folder))
+        kept = self._kept_entries(here, here.entries(self.respect_gitignore))
+        return [folder / entry.name for entry, is_folder in kept if not is_folder and not here.ignores(entry.name)]
 
     def _is_away(self, index: Path, format_: Format) -> bool:
         return not format_.loads_without_weights and elsewhere(index) is not None
@@ -158,7 +188,9 @@ class _Run:
         return Path(path) if name is None else self.root / name
 
     def _is_excluded(self, name: str | None, folder: bool = False) -> bool:
-        return name is not None and name != "" and self.excluded.match_file(name + "/" if folder else name)
+        if not name or not self.excluded.patterns:
+            return False
+        return self.excluded.match_file(name + "/" if folder else name)
 
     # ---- what is named ----
 
@@ -240,60 +272,59 @@ class _Run:
 
     def walk(self, folder: str) -> None:
         """Every file below a folder that neither git nor the policy leaves out."""
-        prefix = ""
-        layers: ignored.Layers = ()
-        if self.respect_gitignore:
-            try:
-                prefix, layers = ignored.outer_layers(Path(folder))
-            except OSError as error:
-                self._cannot_read(folder, error)
-        pending = [(folder, prefix, layers)]
+        try:
+            pending = [self._place(folder)]
+        except OSError as error:
+            self._cannot_read(folder, error)
+            return
         while pending:
-            here, prefix, layers = pending.pop()
+            here = pending.pop()
             try:
-                if self.respect_gitignore:
-                    layers = ignored.with_own(layers, Path(here), prefix)
-                with os.scandir(here) as found:
-                    entries = list(found)
+                entries = here.entries(self.respect_gitignore)
             except OSError as error:
-                self._cannot_read(here, error)
+                self._cannot_read(here.path, error)
                 continue
-            self.walked.add(str(self.shown(here)))
-            names = {entry.name for entry in entries}
-            if here != folder and names.intersection(_ENVIRONMENT):
+            if here.path != folder and any(entry.name in _ENVIRONMENT for entry in entries):
                 continue
-            for entry in self._kept_entries(entries, names, prefix, layers):
-                if _is_folder(entry):
-                    inside = () if entry.name + DVC in names else layers  # what ignores the folder ignores all of it
-                    pending.append((entry.path, f"{prefix}{entry.name}/", inside))
-                else:
-                    self._met(entry.path)
+            self.walked.add(here.shown)
+            for entry, is_folder in self._kept_entries(here, entries):
+                if not is_folder:
+                    self._met(here, entry.name)
+                elif not here.ignores(entry.name, folder=True):
+                    pending.append(here.inner(entry.name))
+
+    def _place(self, folder: str) -> _Place:
+        prefix, layers = ignored.outer_layers(Path(folder)) if self.respect_gitignore else ("", ())
+        below = self.below(folder)
+        return _Place(folder, self.shown(folder), f"{below}/" if below else below, prefix, layers)
 
     def _kept_entries(
-        self, entries: Sequence[os.DirEntry[str]], names: set[str], prefix: str, layers: ignored.Layers
-    ) -> Iterator[os.DirEntry[str]]:
+        self, here: _Place, entries: Sequence[os.DirEntry[str]]
+    ) -> Iterator[tuple[os.DirEntry[str], bool]]:
+        """What is looked at unless git ignores it, and whether it is a folder."""
         for entry in entries:
             folder = _is_folder(entry)
             if _is_never(entry.name) or folder and entry.is_symlink():  # a linked folder may lead back up
                 continue
             if not (folder or entry.is_symlink() or entry.is_file()):  # a device, a pipe, a socket
                 continue
-            if self._is_excluded(self.below(entry.path), folder):
-                continue
-            # what DVC keeps is ignored by git because DVC says so: its note is what git has of the model
-            if entry.name + DVC in names or not ignored.is_ignored(layers, prefix + entry.name, folder=folder):
-                yield entry
+            if here.below is None or not self._is_excluded(here.below + entry.name, folder):
+                yield entry, folder
 
-    def _met(self, path: str) -> None:
-        shown = self.shown(path)
+    def _met(self, here: _Place, name: str) -> None:
+        """A file on the way. Most are no model, and asking that costs less than whether git ignores them."""
+        path = here.shown / name
         try:
-            claims = self.owners.at(shown)
-            if not claims and path.endswith(DVC) and not any(map(os.path.lexists, self._kept_by(shown))):
-                self._skip(path, self.owners.why_none(shown), True)
+            claims = self.owners.at(path)
+            unknown = not claims and not any(map(os.path.lexists, self._kept_by(path))) and name.endswith(DVC)
+            if not (claims or unknown) or here.ignores(name):
+                return
+            if unknown:
+                self._skip(str(path), self.owners.why_none(path), True)
+            self.claim(claims)
         except OSError as error:
-            self._cannot_read(path, error)
-            return
-        self.claim(claims)
+            if not here.ignores(name):
+                self._cannot_read(str(path), error)
 
     def _cannot_read(self, path: str, error: OSError) -> None:
         self.saw_all = False
