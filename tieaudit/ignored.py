@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,7 +60,7 @@ def outer_layers(folder: Path) -> tuple[str, Layers]:
         return "", ()
     layers: Layers = ()
     if (lines := _lines(_exclude_file(top / ".git"))) is not None:
-        layers = ((0, _readable(lines)),)
+        layers = ((0, _readable(tuple(lines))),)
     prefix, here = "", top
     for part in home.relative_to(top).parts:
         layers = with_own(layers, here, prefix)
@@ -72,7 +73,7 @@ def outer_layers(folder: Path) -> tuple[str, Layers]:
 def with_own(layers: Layers, folder: Path, prefix: str) -> Layers:
     """The layers, and on top of them what the folder's own `.gitignore` says. OSError if it cannot be read."""
     lines = _lines(folder / IGNORE_FILE)
-    return layers if lines is None else (*layers, (len(prefix), _readable(lines)))
+    return layers if lines is None else (*layers, (len(prefix), _readable(tuple(lines))))
 
 
 def is_ignored(layers: Layers, name: str, *, folder: bool = False) -> bool:
@@ -87,10 +88,11 @@ def is_ignored(layers: Layers, name: str, *, folder: bool = False) -> bool:
     return False
 
 
-def _readable(lines: Iterable[str]) -> GitIgnoreSpec:
+@lru_cache(maxsize=64)
+def _readable(lines: tuple[str, ...]) -> GitIgnoreSpec:
+    """Patterns of a file; compiled once, though thousands of named files may ask for those of one repository."""
     from pathspec import GitIgnoreSpec
 
-    lines = list(lines)
     try:
         return GitIgnoreSpec.from_lines(lines)
     except Exception:  # one bad line: whichever error the expression compiler has for it, that line is passed over

@@ -18,7 +18,14 @@ from tieaudit.formats.huggingface.defaults import certain_names
 from tieaudit.formats.huggingface.facts import ClassFacts
 from tieaudit.formats.huggingface.folder import WeightSet, architecture_of
 from tieaudit.formats.safetensors.header import Entry, Header, read_header
-from tieaudit.formats.safetensors.sharded import INDEX_SUFFIX, Checkpoint, read_index_json, texts_of, weight_map_of
+from tieaudit.formats.safetensors.sharded import (
+    INDEX_SUFFIX,
+    Checkpoint,
+    by_index,
+    read_index_json,
+    texts_of,
+    weight_map_of,
+)
 from tieaudit.model import NOT_HERE, Weight
 from tieaudit.pointers import Elsewhere, elsewhere
 from tieaudit.storage import NotHere
@@ -78,8 +85,7 @@ def read_unfetched(chosen: WeightSet, away: Unfetched, config: Mapping[str, Any]
             headers[name] = _named(folder / name, inside, away.why.get(name, because))
         else:
             headers[name] = read_header(folder / name)
-    entries = {entry.name: (name, entry) for name, header in headers.items() for entry in header.entries}
-    return Checkpoint(chosen.main, headers, entries, texts_of(index))
+    return Checkpoint(chosen.main, headers, by_index(chosen.main, weight_map, headers), texts_of(index))
 
 
 def _named(file: Path, names: Iterable[str], away: Elsewhere) -> Header:

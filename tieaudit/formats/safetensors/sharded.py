@@ -60,6 +60,11 @@ def read_checkpoint(main: Path) -> Checkpoint:
                 hint="the download is incomplete",
             )
         headers[name] = read_header(main.parent / name)
+    return Checkpoint(main, headers, by_index(main, weight_map, headers), texts_of(index))
+
+
+def by_index(main: Path, weight_map: Mapping[str, str], headers: Mapping[str, Header]) -> dict[str, tuple[str, Entry]]:
+    """Tensor → (file, entry) in the order of the index. CorruptFile where index and shards disagree."""
     entries: dict[str, tuple[str, Entry]] = {}
     for name, header in headers.items():
         for entry in header.entries:
@@ -75,7 +80,7 @@ def read_checkpoint(main: Path) -> Checkpoint:
         if tensor not in entries or entries[tensor][0] != name:
             where = f"it in {entries[tensor][0]}" if tensor in entries else "no such tensor there"
             raise CorruptFile(f"{main}: expected tensor {tensor!r} in {name}, found {where}")
-    return Checkpoint(main, headers, {tensor: entries[tensor] for tensor in weight_map}, texts_of(index))
+    return {tensor: entries[tensor] for tensor in weight_map}
 
 
 def texts_of(index: Mapping[str, object]) -> dict[str, str]:
