@@ -274,7 +274,7 @@ def _model(source: str | Path | torch.nn.Module, inputs: Any = None, *, whole: b
     if isinstance(source, (str, Path)):
         from tieaudit.load import load_one
 
-        return load_one(source)
+        return load_one(source, unfetched=whole)
     from tieaudit.formats.torch_module.read import read_module
 
     return read_module(source, inputs, whole=whole)

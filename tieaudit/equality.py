@@ -200,6 +200,17 @@ def declared(model: Model, *, active: bool) -> list[Declared]:
     return found
 
 
+def unread(subject: Subject, ids: Iterable[str]) -> dict[str, str]:
+    """Those of `ids` whose bytes nobody has seen, and why: a read failed, or they are elsewhere."""
+    found = {}
+    for id in ids:
+        weight = subject.model.by_id[id]
+        why = subject.found.unreadable.get(id) or (no_values(weight.storage) if weight.storage is not None else "")
+        if why:
+            found[id] = why
+    return found
+
+
 def stored(subject: Subject, ids: Iterable[str]) -> tuple[str, ...]:
     """Those of `ids` that the files hold."""
     return tuple(id for id in ids if not subject.model.by_id[id].absent)

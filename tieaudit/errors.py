@@ -5,8 +5,8 @@
     ├─ UnreadableModel       expected / found / where / what to do
     │   ├─ UnknownFormat     nothing here that tieaudit knows how to read
     │   ├─ CorruptFile       the format's own rules are broken at a known place
-    │   ├─ MissingPackage    an extra is needed: which, and how to get it
-    │   └─ WeightsNotHere    a pointer stands in for the file: its weights are elsewhere
+    │   ├─ WeightsNotHere    a pointer to the weights (git-LFS, DVC, a broken link): nothing is wrong, nothing was seen
+    │   └─ MissingPackage    an extra is needed: which, and how to get it
     ├─ PluginError           names the plug-in's file
     ├─ RewriteRefused        nothing was written; the reason is a sentence
     └─ ParityFailed          exit code 1: a proof level failed, nothing was delivered
@@ -47,6 +47,10 @@ class CorruptFile(UnreadableModel):
     """The file breaks the rules of its own format."""
 
 
+class WeightsNotHere(UnreadableModel):
+    """The file stands for weights that are elsewhere (git-LFS, DVC, a link to a missing blob): cannot tell."""
+
+
 class MissingPackage(UnreadableModel):
     """A package of an extra is needed and not installed."""
 
@@ -56,10 +60,6 @@ class MissingPackage(UnreadableModel):
             hint += "; for the CPU build of torch add --extra-index-url https://download.pytorch.org/whl/cpu"
         super().__init__(f"{purpose} needs the package {package}, which is not installed", hint=hint)
         self.package = package
-
-
-class WeightsNotHere(UnreadableModel):
-    """A git-LFS or DVC pointer stands where the file should be: nothing is wrong, and nothing can be told."""
 
 
 class PluginError(TieAuditError):

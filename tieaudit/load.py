@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tieaudit.errors import TieAuditError, UnknownFormat, UnreadableModel, UsageError
+from tieaudit.errors import TieAuditError, UnknownFormat, UnreadableModel, UsageError, WeightsNotHere
 from tieaudit.formats import Format
 from tieaudit.model import Model
+from tieaudit.pointers import elsewhere
 from tieaudit.registry import discover
 
 
@@ -25,10 +26,13 @@ class Source:
     def load(self, key: str = "", inputs: Path | None = None) -> Model:
         """Read it. UnreadableModel with one clear line if that fails; the system's own errors become one too.
 
+        WeightsNotHere, which is one of those, for a pointer to the model: nothing is known to be wrong with it.
+
         `key`: of a file that holds several models, the one under this key; UsageError for other formats. `inputs`:
         sample inputs of a live module, an .npz; UsageError for other formats and if it holds no plain arrays.
         """
         try:
+            self._expect_weights()
             if inputs is not None:
                 if self.format.load_inputs is None:
                     raise UsageError(f"{self.path}: sample inputs are of use for `package.module:factory` only")
@@ -49,6 +53,12 @@ class Source:
         except MemoryError as error:
             raise UnreadableModel(f"{self.path}: declares more than fits into memory") from error
 
+    def _expect_weights(self) -> None:
+        """WeightsNotHere where a main file is a pointer, unless the format has something to say without it."""
+        for file in () if self.format.loads_without_weights else self.files:
+            if (away := elsewhere(file)) is not None:
+                raise WeightsNotHere(f"{file}: {away.because}, the weights are not here", hint=away.hint)
+
 
 def formats() -> list[Format]:
     """All formats, those that win an argument over a path first."""
@@ -64,11 +74,11 @@ def locate(patterns: Iterable[str]) -> tuple[list[Source], list[tuple[str, str]]
     errors: list[tuple[str, str]] = []
     for pattern in patterns:
         try:
-            name = _named(pattern)
+            name = named_model(pattern)
             if name is not None:
                 claimed.setdefault(name.name, (name, []))[1].append(Path(pattern))
                 continue
-            for path in _expand(pattern):
+            for path in expand(pattern):
                 _claim(path, claimed)
         except TieAuditError as error:
             errors.append((pattern, str(error)))
@@ -76,8 +86,14 @@ def locate(patterns: Iterable[str]) -> tuple[list[Source], list[tuple[str, str]]
             errors.append((pattern, f"{pattern}: cannot be read: {error.strerror or error}"))
         except RecursionError:
             errors.append((pattern, f"{pattern}: folders nested too deeply to be searched; name one inside"))
+    sources = sources_of(claimed.values(), errors)
+    return sources, errors
+
+
+def sources_of(claimed: Iterable[tuple[Format, Sequence[Path]]], errors: list[tuple[str, str]]) -> list[Source]:
+    """Owned paths → the models that they mean, each once, by their paths; what cannot be told goes to `errors`."""
     sources: dict[tuple[Path, tuple[Path, ...]], Source] = {}  # variants of one export share their folder
-    for format_, paths in claimed.values():
+    for format_, paths in claimed:
         try:
             for path, files in format_.group(paths):
                 sources.setdefault((path, files), Source(path, format_, files))
@@ -85,14 +101,15 @@ def locate(patterns: Iterable[str]) -> tuple[list[Source], list[tuple[str, str]]
             errors.append((str(paths[0]), str(error)))
         except OSError as error:
             errors.append((str(paths[0]), f"{error.filename or paths[0]}: cannot be read: {error.strerror or error}"))
-    return sorted(sources.values(), key=lambda source: str(source.path)), errors
+    return sorted(sources.values(), key=lambda source: str(source.path))
 
 
-def load_one(path: str | Path, *, together: bool = False, key: str = "") -> Model:
+def load_one(path: str | Path, *, together: bool = False, key: str = "", unfetched: bool = False) -> Model:
     """The single model at `path`. UsageError if there are several, UnreadableModel if there is none.
 
     A folder means the model whose folder it is, the plain one of several variants, not other files that lie in it,
     and not models of folders inside; `together`: all its ONNX files, as parts of one model. `key`: see `Source.load`.
+    `unfetched`: what can be said of a folder whose weights are elsewhere, instead of WeightsNotHere.
     """
     sources, errors = locate([str(path)])
     if errors:
@@ -105,7 +122,10 @@ def load_one(path: str | Path, *, together: bool = False, key: str = "") -> Mode
     if len(sources) != 1:
         names = ", ".join(str(source.path) for source in sources[:4])
         raise UsageError(f"{path}: expected one model, found {len(sources)}: {names}", hint="name one of them")
-    return sources[0].load(key)
+    model = sources[0].load(key)
+    if not (model.weights_here or unfetched):  # it is to be written, run or compared
+        raise WeightsNotHere(f"{model.path}: the weights are {model.metadata['weights']}")
+    return model
 
 
 def _together(folder: Path, sources: list[Source]) -> Model:
@@ -118,14 +138,15 @@ def _together(folder: Path, sources: list[Source]) -> Model:
     raise UsageError(f"{folder}: expected a folder of several ONNX files, which could share a data file, found none")
 
 
-def _named(text: str) -> Format | None:
+def named_model(text: str) -> Format | None:
     """The format of which this is a model's name rather than a path; what exists is a path."""
     if os.path.lexists(text):
         return None
     return next((one for one in formats() if one.named is not None and one.named(text)), None)
 
 
-def _expand(pattern: str) -> list[Path]:
+def expand(pattern: str) -> list[Path]:
+    """The paths that a path or a glob means. UnreadableModel if there are none."""
     path = Path(pattern)
     if path.exists() or path.is_symlink():
         if not path.exists():
@@ -136,7 +157,7 @@ def _expand(pattern: str) -> list[Path]:
     matches = sorted(_matches(pattern))
     if not matches:
         raise UnreadableModel(f"{pattern}: no such file or folder")
-    return [match for match in matches if match.is_dir() or _owner(match) is not None] or matches
+    return [match for match in matches if match.is_dir() or owner_of(match) is not None] or matches
 
 
 def _matches(pattern: str) -> Iterable[Path]:
@@ -151,15 +172,16 @@ def _matches(pattern: str) -> Iterable[Path]:
     return (match for root, match in found if not any(one.startswith(".") for one in match.relative_to(root).parts))
 
 
-def _owner(path: Path) -> Format | None:
+def owner_of(path: Path) -> Format | None:
+    """The format to which an existing path belongs, by its name and a few bytes. Raises OSError."""
     return next((one for one in formats() if one.owns(path)), None)
 
 
 def _claim(path: Path, claimed: dict[str, tuple[Format, list[Path]]]) -> None:
     """Give a path to the format that owns it; a folder is searched to the bottom, whether or not it is a model."""
-    owner = _owner(path)
+    owner = owner_of(path)
     if owner is None and path.is_file():
-        raise UnknownFormat(f"{path}: {_describe(path)}", hint=f"tieaudit reads {_names()}")
+        raise UnknownFormat(f"{path}: {describe(path)}", hint=f"tieaudit reads {_names()}")
     if owner is None and not path.is_dir():
         raise UnknownFormat(f"{path}: expected a file or a folder, found a device, a pipe or a socket")
     found = [(path, owner)] if owner is not None else []
@@ -176,7 +198,7 @@ def _models_below(folder: Path, holder: Format | None) -> Iterator[tuple[Path, F
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.is_symlink() and path.is_dir():
             continue  # a linked folder may lead back up
-        owner = _owner(path)
+        owner = owner_of(path)
         if owner is not None and (path.is_dir() or holder is None or owner.name != holder.name):
             yield path, owner
         if path.is_dir():
@@ -187,7 +209,7 @@ def _names() -> str:
     return ", ".join(one.name for one in formats())
 
 
-def _describe(path: Path) -> str:
+def describe(path: Path) -> str:
     """What an unrecognised file is, as far as its first bytes tell."""
     with path.open("rb") as file:
         head = file.read(512)

@@ -189,6 +189,9 @@ class Declaration:
         return self.claimed_by.endswith(("__metadata__", " metadata"))
 
 
+NOT_HERE = "not here: "
+"""How the metadata `weights` of a model begins where files with its weights are elsewhere (git-LFS, DVC, a cache)."""
+
 UNWRITTEN = "not in the file"
 
 
@@ -262,12 +265,19 @@ class Model:
     """Role kinds that the loader knows from the class, by weight id."""
     dimensions: Mapping[str, int] = field(default_factory=dict)
     """Sizes that a configuration states, by dotted key, such as `text_config.vocab_size`."""
+    flags: Mapping[str, object] = field(default_factory=dict)
+    """The setting that ties, by dotted key, at every level of a configuration that states it, as written there."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """Facts for the report: producer, opset, model type, whether the class was asked …"""
     notes: tuple[str, ...] = ()
     """What the loader could not tell, in sentences."""
     has_graph: bool = False
     """Whether `uses` is complete, so that its absence means *not used*."""
+
+    @property
+    def weights_here(self) -> bool:
+        """Whether every file with weights is here, and not a pointer to it: else rules about bytes cannot tell."""
+        return not self.metadata.get("weights", "").startswith(NOT_HERE)
 
     @cached_property
     def restores(self) -> bool:

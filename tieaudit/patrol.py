@@ -147,13 +147,15 @@ def _gathered(wanted: Wanted, base: Path) -> Gathered:
     by_policy: dict[str, tuple[Policy, list[str]]] = {}
     for path in wanted.paths or [""]:
         policy = policy_for(Path(path) if path and os.path.lexists(path) else base, wanted.config)
-        by_policy.setdefault(policy.file, (policy, []))[1].append(path)
+        by_policy.setdefault(policy.root, (policy, []))[1].append(path)
     found: list[Gathered] = []
     for policy, paths in by_policy.values():
+        root = Path(os.path.relpath(policy.root))
+        named = [path for path in paths if path] or ([] if str(root) == "." else ["."])
         found.append(
             gather(
-                [path for path in paths if path],
-                root=base,
+                named,
+                root=root,
                 exclude=policy.exclude,
                 respect_gitignore=policy.respect_gitignore,
                 since=wanted.since,

@@ -48,7 +48,12 @@ def propose(subject: Subject, asked: Asked) -> tuple[list[Candidate], list[Refus
 
 
 def listed_candidates(subject: Subject) -> tuple[Candidate, ...]:
-    """The candidates that `scan` lists: of every scheme that proposes more than what the ties already say."""
+    """The candidates that `scan` lists: of every scheme that proposes more than what the ties already say.
+
+    None where weights are elsewhere: what could be one tensor may be one already.
+    """
+    if not subject.model.weights_here:
+        return ()
     found: list[Candidate] = []
     for scheme in discover("schemes", Scheme).values():
         if scheme.listed_by_scan:

@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
-from tieaudit.errors import CorruptFile
+from tieaudit.errors import CorruptFile, WeightsNotHere
 
 Region = tuple[str, int, int]
 BLOCK_BYTES = 4 * 1024 * 1024
@@ -159,6 +159,24 @@ class MemoryStorage:
 
     def read_ranges(self, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
         return [self.data[begin : begin + length] for begin, length in ranges]
+
+
+@dataclass(frozen=True)
+class NotHere:
+    """The place of a tensor whose file is elsewhere: it is stored, and nothing of it can be read or measured."""
+
+    container: str
+    """Unique name of the place, so that two tensors never look like one region."""
+    no_values: str
+    """Why there are no bytes."""
+    n_bytes: int = 0
+
+    @property
+    def region(self) -> Region:
+        return (self.container, 0, 0)
+
+    def read_ranges(self, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
+        raise WeightsNotHere(f"{self.container}: there is nothing to read: {self.no_values}")
 
 
 def fill(storage: Storage, places: Iterable[tuple[int, memoryview]]) -> None:

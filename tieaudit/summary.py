@@ -49,6 +49,10 @@ def _documented(model: Model, members: tuple[str, ...]) -> list[str]:
 
 
 def _parameters(model: Model, found: Found) -> tuple[int | None, int | None, str]:
+    if not model.weights_here:
+        counted = model.metadata.get("n_parameters_live", "")
+        because = "as the class counts them: the weights are not here" if counted else "the weights are not here"
+        return (int(counted) if counted.isdigit() else None), None, because
     unknown = [weight for weight in model.weights if weight.parameter is None and weight.is_float]
     live = model.metadata.get("n_parameters_live", "")
     if unknown:

@@ -105,6 +105,7 @@ def toy(
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     overridable: Iterable[str] = (),
     metadata: Mapping[str, str] | None = None,
+    flags: Mapping[str, object] | None = None,
     notes: tuple[str, ...] = (),
     demands: Demands = NO_DEMANDS,
     locked: Locked | None = None,
@@ -118,6 +119,7 @@ def toy(
         parts: name → part, for a model in several files.
         buffers: names that are no parameters; unknown: names of which that cannot be told.
         shapes: of absent weights, where the first declared partner's shape is not the right one.
+        flags: dotted key → what a configuration states for the setting that ties.
         roles_by_class: name → role kind that the class knows.
         demands: what a policy asks of it.
         locked: what the lock file says of the model.
@@ -155,6 +157,7 @@ def toy(
         uses=tuple(_use(entry, ids, where, index) for index, entry in enumerate(uses)),
         declarations=tuple(claims),
         hints={ids[name]: kind for name, kind in (roles_by_class or {}).items()},
+        flags=flags or {},
         metadata=metadata or {},
         notes=notes,
         has_graph=format == "onnx",

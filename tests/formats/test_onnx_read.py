@@ -17,7 +17,7 @@ from formats.onnx_files import graph, info, read, rows, save, stored, tensor
 from onnx import TensorProto, helper, numpy_helper
 
 from tieaudit.dtypes import TABLE, dtype
-from tieaudit.errors import CorruptFile, UnreadableModel
+from tieaudit.errors import CorruptFile, UnreadableModel, WeightsNotHere
 from tieaudit.formats.onnx.tensors import DTYPES
 from tieaudit.storage import FileStorage, MemoryStorage
 
@@ -154,7 +154,7 @@ def test_bad_external_data_is_refused_with_its_place(tmp_path: Path, changes: di
 def test_a_git_lfs_pointer_as_data_file_is_called_so(tmp_path: Path) -> None:
     path = _external(tmp_path)
     (tmp_path / "w.bin").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 132\n")
-    with pytest.raises(CorruptFile, match="found a git-LFS pointer; run git lfs pull"):
+    with pytest.raises(WeightsNotHere, match=r"found a git-LFS pointer to 132 bytes \(run `git lfs pull`\)"):
         read(path)
 
 

@@ -82,6 +82,14 @@ class Format:
     only be pooled together with it, and the settings that say so; or why they cannot be."""
     holds_adjustments: bool = False
     """Whether `edit` writes what a share's members apply to the common value, as operations of the program."""
+    has_parts: bool = False
+    """Whether files of one folder may be parts of one model, so that one of them means all."""
+    sure_names: tuple[str, ...] = ()
+    """Endings of names by which a file is known to be of this format although its content is not here."""
+    data_names: Callable[[Path], set[str]] | None = None
+    """Of a main file, the files beside it that hold its weights, as it names them, relative to its folder."""
+    loads_without_weights: bool = False
+    """Whether `load` says what it can of a model whose weights are elsewhere, instead of WeightsNotHere."""
     precedence: int = 0
     """Among formats that own one path the highest wins (a Hugging Face folder over the safetensors inside)."""
 

@@ -60,6 +60,17 @@ def from_table(major: Major, architecture: str, config: Mapping[str, Any], store
     )
 
 
+def certain_names(architecture: str) -> tuple[str, ...]:
+    """Names that a data file spells out for a class: its tables, heads and what is tied, other than per layer."""
+    majors: tuple[Major, ...] = (5, 4)
+    known = (table(major)["classes"].get(architecture) for major in majors)
+    entry: Mapping[str, Any] = next((found for found in known if found), {})
+    named = [name for tie in entry.get("ties", ()) for name in tie["members"]]
+    for key in ("input", "head", "head_bias"):
+        named += entry.get(key, ())
+    return tuple(dict.fromkeys(name for name in named if "*" not in name))
+
+
 def _active(flag: str | None, config: Mapping[str, Any], flags: Mapping[str, Any], name: str) -> tuple[bool, str]:
     if flag is None:
         return True, f"{name} ties these whatever {FLAG} says"

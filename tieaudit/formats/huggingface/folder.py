@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tieaudit.errors import CorruptFile, UnreadableModel
-from tieaudit.formats.safetensors.header import LFS_MAGIC
+from tieaudit.errors import CorruptFile, UnreadableModel, WeightsNotHere
 from tieaudit.formats.safetensors.sharded import INDEX_SUFFIX, read_index
 from tieaudit.formats.torch_checkpoint.discover import INDEX_SUFFIX as PICKLED_INDEX
+from tieaudit.pointers import DVC, elsewhere
 
 CONFIG = "config.json"
 MAX_CONFIG_BYTES = 32_000_000
@@ -30,15 +31,15 @@ def owns(path: Path) -> bool:
     """A folder with config.json and weights that are this format's; or config.json, index or shard inside one."""
     if path.is_dir():
         return _is_model_folder(path)
-    if path.name == CONFIG or path.name.endswith((".safetensors", INDEX_SUFFIX)) or _PICKLED.match(path.name):
-        return path.is_file() and _is_model_folder(path.parent)
-    return False
+    if path.name.endswith((".safetensors", INDEX_SUFFIX)):  # no listing: a folder may hold thousands of them
+        return (path.parent / CONFIG).is_file() and (os.path.lexists(path) or _is_model_folder(path.parent))
+    return (path.name == CONFIG or bool(_PICKLED.match(path.name))) and _is_model_folder(path.parent)
 
 
 def _is_model_folder(folder: Path) -> bool:
     if not (folder / CONFIG).is_file():
         return False
-    names = [entry.name for entry in folder.iterdir()]
+    names = [entry.name.removesuffix(DVC) for entry in folder.iterdir()]
     if any(name.endswith((".safetensors", INDEX_SUFFIX)) for name in names):
         return True
     # weights that only transformers could read: owned, so that the user is told what to do about them
@@ -57,9 +58,8 @@ def group(paths: Sequence[Path]) -> list[tuple[Path, tuple[Path, ...]]]:
 
 def has_weights(folder: Path) -> bool:
     """Whether weights that are read lie in a folder."""
-    return any(
-        entry.name.endswith((".safetensors", INDEX_SUFFIX)) or entry.name in _READ_PICKLED for entry in folder.iterdir()
-    )
+    names = (entry.name.removesuffix(DVC) for entry in folder.iterdir())
+    return any(name.endswith((".safetensors", INDEX_SUFFIX)) or name in _READ_PICKLED for name in names)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class WeightSet:
     """The weights of a folder: the set that is loaded by default, and the sets beside it."""
 
     main: Path
-    """A safetensors file or an index."""
+    """A safetensors file, a pickle or an index; it and its shards may be elsewhere (see `pointers.py`)."""
     files: tuple[Path, ...]
     """config.json first, then `main`, then its shards."""
     others: tuple[str, ...]
@@ -76,7 +76,7 @@ class WeightSet:
 
 def weight_set(folder: Path) -> WeightSet:
     """The default weights of a folder. UnreadableModel if there are none that can be read."""
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
+    names = _names(folder)
     tensors = [name for name in names if name.endswith(".safetensors")]
     indices = [name for name in names if name.endswith(INDEX_SUFFIX)]
     if not tensors and not indices:
@@ -92,8 +92,7 @@ def weight_set(folder: Path) -> WeightSet:
                 hint="the download is incomplete",
             )
     shards: tuple[str, ...] = ()
-    if main in indices:
-        _refuse_pointer(folder / main)
+    if main in indices and elsewhere(folder / main) is None:
         shards = tuple(dict.fromkeys(read_index(folder / main).values()))
     used = {main, *shards}
     others = tuple(n for n in names if n not in used and (n in tensors or n in indices or _PICKLED.match(n)))
@@ -105,8 +104,8 @@ def _pickled_set(folder: Path, names: Sequence[str]) -> WeightSet:
     main = next((name for name in _READ_PICKLED if name in names), None)
     pickled = [name for name in names if _PICKLED.match(name)]
     if main is not None:
-        _refuse_pointer(folder / main)
-        shards = tuple(dict.fromkeys(read_index(folder / main).values())) if main.endswith(PICKLED_INDEX) else ()
+        whole = main.endswith(PICKLED_INDEX) and elsewhere(folder / main) is None
+        shards = tuple(dict.fromkeys(read_index(folder / main).values())) if whole else ()
         others = tuple(name for name in pickled if name not in (main, *shards))
         return WeightSet(folder / main, tuple(folder / name for name in (CONFIG, main, *shards)), others)
     if pickled:
@@ -117,16 +116,21 @@ def _pickled_set(folder: Path, names: Sequence[str]) -> WeightSet:
     raise UnreadableModel(f"{folder}: a config.json without weights", hint="download the safetensors files too")
 
 
-def _refuse_pointer(path: Path) -> None:
-    with path.open("rb") as file:
-        if file.read(len(LFS_MAGIC)) == LFS_MAGIC:
-            raise UnreadableModel(f"{path}: a git-LFS pointer, the file itself is not here", hint="run `git lfs pull`")
+def _names(folder: Path) -> list[str]:
+    """Files of a folder, those among them that are elsewhere: links that lead nowhere, and what DVC keeps."""
+    found: set[str] = set()
+    for entry in folder.iterdir():
+        if entry.is_file() or entry.is_symlink() and not entry.exists():
+            kept = entry.name.removesuffix(DVC)
+            found.update((entry.name, kept) if kept != entry.name and not (folder / kept).is_dir() else (entry.name,))
+    return sorted(found)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json as an object. CorruptFile if it is none or unreasonably large."""
     path = folder / CONFIG
-    _refuse_pointer(path)
+    if (away := elsewhere(path)) is not None:
+        raise WeightsNotHere(f"{path}: {away.because}, the file itself is not here", hint=away.hint)
     n_bytes = path.stat().st_size
     if n_bytes > MAX_CONFIG_BYTES:
         raise CorruptFile(f"{path}: expected at most {MAX_CONFIG_BYTES} bytes, found {n_bytes}")

@@ -9,9 +9,10 @@ from typing import Any
 
 from tieaudit.formats.huggingface.asking import ask_class
 from tieaudit.formats.huggingface.defaults import Major, from_convention, from_table, table
-from tieaudit.formats.huggingface.facts import ClassFacts, ClassTie, from_answer
+from tieaudit.formats.huggingface.facts import FLAG, ClassFacts, ClassTie, from_answer
 from tieaudit.formats.huggingface.folder import CONFIG, architecture_of, read_config, weight_set
 from tieaudit.formats.huggingface.pickled import read_weights
+from tieaudit.formats.huggingface.unfetched import read_unfetched, unfetched, unsure, with_shapes
 from tieaudit.formats.safetensors.sharded import Checkpoint
 from tieaudit.formats.safetensors.weights import by_convention, documented, stored_weights
 from tieaudit.model import Declaration, Model, Part, Weight, make_id
@@ -37,10 +38,18 @@ def load(path: Path, files: tuple[Path, ...]) -> Model:
     """
     config = read_config(path)
     chosen = weight_set(path)
-    checkpoint, pickled, lost = read_weights(chosen.main)
-    known = know(config, checkpoint)
+    away = unfetched(chosen)
+    if away is None:
+        checkpoint, facts, lost = read_weights(chosen.main)
+        known = know(config, checkpoint)
+    else:
+        checkpoint, facts, lost = read_unfetched(chosen, away, config), {"weights": away.said}, (away.note,)
+        known = know(config, checkpoint)
+        checkpoint = with_shapes(checkpoint, known.best, config)
+        if known.best.n_parameters is not None and "quantization_config" not in config:
+            facts["n_parameters_live"] = str(known.best.n_parameters)
     weights = {weight.id: weight for weight in stored_weights(checkpoint)}
-    weights = {id: _classified(weight, known.best, config) for id, weight in weights.items()}
+    weights = {id: unsure(_classified(weight, known.best, config)) for id, weight in weights.items()}
     claims, absent, notes = declarations(known, weights)
     extra, documented_ties = documented(checkpoint, {**weights, **absent})
     absent.update({weight.id: weight for weight in extra})
@@ -56,7 +65,8 @@ def load(path: Path, files: tuple[Path, ...]) -> Model:
         declarations=(*claims, *documented_ties),
         hints=_hints(known.best, weights),
         dimensions=dict(_dimensions(config)),
-        metadata={**_metadata(config, known, checkpoint, chosen.others), **pickled},
+        flags=flags(config),
+        metadata={**_metadata(config, known, checkpoint, chosen.others), **facts},
         notes=(*known.notes, *notes, *lost),
     )
 
@@ -201,6 +211,15 @@ def _dimensions(config: Mapping[str, Any], prefix: str = "", depth: int = 0) -> 
             yield f"{prefix}{key}", value
         elif isinstance(value, Mapping) and depth < 4:
             yield from _dimensions(value, f"{prefix}{key}.", depth + 1)
+
+
+def flags(config: Mapping[str, Any], prefix: str = "", depth: int = 0) -> dict[str, object]:
+    """The tying flag by dotted key at every level that states it, at most four levels deep; whatever stands there."""
+    found: dict[str, object] = {f"{prefix}{FLAG}": config[FLAG]} if FLAG in config else {}
+    for key, value in config.items() if depth < 4 else ():
+        if isinstance(value, Mapping):
+            found |= flags(value, f"{prefix}{key}.", depth + 1)
+    return found
 
 
 def _unfilled(facts: ClassFacts, weights: Mapping[str, Weight]) -> dict[str, Weight]:

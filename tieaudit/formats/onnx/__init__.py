@@ -18,4 +18,7 @@ FORMAT = Format(
     edit=later("tieaudit.formats.onnx.edit:edit"),
     pool=later("tieaudit.formats.onnx.pool:edits_of"),
     holds_adjustments=True,
+    data_names=later("tieaudit.formats.onnx.discover:external_locations"),
+    has_parts=True,
+    sure_names=(".onnx",),
 )

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tieaudit.dtypes import DType, dtype
-from tieaudit.errors import CorruptFile
+from tieaudit.errors import CorruptFile, WeightsNotHere
 from tieaudit.formats.onnx.wire import Malformed, Skeleton, packed_field
+from tieaudit.pointers import elsewhere
 from tieaudit.printable import printable
 from tieaudit.storage import FileStorage, MemoryStorage, Storage
 
@@ -32,7 +33,6 @@ _NAMES = (
 DTYPES: dict[int, str] = {number: name for number, name in enumerate(_NAMES) if number}
 """TensorProto.DataType → canonical name."""
 
-LFS_MAGIC = b"version https://git-lfs"
 MAX_RANK = 64
 """Most dimensions of a tensor: what numpy holds, and far more than any runtime takes."""
 _N_MOST_CLAIMS = 16
@@ -278,8 +278,12 @@ def _find_data_file(folder: Path, location: str, where: str) -> tuple[Path, int]
             f"{where}: {rule}, found {location[:200]!r}, which leads to {shown}; "
             "copy that file beside the model if you trust it"
         )
+    try:
+        away = elsewhere(home / location)
+    except OSError as error:
+        raise CorruptFile(f"{where}: {rule}, found {location[:200]!r}: {error}") from error
+    if away is not None:
+        raise WeightsNotHere(f"{where}: expected its data in {shown}, found {away.because}", hint=away.hint)
     if not exists:
         raise CorruptFile(f"{where}: expected its data in {shown}, found no such file; fetch it beside the model")
-    if size < 1024 and path.read_bytes().startswith(LFS_MAGIC):
-        raise CorruptFile(f"{where}: expected its data in {shown}, found a git-LFS pointer; run git lfs pull")
     return path, size

@@ -27,4 +27,5 @@ safetensors = Format(
     can_create=later("tieaudit.formats.safetensors.create:can_create"),
     create=later("tieaudit.formats.safetensors.create:create"),
     has_program=False,
+    sure_names=(".safetensors", ".safetensors.index.json"),
 )

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from tieaudit.dtypes import TABLE
-from tieaudit.errors import CorruptFile, UnreadableModel
+from tieaudit.errors import CorruptFile, WeightsNotHere
+from tieaudit.pointers import LFS_MAGIC
 from tieaudit.storage import FileStorage, Storage
 
 LENGTH_BYTES = 8
@@ -27,7 +28,6 @@ MAX_SIZE = 2**64 - 1
 """Sizes and offsets are 64-bit unsigned in the reference."""
 MAX_DEPTH = 127
 """Nesting at which the reference's JSON reader gives up."""
-LFS_MAGIC = b"version https://git-lfs"
 
 # Spelling in the file → name in `dtypes.TABLE`.
 TAGS: Mapping[str, str] = {
@@ -86,7 +86,7 @@ class Header:
 def read_header(path: Path) -> Header:
     """The header of one file, every rule of the format checked.
 
-    Raises: CorruptFile with the file, the tensor and the byte; UnreadableModel for a git-LFS pointer.
+    Raises: CorruptFile with the file, the tensor and the byte; WeightsNotHere for a git-LFS pointer.
     Cost: reads the header only; memory in proportion to it.
     """
     resolved = path.resolve()
@@ -94,7 +94,7 @@ def read_header(path: Path) -> Header:
     with resolved.open("rb") as file:
         head = file.read(len(LFS_MAGIC))
         if head == LFS_MAGIC:
-            raise UnreadableModel(
+            raise WeightsNotHere(
                 f"{path}: a git-LFS pointer of {n_file} bytes, the weights are not here", hint="run `git lfs pull`"
             )
         if n_file < LENGTH_BYTES:

@@ -51,7 +51,7 @@ def read_checkpoint(main: Path) -> Checkpoint:
         header = read_header(main)
         return Checkpoint(main, {main.name: header}, {e.name: (main.name, e) for e in header.entries})
     index = read_index_json(main)
-    weight_map = _weight_map(main, index)
+    weight_map = weight_map_of(main, index)
     headers: dict[str, Header] = {}
     for name in dict.fromkeys(weight_map.values()):
         if not (main.parent / name).is_file():
@@ -60,6 +60,11 @@ def read_checkpoint(main: Path) -> Checkpoint:
                 hint="the download is incomplete",
             )
         headers[name] = read_header(main.parent / name)
+    return Checkpoint(main, headers, by_index(main, weight_map, headers), texts_of(index))
+
+
+def by_index(main: Path, weight_map: Mapping[str, str], headers: Mapping[str, Header]) -> dict[str, tuple[str, Entry]]:
+    """Tensor → (file, entry) in the order of the index. CorruptFile where index and shards disagree."""
     entries: dict[str, tuple[str, Entry]] = {}
     for name, header in headers.items():
         for entry in header.entries:
@@ -75,9 +80,13 @@ def read_checkpoint(main: Path) -> Checkpoint:
         if tensor not in entries or entries[tensor][0] != name:
             where = f"it in {entries[tensor][0]}" if tensor in entries else "no such tensor there"
             raise CorruptFile(f"{main}: expected tensor {tensor!r} in {name}, found {where}")
+    return {tensor: entries[tensor] for tensor in weight_map}
+
+
+def texts_of(index: Mapping[str, object]) -> dict[str, str]:
+    """The texts of an index's own `metadata`."""
     said = index.get("metadata")
-    texts = {key: text for key, text in said.items() if isinstance(text, str)} if isinstance(said, dict) else {}
-    return Checkpoint(main, headers, {tensor: entries[tensor] for tensor in weight_map}, texts)
+    return {key: text for key, text in said.items() if isinstance(text, str)} if isinstance(said, dict) else {}
 
 
 def siblings_of(path: Path) -> tuple[Path, ...]:
@@ -113,10 +122,11 @@ def read_shards(files: Sequence[Path]) -> Checkpoint:
 
 def read_index(path: Path) -> dict[str, str]:
     """weight_map of an index: tensor → plain file name. CorruptFile for anything else, path escapes included."""
-    return _weight_map(path, read_index_json(path))
+    return weight_map_of(path, read_index_json(path))
 
 
-def _weight_map(path: Path, index: Mapping[str, object]) -> dict[str, str]:
+def weight_map_of(path: Path, index: Mapping[str, object]) -> dict[str, str]:
+    """weight_map of an index that was read: tensor → plain file name. CorruptFile for anything else."""
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptFile(f"{path}: expected an object weight_map (tensor → file), found {type(weight_map).__name__}")

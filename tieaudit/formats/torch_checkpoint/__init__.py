@@ -27,4 +27,5 @@ torch_checkpoint = Format(
     held_by=lambda model: "whoever loads the files gets a tensor of its own for each of these names",
     notes=later("tieaudit.formats.torch_checkpoint.optimizer:notes"),
     has_program=False,
+    sure_names=(".pt", ".pth", ".ckpt", "pytorch_model.bin", ".bin.index.json"),
 )

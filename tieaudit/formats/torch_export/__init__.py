@@ -22,4 +22,5 @@ torch_export = Format(
         "or pool the ONNX model"
     ),
     precedence=5,
+    sure_names=(".pt2",),
 )
