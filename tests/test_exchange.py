@@ -144,17 +144,17 @@ def test_exactly_the_files_that_change_are_replaced(kind: str, fixtures_dir: Pat
 def test_hit_at_any_step_a_model_is_all_old_or_all_new(
     kind: str, mode: str, fixtures_dir: Path, tmp_path: Path
 ) -> None:
-    under_fire(mode, kind, fixtures_dir, tmp_path)
+    assert_all_or_none_under_fire(mode, kind, fixtures_dir, tmp_path)
 
 
 @pytest.mark.parametrize("mode", ["recover", "kill-unlinked", "fail-unlinked"])
 def test_so_it_is_where_putting_back_is_hit_too_and_where_no_file_can_have_two_names(
     mode: str, fixtures_dir: Path, tmp_path: Path
 ) -> None:
-    under_fire(mode, "external", fixtures_dir, tmp_path)
+    assert_all_or_none_under_fire(mode, "external", fixtures_dir, tmp_path)
 
 
-def under_fire(mode: str, kind: str, fixtures: Path, tmp_path: Path) -> None:
+def assert_all_or_none_under_fire(mode: str, kind: str, fixtures: Path, tmp_path: Path) -> None:
     name, scheme = scene(kind, fixtures, tmp_path / "home")
     script = Path(__file__).with_name("exchange_under_fire.py")
     done = subprocess.run(
