@@ -251,7 +251,7 @@ def page(results: dict[str, tuple[float, list[Row]]], text: Text, given: argpars
         "Two small language models were trained with an embedding and a head of their own, then tied afterwards under",
         "every policy, without training further. ΔNLL is the measured rise of the negative log-likelihood on held-out",
         "text, in nats per token; *predicted* is what tieaudit says beforehand, from tokens that the policy was not",
-        "fitted to.",
+        "fitted to. `--calibrate` does the same with your own data ([calibration.md](calibration.md)).",
         "",
         f"Vocabulary {text.n_words:,} words, width {WIDTH}, {given.epochs} epochs over {len(text.train):,} words,",
         f"seed {given.seed}; fitted on {given.calibration_tokens:,} tokens, predicted from the next",

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from tieaudit.cli import main
 from tieaudit.comparison import Choice, compare, frontier
-from tieaudit.merges import Statistics
+from tieaudit.merges import Calibrated, Statistics
 from tieaudit.model import Model, Part, Role, Weight
 from tieaudit.storage import MemoryStorage
 from tieaudit.verdict import Found, Subject
@@ -73,7 +73,7 @@ def test_policies_that_need_calibration_are_compared_where_there_is_some() -> No
     lookup = Statistics(1000, row_weights=rng.dirichlet(np.ones(V)), gradients=root @ root.T)
     head = Statistics(1000, row_weights=rng.dirichlet(np.ones(V)), inputs=np.eye(D))
     assert ("io", "gauss-newton") not in by_name(compare(subject()))
-    found = by_name(compare(subject(), statistics={"embed": lookup, "head": head}))
+    found = by_name(compare(subject(), calibrated=Calibrated({"embed": lookup, "head": head})))
     best, mean = found["io", "gauss-newton"].nats, found["io", "mean"].nats
     assert best is not None and mean is not None and best < mean
     assert found["albert", "mean"].nats is None  # its sites were not calibrated

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -199,3 +200,129 @@ def test_two_norms_near_one_are_close_since_little_changes_if_one_serves_for_bot
     rng = np.random.default_rng(0)
     one, other = (1.0 + 0.03 * rng.standard_normal(64) for _ in range(2))
     assert likeness(members(one, other)).verdict == "close"
+
+
+def test_the_sums_of_a_device_are_those_of_numpy() -> None:
+    """The path of a GPU, with tensors on the CPU; float64 in both, so only the order of adding differs."""
+    pytest.importorskip("torch")
+    check_on("cpu")
+
+
+@pytest.mark.cuda
+def test_the_sums_of_a_gpu_are_those_of_numpy() -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    from tieaudit.placing import place_on
+
+    assert place_on("auto")(np.zeros(2)).device.type == "cuda"
+    check_on("cuda")
+
+
+def check_on(device: str) -> None:
+    from tieaudit.placing import tensors_on
+
+    for a, b in ((normal(3000, 48), normal(3000, 48, seed=1)), (decaying(900, 700, 1), decaying(900, 700, 2))):
+        usual, placed = (pair(members(a, b), place=place) for place in (np.asarray, tensors_on(device)))
+        for name in ("squared_a", "squared_b", "dot", "cosines", "gram_a", "gram_b", "cross"):
+            one, other = np.asarray(getattr(usual, name)), np.asarray(getattr(placed, name))
+            assert np.abs(one - other).max() <= 1e-11 * np.abs(one).max(), name
+        assert usual.n_columns_seen == placed.n_columns_seen
+        one, other = likeness(members(a, b)), likeness(members(a, b), place=tensors_on(device))
+        assert one.verdict == other.verdict
+        for name, values in one.diagnostics.items():
+            assert other.diagnostics[name] == pytest.approx(values, rel=1e-8, abs=1e-10)
+
+
+def test_without_a_gpu_numpy_is_used_and_a_gpu_that_is_asked_for_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tieaudit import placing
+    from tieaudit.errors import TieAuditError
+
+    monkeypatch.setattr(placing, "_has_gpu", lambda: False)
+    assert placing.place_on("auto") is np.asarray and placing.place_on("cpu") is np.asarray
+    monkeypatch.setattr(placing, "find_spec", lambda name: None)
+    with pytest.raises(TieAuditError, match="needs the package torch"):
+        placing.place_on("cuda")
+
+
+def scanned(path: object, *words: str) -> tuple[str, dict[str, Any]]:
+    import json
+
+    from click.testing import CliRunner
+
+    from tieaudit.cli import main
+
+    said = CliRunner().invoke(main, ["scan", str(path), *words])
+    told = CliRunner().invoke(main, ["scan", str(path), *words, "--format", "json"])
+    assert (said.exit_code, told.exit_code) == (0, 0), said.output + told.output
+    found: dict[str, Any] = json.loads(told.output)
+    return said.output, found
+
+
+def model_of(folder: Any, embedding: Array, head: Array) -> Any:
+    """A lookup in [V, d] and a product with the head's transpose, as ONNX."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    graph = helper.make_graph(
+        [helper.make_node("Gather", ["e", "ids"], ["h"]), helper.make_node("MatMul", ["h", "u"], ["logits"])],
+        "lm",
+        [helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", "length"])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "length", len(embedding)])],
+        [numpy_helper.from_array(embedding, "e"), numpy_helper.from_array(np.ascontiguousarray(head.T), "u")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), folder / "lm.onnx")
+    return folder / "lm.onnx"
+
+
+def test_a_scan_says_how_alike_candidates_are_only_where_it_is_asked(tmp_path: Any) -> None:
+    import jsonschema
+
+    a, b = normal(40_000, 64), normal(40_000, 64, seed=1)
+    for name, other, verdict in (("far", b, "unrelated"), ("near", (a + 0.2 * b).astype(np.float32), "close")):
+        (tmp_path / name).mkdir()
+        path = model_of(tmp_path / name, a, other)
+        text, told = scanned(path)
+        assert "linear-map" not in text and told["models"][0]["candidates"][0]["likeness"] is None
+        text, told = scanned(path, "--damage")
+        found = told["models"][0]["candidates"][0]["likeness"]
+        assert (found["verdict"], found["exact"], found["ids"]) == (verdict, False, ["e", "u"])
+        direct = likeness(members(a, np.ascontiguousarray(other.T), TRANSPOSED))
+        for kind, values in direct.diagnostics.items():
+            assert tuple(found["diagnostics"][kind].values()) == pytest.approx(values)
+            assert kind in text
+        deep = scanned(path, "--damage", "--deep")[1]["models"][0]["candidates"][0]["likeness"]
+        # ‖A − B‖/‖A‖ over all rows; B = A + 0.2·N is 0.2 away, an independent one √2
+        delta = np.linalg.norm(a.astype(np.float64) - other) / np.sqrt(np.linalg.norm(a) * np.linalg.norm(other))
+        assert deep["exact"] and deep["diagnostics"]["relative-distance"]["value"] == pytest.approx(delta, rel=0.03)
+        schema = json_of(Path(__file__).parent.parent / "docs" / "schema" / "scan-1.schema.json")
+        jsonschema.validate(told, schema)
+
+
+def json_of(path: Path) -> Any:
+    import json
+
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_a_scan_without_damage_reads_no_weights_for_candidates(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tieaudit.damage
+    from tieaudit.load import load_one
+    from tieaudit.scan import scan
+
+    path = model_of(tmp_path, normal(500, 8), normal(500, 8, seed=1))
+    asked: list[bool] = []
+    monkeypatch.setattr(tieaudit.damage, "foreseen", lambda subject, found, *, deep, place: asked.append(deep) or found)
+    model = load_one(str(path))
+    assert scan(model).candidates[0].likeness is None and asked == []
+    scan(model, damage="deep", device="cpu")
+    assert asked == [True]
+
+
+def test_deep_and_device_belong_to_damage(tmp_path: Any) -> None:
+    from click.testing import CliRunner
+
+    from tieaudit.cli import main
+
+    refused = CliRunner().invoke(main, ["scan", "x.onnx", "--deep"])
+    assert refused.exit_code == 2 and "expected --damage with --deep" in refused.output

@@ -177,4 +177,4 @@ def test_the_users_own_inputs_reach_the_other_process(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", ids=np.array([[1, 2, 3]], np.int64))
     result = run("apply", source, "--inputs", tmp_path / "x.npz", "--to", tmp_path / "out.onnx")
     assert result.exit_code == 0, result.output
-    assert "1 inputs (the given inputs)" in result.output
+    assert "1 input (the given inputs)" in result.output

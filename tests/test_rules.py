@@ -85,7 +85,7 @@ def test_findings_stay_when_the_weights_are_shuffled(rule: Rule, kind: str, subj
     weights = list(subject.model.weights)
     random.Random(3).shuffle(weights)
     model = replace(subject.model, weights=tuple(weights))
-    shuffled = Subject(model, find(model), roles(model))
+    shuffled = replace(subject, model=model, found=find(model), roles=roles(model))
     before = audit(subject, only={rule.code: rule}).findings
     after = audit(shuffled, only={rule.code: rule}).findings
     assert [(f.code, sorted(f.ids), f.n_bytes) for f in before] == [(f.code, sorted(f.ids), f.n_bytes) for f in after]

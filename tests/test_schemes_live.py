@@ -9,8 +9,6 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,17 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from scheme_cases import (  # noqa: E402
+    CASES,
+    LM,
+    WORDS,
+    Case,
+    D,
+    Translator,
+    V,
+    floats,
+    n_parameters,
+)  # fmt: skip
 from torch import nn  # noqa: E402
 
 import tieaudit  # noqa: E402
@@ -25,119 +34,6 @@ from tieaudit.change import Plan, Share  # noqa: E402
 from tieaudit.errors import RewriteRefused, UnreadableModel  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-D, F, V = 8, 12, 20
-WORDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
-
-
-class Block(nn.Module):
-    """A layer of one head, without a norm before it, so that every weight matters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(D, D) for _ in range(4))
-        self.norm = nn.LayerNorm(D)
-        nn.init.normal_(self.norm.weight)
-        nn.init.normal_(self.norm.bias)
-        self.up_proj, self.down_proj = nn.Linear(D, F), nn.Linear(F, D)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        scores = torch.softmax(self.q_proj(x) @ self.k_proj(x).mT / D**0.5, -1)
-        x = self.norm(x + self.o_proj(scores @ self.v_proj(x)))
-        return x + self.down_proj(torch.relu(self.up_proj(x)))
-
-
-ATTENTION, FEED, NORM = 4 * (D * D + D), 2 * D * F + F + D, 2 * D
-LAYER = ATTENTION + FEED + NORM
-
-
-class LM(nn.Module):
-    def __init__(self, n_layers: int = 6) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(V, D)
-        self.layers = nn.ModuleList(Block() for _ in range(n_layers))
-        self.lm_head = nn.Linear(D, V, bias=False)
-
-    def forward(self, words: torch.Tensor) -> torch.Tensor:
-        x = self.embed_tokens(words)
-        for layer in self.layers:
-            x = layer(x)
-        return self.lm_head(x)
-
-
-class Side(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(V, D)
-        self.layers = nn.ModuleList(Block() for _ in range(2))
-
-    def forward(self, words: torch.Tensor) -> torch.Tensor:
-        x = self.embed_tokens(words)
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-class Translator(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder, self.decoder = Side(), Side()
-        self.lm_head = nn.Linear(D, V, bias=False)
-
-    def forward(self, words: torch.Tensor) -> torch.Tensor:
-        return self.lm_head(self.decoder(words) + self.encoder(words))
-
-
-class Towers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.query, self.document = (nn.Sequential(nn.Linear(D, F), nn.ReLU(), nn.Linear(F, D)) for _ in range(2))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (self.query(x) * self.document(x)).sum(-1)
-
-
-def autoencoder() -> nn.Module:
-    return nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3), nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 8))
-
-
-def n_parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
-@dataclass(frozen=True)
-class Case:
-    scheme: str
-    make: Callable[[], nn.Module]
-    n_saved: int
-    """Parameters fewer than before, in closed form."""
-
-
-def floats() -> torch.Tensor:
-    return torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
-
-
-CASES = [
-    Case("albert", LM, 5 * LAYER),
-    Case("albert:attention", LM, 5 * ATTENTION),
-    Case("albert:ffn", LM, 5 * FEED),
-    Case("albert:2", LM, 4 * LAYER),
-    Case("sequence:3", LM, 3 * LAYER),
-    Case("cycle:2", LM, 4 * LAYER),
-    Case("cycle-rev:3", LM, 3 * LAYER),
-    Case("sandwich", LM, 3 * (ATTENTION + FEED)),  # layers 1 to 4 share; each layer keeps its own norms
-    Case("immediate", LM, 3 * LAYER),
-    Case("middle-cycle:2", LM, 2 * LAYER),  # A BC BC D
-    Case("ffn", LM, 5 * FEED),
-    Case("norms", LM, 5 * NORM),
-    Case("shared-qk", LM, 6 * (D * D + D)),
-    Case("shared-kv", LM, 6 * (D * D + D)),
-    Case("io", LM, V * D),
-    Case("three-way", Translator, 2 * V * D),
-    Case("encoder-decoder", Translator, V * D),
-    Case("tied-transformer", Translator, 2 * (ATTENTION + FEED)),
-    Case("siamese", Towers, 2 * D * F + F + D),
-    Case("tied-autoencoder", autoencoder, 8 * 6 + 6 * 3),  # not the biases
-]
 
 
 def reference(module: nn.Module, plan: Plan) -> nn.Module:

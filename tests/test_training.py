@@ -236,3 +236,22 @@ def test_a_module_without_ties_says_so() -> None:
     parity = tieaudit.gradients(Words(tied=False), WORDS)
     assert parity.held and not parity.proved
     assert str(parity).startswith("no parameter of this module has several names")
+
+
+def test_a_name_that_no_operation_reads_is_told_from_one_through_which_nothing_is_learnt() -> None:
+    class TwoNames(nn.Module):
+        """As BERT's head: the bias has a second name, which the forward pass never uses."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = nn.Linear(3, 4)
+            self.bias = self.decoder.bias
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.decoder(x)
+
+    parity = tieaudit.gradients(TwoNames(), torch.randn(2, 3))
+    (tied,) = parity.tied
+    assert tied.unread == ("bias",) and tied.cut_off == ()
+    assert parity.proved
+    assert "of which no operation reads bias" in str(parity)

@@ -290,7 +290,7 @@ def test_inputs_and_outputs_with_other_names_are_paired_by_order_and_shape(tmp_p
 def test_given_inputs_are_used_and_missing_ones_are_named(tmp_path: Path) -> None:
     one, other = (saved(language_model(), tmp_path / name) for name in "ab")
     proof = compare(one, other, inputs={"input_ids": np.array([[1, 2, 3]])})
-    assert because(proof, "end to end").startswith("1 inputs (the given inputs)")
+    assert because(proof, "end to end").startswith("1 input (the given inputs)")
     proof = compare(one, other, inputs={"ids": np.array([[1]])})
     assert because(proof, "end to end") == "the original does not run either: --inputs lacks input_ids"
 

@@ -121,7 +121,7 @@ def test_inputs_that_nobody_can_guess_are_asked_for_and_used_when_they_are_given
     assert "let the factory return (module, sample inputs), or give inputs" in because(proof, "end to end")
     numbered = proof_of("words_tied", "words_untied", inputs={"arr_0": np.array([[7, 8]])}, gradients=False)
     assert outcomes(numbered)["end to end"] == "held"
-    assert "1 inputs (the given inputs)" in because(numbered, "end to end")
+    assert "1 input (the given inputs)" in because(numbered, "end to end")
 
 
 def test_an_operation_without_a_deterministic_version_is_run_and_named() -> None:

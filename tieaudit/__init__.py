@@ -155,7 +155,7 @@ def verify(
     >>> model = torch.nn.Linear(4, 4)
     >>> proof = tieaudit.verify(model, model, inputs=torch.ones(2, 4))
     >>> proof.failed, proof.levels[-1].because
-    ((), '1 outputs, equal bit for bit')
+    ((), '1 output, equal bit for bit')
     """
     from tieaudit.errors import UsageError
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tieaudit.calibrating import Data
 from tieaudit.change import Plan, Proof
 from tieaudit.deliver import Delivered, deliver
 from tieaudit.errors import ParityFailed, RewriteRefused
 from tieaudit.formats import Format
+from tieaudit.losses import change_of_loss
 from tieaudit.model import Model
 from tieaudit.proving import Request, peak_bytes, prove_apart
 from tieaudit.registry import choose, discover
@@ -41,10 +43,13 @@ def apply(
     inputs: Mapping[str, Any] | None = None,
     max_drift: float | None = None,
     seen: Stamps | None = None,
+    data: Data | None = None,
 ) -> Applied:
     """Write `plan` to `destination`, which must not exist.
 
     `require`: the least level of proof; None for regional, or structural where a model of its format cannot be run.
+
+    `data`: calibration data, on whose held-out half the loss is measured before and after (the fact `loss`).
 
     ParityFailed if any level of proof fails, RewriteRefused if the required level could not run, nothing can be
     written, or a file of the model changed since `seen` (by default: since now); in all these cases nothing is left
@@ -71,9 +76,16 @@ def apply(
         seen.check()
         proof = replace(proof, facts={**proof.facts, "n_bytes_peak_writing": peak_bytes()})
         _accept(model, proof, require or least_level(model))
+        if data is not None:
+            proof = replace(proof, facts={**proof.facts, **_loss(model, after, data, device)})
         if inputs is not None and (reason := unused(proof)) is not None:
             raise RewriteRefused(f"the given inputs could not be used, nothing was delivered: {reason}")
         return Applied(plan, proof, deliver(model, plan, written, proof, folder, destination))
+
+
+def _loss(before: Model, after: Model, data: Data, device: str) -> dict[str, object]:
+    found = change_of_loss(before, after, data, device)
+    return {"loss_not_measured": found} if isinstance(found, str) else {"loss": asdict(found)}
 
 
 def least_level(model: Model) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from tieaudit.change import Equalise, Plan, Share, Unshare
+from tieaudit.change import Equalise, Plan, Pool, Share, Unshare
 from tieaudit.dtypes import dtype
 from tieaudit.errors import RewriteRefused
 from tieaudit.model import Model, Weight
+from tieaudit.pooling import pooled_weight
 from tieaudit.storage import Region, Storage
 from tieaudit.strided import Strided, row_major
 from tieaudit.view import AS_STORED, Shape, Transpose, View
@@ -42,11 +43,12 @@ def plain_source(storage: Storage) -> Storage:
 
 
 def arranged(model: Model, plan: Plan) -> Model:
-    """The model with the storages that the plan's shares and copies give it; nothing is read.
+    """The model with the storages and shapes that the plan's edits give it; nothing is read.
 
     RewriteRefused for a view that is no step through the common bytes.
     """
     storages: dict[str, Storage | None] = {weight.id: weight.storage for weight in model.weights}
+    shapes = {weight.id: weight.shape for weight in model.weights}
     by_name = {weight.name: weight for weight in model.weights}
     for number, edit in enumerate(plan.edits):
         if isinstance(edit, Share) and not _is_one_already(model, edit):
@@ -57,11 +59,15 @@ def arranged(model: Model, plan: Plan) -> Model:
                 storages.update({one.id: _seen(common, first, one.view) for one in edit.members})
         elif isinstance(edit, Equalise):
             storages.update({by_name[name].id: one for name, one in equal_values(model, edit).items()})
+        elif isinstance(edit, Pool):
+            for how in edit.weights:
+                shapes[how.id], storages[how.id] = pooled_weight(model.by_id[how.id], how, edit)
         elif isinstance(edit, Unshare):
             # a name that is stored already may see the common bytes in another order, and keeps what it sees
             source = by_name[edit.name].storage or model.by_id[edit.source].storage
             storages[by_name[edit.name].id] = Apart(source, f"planned {number}") if source is not None else None
-    return replace(model, weights=tuple(replace(one, storage=storages[one.id]) for one in model.weights))
+    changed = (replace(one, storage=storages[one.id], shape=shapes[one.id]) for one in model.weights)
+    return replace(model, weights=tuple(changed))
 
 
 def equal_values(model: Model, edit: Equalise) -> dict[str, Storage]:

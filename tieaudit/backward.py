@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tieaudit.arithmetic import attempt
@@ -42,6 +42,8 @@ class Summed:
     """Slots with a gradient other than zero of their own, in the module that has more of them."""
     n_separate: int
     """Separate parameters that the class has in that module: with one, both modules tie it and no sum was formed."""
+    unread: tuple[str, ...] = ()
+    """Slots that no operation of that module gets for these inputs: there is nothing to be learnt through them."""
 
 
 @dataclass(frozen=True)
@@ -134,19 +136,33 @@ def own_loss(output: Any) -> torch.Tensor:
     return torch.stack(terms).sum()
 
 
-def backward(module: torch.nn.Module, arguments: Arguments, loss: Loss, noted: set[str]) -> float:
-    """One backward pass; gradients stay in the parameters. The distance from 1 to the next number of the narrowest
-    floating-point type that the forward pass made. Inside `arithmetic.exact`."""
+@dataclass
+class Watched:
+    """What was seen of the operations of a forward pass."""
+
+    widths: set[torch.dtype] = field(default_factory=set)
+    """The floating-point types that they gave: a module may round to float32 whatever its parameters are."""
+    read: set[int] = field(default_factory=set)
+    """`id` of every tensor that one of them got."""
+
+
+def backward(module: torch.nn.Module, arguments: Arguments, loss: Loss, noted: set[str]) -> tuple[float, set[int]]:
+    """One backward pass; gradients stay in the parameters. Inside `arithmetic.exact`.
+
+    The distance from 1 to the next number of the narrowest floating-point type that the forward pass made, and the `id`
+    of each parameter that it read.
+    """
     import torch
 
-    def once() -> float:
+    def once() -> tuple[float, set[int]]:
         module.zero_grad(set_to_none=True)
         args, kwargs = arguments()
-        with torch.random.fork_rng(devices=_devices(module)), torch.enable_grad(), _widths() as seen:
+        with torch.random.fork_rng(devices=_devices(module)), torch.enable_grad(), _watching() as seen:
             torch.manual_seed(0)
             number = loss(module(*args, **kwargs))
         number.backward()
-        return max((float(torch.finfo(kind).eps) for kind in seen), default=2.0**-52)
+        known = {id(parameter) for parameter in module.parameters()}
+        return max((float(torch.finfo(kind).eps) for kind in seen.widths), default=2.0**-52), seen.read & known
 
     return attempt(once, noted)
 
@@ -157,20 +173,20 @@ def _devices(module: torch.nn.Module) -> list[int]:
 
 
 @contextmanager
-def _widths() -> Iterator[set[torch.dtype]]:
-    """The floating-point types that operations give: a module may round to float32 whatever its parameters are."""
+def _watching() -> Iterator[Watched]:
     import torch
     from torch.utils import _pytree
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    seen: set[torch.dtype] = set()
+    seen = Watched()
 
     class Watch(TorchDispatchMode):  # type: ignore[misc]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.read.update(id(one) for one in _pytree.tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor))
             result = func(*args, **(kwargs or {}))
             for leaf in _pytree.tree_leaves(result):
                 if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.ndim:
-                    seen.add(leaf.dtype)
+                    seen.widths.add(leaf.dtype)
             return result
 
     with Watch():
@@ -186,7 +202,8 @@ def across(
     Names that either module ties are one class; in each module the gradients of its parameters of that class are
     summed, transposed where a tie is. A tied module and its untied twin thus agree exactly if the tie is trained right.
     """
-    widest = max(backward(one, arguments, loss, noted), backward(other, others, loss, noted))
+    passes = backward(one, arguments, loss, noted), backward(other, others, loss, noted)
+    widest, read = max(width for width, _ in passes), passes[0][1] | passes[1][1]
     ours, theirs = _slots(one), _slots(other)
     left = sorted(ours.keys() ^ theirs.keys())
     rounds = widest > 1e-15
@@ -209,7 +226,8 @@ def across(
         gap = float((mine - twin).abs().max()) / size if size and mine.numel() else 0.0
         shown = tuple(own_names.get(name, name) for name in names)
         reached = [own_names.get(name, name) for name in reached]
-        found.append(Summed(shown[0], shown, gap, tuple(reached), n_separate))
+        unread = tuple(own_names.get(slot.name, slot.name) for _, slot in most if id(slot.tensor) not in read)
+        found.append(Summed(shown[0], shown, gap, tuple(reached), n_separate, unread))
     return Across(tuple(found), tuple(left), limit)
 
 

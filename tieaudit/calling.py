@@ -18,6 +18,7 @@ from tieaudit.formats.torch_module.tensors import locate
 from tieaudit.formats.torch_module.uses import arguments
 from tieaudit.levels import label, training_level
 from tieaudit.nested import arrays_of, tensors_of
+from tieaudit.printable import counted
 from tieaudit.storage import same_bytes
 from tieaudit.torch_session import on_device
 
@@ -146,7 +147,7 @@ def _end_to_end(
     summed = max((min(p.shape) for p in before.parameters() if p.dim() == 2), default=1)
     limit = limit_of(0.0, rounding_bound(one, summed)) if max_drift is None else max_drift
     failed = bool(found.problem) or found.relative > limit
-    said = f"{len(one)} outputs" + (", equal bit for bit" if found.equal else "")
+    said = counted(len(one), "output") + (", equal bit for bit" if found.equal else "")
     if failed:
         apart = f"{found.where} differs by {found.absolute:.3g}, {found.relative:.3g} of its size"
         said = f"{found.problem or apart}; {said}"

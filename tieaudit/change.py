@@ -128,6 +128,22 @@ class Container:
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """What one value for a class of weights is predicted to cost, from calibration tokens."""
+
+    ids: tuple[str, ...]
+    policy: str
+    changed: tuple[float, ...]
+    """‖change‖²/‖W‖² at each weight."""
+    errors: tuple[float | None, ...]
+    """Share of the energy of what each weight's site gives that changes; None where it was not calibrated."""
+    nats: float | None
+    """Rise of the negative log-likelihood per token, to second order; None without gradients."""
+    n_tokens: int
+    """From so many tokens, to which nothing was fitted where there were enough."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """What will be done to one model."""
 
@@ -149,6 +165,8 @@ class Plan:
     """Data file as the model names it → its name in the result, where the first one is taken at the destination."""
     into: Container | None = None
     """None: rewritten as what it is."""
+    predictions: tuple[Prediction, ...] = ()
+    """With calibration data: of each class of unequal weights that gets one value."""
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,8 @@ class Checked:
     """Bytes of tensors read to find that out; 0 from the cache."""
     weights_here: bool = True
     """False where only names or pointers to the weights are there (git-LFS, DVC): rules about bytes could not judge."""
+    files: tuple[str, ...] = ()
+    """Files on which the answer rests, as they were opened."""
     cached: bool = False
     """Whether all of this comes from an earlier run over the same bytes."""
 

@@ -168,13 +168,13 @@ def digest(weight: Weight, view: View = AS_STORED) -> str:
     if not comparable(weight.dtype, view):
         raise ValueError(f"{weight.id}: no digest of {weight.dtype} seen {view}")
     running = hashlib.sha256()
-    for block in blocks(storage_of(weight)) if view == AS_STORED else _transposed_blocks(weight):
+    for block in blocks(storage_of(weight)) if view == AS_STORED else transposed_blocks(weight):
         running.update(block)
     return running.hexdigest()
 
 
-def _transposed_blocks(weight: Weight) -> Iterator[bytes]:
-    """The canonical bytes of the transpose of a stored matrix, in order."""
+def transposed_blocks(weight: Weight) -> Iterator[bytes]:
+    """The canonical bytes of the transpose of a stored matrix, in order. Memory: a few blocks."""
     storage, bits = storage_of(weight), packed_bits(weight.dtype)
     n_rows, n_columns = weight.shape
     item = dtype(weight.dtype).item_bytes or 1  # packed elements are unpacked to a byte each on the way

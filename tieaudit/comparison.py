@@ -5,14 +5,14 @@ Weights are looked at through a sample of their rows unless `deep`; nothing is w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from tieaudit.errors import RewriteRefused, UsageError
 from tieaudit.merge import policy_of, sites_of
-from tieaudit.merges import Block, Merge, Sites, Statistics
+from tieaudit.merges import Block, Calibrated, Merge, Sites, Statistics
 from tieaudit.model import classes
 from tieaudit.pairing import N_SAMPLED, sampled_runs
 from tieaudit.propose import Asked, propose
@@ -53,12 +53,10 @@ class Choice:
         return self.changed if self.nats is None else self.nats
 
 
-def compare(
-    subject: Subject, *, statistics: Mapping[str, Statistics] | None = None, deep: bool = False
-) -> tuple[Choice, ...]:
+def compare(subject: Subject, *, calibrated: Calibrated | None = None, deep: bool = False) -> tuple[Choice, ...]:
     """Every scheme that saves something on this model, under every policy that fits, the largest saving first.
 
-    `statistics` by weight id, from calibration. Cost: for each scheme a sample of `pairing.N_SAMPLED` numbers of all
+    `calibrated`: what flows through the weights. Cost: for each scheme a sample of `pairing.N_SAMPLED` numbers of all
     weights that it would share (of many classes at least 16,384 each); with `deep` all of it, for every policy.
     """
     found: list[Choice] = []
@@ -66,7 +64,7 @@ def compare(
         for argument in scheme.worth_comparing(subject):
             candidates = [one for one in propose(subject, Asked(scheme, argument))[0] if one.action == "share"]
             name = f"{scheme.name}:{argument}" if argument else scheme.name
-            found += _choices(subject, name, candidates, statistics or {}, deep)
+            found += _choices(subject, name, candidates, calibrated, deep)
     return tuple(sorted(found, key=lambda one: (-one.n_bytes_saved, one.damage, one.scheme, one.policy)))
 
 
@@ -85,7 +83,7 @@ def frontier(choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
 
 
 def _choices(
-    subject: Subject, scheme: str, candidates: list[Candidate], statistics: Mapping[str, Statistics], deep: bool
+    subject: Subject, scheme: str, candidates: list[Candidate], calibrated: Calibrated | None, deep: bool
 ) -> Iterator[Choice]:
     saved = sum(one.n_bytes_saved for one in candidates)
     if saved <= 0:
@@ -95,10 +93,10 @@ def _choices(
         yield Choice(scheme, "", _n_parameters(subject, candidates), saved, 0.0, None, len(candidates), True)
         return
     n_numbers = None if deep else max(N_SAMPLED // len(lossy), _LEAST_SAMPLED)
-    seen = [(one, found) for one in lossy if (found := _sites(subject, one, statistics, n_numbers)) is not None]
+    seen = [(one, found) for one in lossy if (found := _sites(subject, one, calibrated, n_numbers)) is not None]
     if len(seen) < len(lossy):
         return  # codes, or types that cannot be merged: plan says why, by name
-    fitted = [name for name in discover("merges", Merge) if statistics and _fitted(name)]
+    fitted = [name for name in discover("merges", Merge) if calibrated is not None and _fitted(name)]
     n_rows = min(sites.n_rows for _, sites in seen)
     # a sample of as many rows as the residual has directions would be restored completely, which tells nothing
     dials = [f"low-rank:{rank}" for rank in RESIDUAL_RANKS if n_rows >= _ROWS_PER_DIRECTION * rank]
@@ -193,7 +191,7 @@ class _Sample:
 
 
 def _sites(
-    subject: Subject, candidate: Candidate, statistics: Mapping[str, Statistics], n_numbers: int | None
+    subject: Subject, candidate: Candidate, calibrated: Calibrated | None, n_numbers: int | None
 ) -> Sites | None:
     """The members of a class, calibrated; a sample of `n_numbers` of all members together, or all rows.
 
@@ -201,17 +199,19 @@ def _sites(
     """
     kinds = {id: role.kind for id, role in subject.roles.items()}
     try:
-        whole = sites_of([(subject.model.by_id[member.id], member) for member in candidate.members], kinds)
+        whole = sites_of([(subject.model.by_id[member.id], member) for member in candidate.members], kinds, calibrated)
     except RewriteRefused:
         return None
-    known = tuple(statistics.get(id) for id in whole.ids)
     n = None if n_numbers is None else n_numbers // len(whole.ids)
     runs = None if n is None else sampled_runs(whole.n_rows, whole.n_columns, n)
     if runs is None:
-        return replace(whole, statistics=known)
+        return whole
     picked = np.concatenate([np.arange(begin, end) for begin, end in runs])
     tables = tuple(_Sample(np.concatenate([table.rows(*run) for run in runs])) for table in whole.tables)
-    return replace(whole, tables=tables, statistics=tuple(_of_rows(one, picked, whole.n_rows) for one in known))
+    fitted, held = (
+        tuple(_of_rows(one, picked, whole.n_rows) for one in each) for each in (whole.statistics, whole.held_out)
+    )
+    return replace(whole, tables=tables, statistics=fitted, held_out=held)
 
 
 def _of_rows(statistics: Statistics | None, picked: Block, n_rows: int) -> Statistics | None:

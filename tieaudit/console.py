@@ -164,6 +164,30 @@ def progress(name: str) -> Iterator[Callable[[int], None] | None]:
 
 
 @contextmanager
+def counting(what: str) -> Iterator[Callable[[str, int], None]]:
+    """A progress line over many models, on a terminal only: told of each that is done, and how many there are."""
+    if not on_terminal(sys.stderr):
+        yield lambda path, n_all: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+
+        def done(path: str, n_all: int) -> None:
+            bar.update(task, advance=1, total=n_all, description=f"{what} {printable(path, 40)}")
+
+        yield done
+
+
+@contextmanager
 def spinner(what: str) -> Iterator[None]:
     """A sign of life while something is done, on a terminal only."""
     if not on_terminal(sys.stderr):

@@ -16,6 +16,7 @@ from tieaudit.errors import RewriteRefused, UsageError
 from tieaudit.formats import Format
 from tieaudit.formats.torch_checkpoint.create import can_create as cannot_share_storage
 from tieaudit.formats.torch_module.state import HOLDS, STATE_DICT
+from tieaudit.merges import Calibrated
 from tieaudit.model import Declaration, Member, Model, Tie, Weight, classes, storage_of
 from tieaudit.plan import Choices
 from tieaudit.plan import plan as make_plan
@@ -116,7 +117,9 @@ class _Draft:
         return self.format.can_create(self.model, edit, self.into.form, self.target)
 
 
-def convert(subject: Subject, into: Container, choices: Choices | None = None) -> Plan:
+def convert(
+    subject: Subject, into: Container, choices: Choices | None = None, calibrated: Calibrated | None = None
+) -> Plan:
     """The plan of a conversion: what `choices` tie or untie first (None: nothing), then every tie that is there.
 
     RewriteRefused, naming the tensor, if the container cannot hold one of them. Cost: reads no tensor beyond what the
@@ -135,7 +138,7 @@ def convert(subject: Subject, into: Container, choices: Choices | None = None) -
             edit=format_.edit or format_.create,
             notes=None,  # of what lies beside the tensors, which stays behind
         )
-        made = make_plan(subject, choices, asked)
+        made = make_plan(subject, choices, asked, calibrated=calibrated)
     apart = {edit.name for edit in made.edits if isinstance(edit, Unshare)}
     apart |= {edit.source for edit in made.edits if isinstance(edit, Unshare)}
     for edit in _whole(draft, made.edits):
@@ -214,8 +217,8 @@ def _ties(subject: Subject) -> list[Tie]:
 def _restored(model: Model, declaration: Declaration) -> list[str]:
     """Members of a claim that a loader makes one anyway: the stored one, and the absent ones of its kind.
 
-    Of an alias map (which restores nothing by itself) also the stored ones that are equal, as they were one tensor.
-    Cost: reads those.
+    Of an alias map (which restores nothing by itself) also the stored ones that are equal, as they were one tensor; not
+    in a folder, whose class would make two parameters over one memory of them. Cost: reads those.
     """
     documented = declaration.documented
     if not declaration.active or not (declaration.restores or documented):
@@ -229,7 +232,7 @@ def _restored(model: Model, declaration: Declaration) -> list[str]:
     if unclear and len(equal) < len(stored) - 1:
         return []  # from which of them it would be restored depends on the loader
     absent = [one for id in declaration.members if (one := model.by_id[id]).absent and _alike(one, first)]
-    return [first.id, *(one.id for one in absent), *(one.id for one in equal if documented)]
+    return [first.id, *(one.id for one in absent), *(one.id for one in equal if documented and model.format != _FOLDER)]
 
 
 def _equal(one: Weight, other: Weight) -> bool:

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
 
 from tieaudit.diagnostics import Diagnostic, Measured, Pair
-from tieaudit.errors import TieAuditError
+from tieaudit.errors import TieAuditError, in_one_line
 from tieaudit.model import Member, Weight
 from tieaudit.pairing import pair
+from tieaudit.placing import Place
 from tieaudit.registry import discover
-from tieaudit.verdict import Likeness
+from tieaudit.verdict import Candidate, Likeness, Subject
 
 CLOSE = 0.8
 """Median row cosine from which one table is the other one, moved a little (a fine-tuned child of a tied parent)."""
@@ -23,12 +27,48 @@ MAPPED = 0.5
 """Share of one table beyond chance that a linear map of the other explains: an adapter could restore that much."""
 _SPREADS = 5.0
 """So many standard deviations above the null before a number counts."""
+N_MOST_MEMBERS = 64
+"""Members of one class that are compared with its first one."""
+_ORDER = ("equal", "close", "related", "related by a linear map", "cannot tell", "unrelated")
+"""From the least damage to the most."""
 
 
-def likeness(weights: Sequence[tuple[Weight, Member]], *, deep: bool = False) -> Likeness:
-    """How alike two members of a class are, seen in one layout. Cost: see `pairing.pair`."""
+def likeness(weights: Sequence[tuple[Weight, Member]], *, deep: bool = False, place: Place = np.asarray) -> Likeness:
+    """How alike two members of a class are, seen in one layout; `place`: see `placing`. Cost: see `pairing.pair`."""
+    ids = tuple(weight.id for weight, _ in weights)
+    found = _likeness(weights, deep, place)
+    return replace(found, ids=ids)
+
+
+def foreseen(subject: Subject, candidates: Sequence[Candidate], *, deep: bool, place: Place) -> tuple[Candidate, ...]:
+    """The candidates that would change values, each with how alike its members are: the first one and the other that is
+    least alike. Cost: see `pairing.pair`, for each further member of a class, up to `N_MOST_MEMBERS`."""
+    return tuple(
+        one if one.lossless or one.action != "share" else _foreseen(subject, one, deep, place) for one in candidates
+    )
+
+
+def _foreseen(subject: Subject, candidate: Candidate, deep: bool, place: Place) -> Candidate:
+    first, *others = [(subject.model.by_id[member.id], member) for member in candidate.members]
+    found = []
+    for other in others[:N_MOST_MEMBERS]:
+        try:
+            found.append(likeness((first, other), deep=deep, place=place))
+        except OSError as error:  # a file that went away, or was cut short
+            ids = (first[0].id, other[0].id)
+            found.append(Likeness("cannot tell", str(in_one_line(error, subject.model.path)), ids=ids))
+    if not found:
+        return candidate
+    worst = max(found, key=lambda one: (_ORDER.index(one.verdict), one.diagnostics.get("relative-distance", (0.0,))[0]))
+    n_more = len(others) - len(found)
+    several = f"{worst.ids[0]} and {worst.ids[-1]}, the least alike: " if len(others) > 1 else ""
+    left_out = f"; {n_more} further members were not looked at" if n_more else ""
+    return replace(candidate, damage=f"{several}{worst.because}{left_out}", likeness=worst)
+
+
+def _likeness(weights: Sequence[tuple[Weight, Member]], deep: bool, place: Place) -> Likeness:
     try:
-        seen = pair(weights, deep=deep)
+        seen = pair(weights, deep=deep, place=place)
     except TieAuditError as error:
         return Likeness("cannot tell", error.message)
     if not math.isfinite(seen.squared_a + seen.squared_b + seen.dot):

@@ -15,6 +15,7 @@ from tieaudit.drift import drift as drift_of
 from tieaudit.floor import Difference, difference, limit_of, rounding_bound, says_something, unstable_elements
 from tieaudit.formats.onnx.limits import id_limits
 from tieaudit.inputs import Feed, Sizes, corrected, made_up, stored_beside
+from tieaudit.printable import counted
 from tieaudit.runners import Array, Signature
 from tieaudit.running import VARIATIONS, Chained, Opened, Paths, opened_whole
 from tieaudit.sandbox import ChildFailed, Sandbox
@@ -75,7 +76,7 @@ def compare(pair: Pair, n_summed: int) -> Compared:
     """
     try:
         with opened_whole(pair.sandbox, pair.before) as before:
-            signature = _with_limits(before.signature, pair.before)
+            signature = with_limits(before.signature, pair.before)
             if pair.strangers:
                 common = _common(signature, pair)
                 if isinstance(common, str):
@@ -114,7 +115,7 @@ def _common(signature: Signature, pair: Pair) -> Signature | str:
 Ran = tuple[Feed, Mapping[str, Array]]
 
 
-def _with_limits(signature: Signature, path: Paths) -> Signature:
+def with_limits(signature: Signature, path: Paths) -> Signature:
     """The ports with the number of valid ids, where an ONNX file tells it."""
     limits: dict[str, int] = {}
     for file in (path,) if isinstance(path, str) else path:
@@ -251,7 +252,7 @@ def _against(
 def _said(feeds: Sequence[Ran], alone: Sequence[str], worst: Difference) -> str:
     sources = ", ".join(dict.fromkeys(feed.source.split(":")[0] for feed, _ in feeds))
     count = len(feeds[0][1]) - sum(name in feeds[0][1] for name in alone)
-    said = f"{len(feeds)} inputs ({sources}), {count} outputs"
+    said = f"{counted(len(feeds), 'input')} ({sources}), {counted(count, 'output')}"
     if worst.equal:
         said += ", equal bit for bit"
     return said + (f"; without a partner: {', '.join(alone[:3])}" if alone else "")

@@ -5,7 +5,8 @@
     ├─ UnreadableModel       expected / found / where / what to do
     │   ├─ UnknownFormat     nothing here that tieaudit knows how to read
     │   ├─ CorruptFile       the format's own rules are broken at a known place
-    │   └─ MissingPackage    an extra is needed: which, and how to get it
+    │   ├─ MissingPackage    an extra is needed: which, and how to get it
+    │   └─ WeightsNotHere    a pointer stands in for the file: its weights are elsewhere
     ├─ PluginError           names the plug-in's file
     ├─ RewriteRefused        nothing was written; the reason is a sentence
     └─ ParityFailed          exit code 1: a proof level failed, nothing was delivered
@@ -55,6 +56,10 @@ class MissingPackage(UnreadableModel):
             hint += "; for the CPU build of torch add --extra-index-url https://download.pytorch.org/whl/cpu"
         super().__init__(f"{purpose} needs the package {package}, which is not installed", hint=hint)
         self.package = package
+
+
+class WeightsNotHere(UnreadableModel):
+    """A git-LFS or DVC pointer stands where the file should be: nothing is wrong, and nothing can be told."""
 
 
 class PluginError(TieAuditError):

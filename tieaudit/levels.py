@@ -103,7 +103,10 @@ def training_level(found: Across, device: str) -> Level:
     if ties:
         said += f", {len(ties)} of them the sum over the slots of a tie"
     for one in [one for one in ties if len(one.reached) < 2][:2]:
-        cut = tuple(name for name in one.slots if name not in one.reached)
+        cut = tuple(name for name in one.slots if name not in (*one.reached, *one.unread))
+        if not cut:
+            said += f"; no operation reads {listed(one.unread)}"
+            continue
         said += f"; nothing is learnt through {listed(cut)}, so that the sum of {one.name} proves nothing"
     if found.left:
         said += f"; without a partner: {listed(found.left)}"

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tieaudit.change import Adjustment
+from tieaudit.change import Adjustment, Prediction
 from tieaudit.compare import transposed_block
 from tieaudit.dtypes import dtype
 from tieaudit.errors import RewriteRefused, UsageError
-from tieaudit.merges import Block, Correction, Merge, Merged, Rows, Sites
+from tieaudit.merges import Block, Calibrated, Correction, Merge, Merged, Rows, Sites
 from tieaudit.model import Member, Weight, storage_of
 from tieaudit.registry import choose, discover
 from tieaudit.storage import BLOCK_BYTES, MemoryStorage, Region, Storage
@@ -126,12 +126,31 @@ class MergedStorage:
         return b"".join(pieces)[skip : skip + length]
 
 
-def sites_of(weights: list[tuple[Weight, Member]], roles: Mapping[str, str]) -> Sites:
-    """The members of a class in the layout of the first. RewriteRefused for what is no floating-point tensor."""
+def sites_of(
+    weights: list[tuple[Weight, Member]], roles: Mapping[str, str], calibrated: Calibrated | None = None
+) -> Sites:
+    """The members of a class in the layout of the first. RewriteRefused for what is no floating-point tensor.
+
+    `calibrated`: then in the layout whose columns are what the members are multiplied with, where they agree in that;
+    members that do not are taken as not calibrated.
+    """
     shape = weights[0][0].shape
     tables = tuple(aligned(weight, member.view, shape) for weight, member in weights)
     ids = tuple(weight.id for weight, _ in weights)
-    return Sites(ids, tables, tuple(roles.get(id, "other") for id in ids), (None,) * len(ids))
+    kinds = tuple(roles.get(id, "other") for id in ids)
+    if calibrated is None or len(shape) != 2:
+        return Sites(ids, tables, kinds, (None,) * len(ids))
+    fitted, held = (tuple(one.get(id) for id in ids) for one in (calibrated.fitted, calibrated.held_out))
+    turns = [None if one is None else one.turned != member.view.transposes
+             for one, (_, member) in zip(fitted, weights, strict=True)]  # fmt: skip
+    turned = next((turn for turn in turns if turn is not None), False)
+    if turned:
+        tables = tuple(replace(one, shape=shape[::-1], transposed=not one.transposed) for one in tables)
+    agreed = [turn is turned for turn in turns]
+    fitted, held = (
+        tuple(one if fits else None for one, fits in zip(each, agreed, strict=True)) for each in (fitted, held)
+    )
+    return Sites(ids, tables, kinds, fitted, held if calibrated.held_out else (), turned)
 
 
 def policy_of(text: str) -> tuple[Merge, str]:
@@ -154,25 +173,54 @@ class Common:
     adjustments: Mapping[str, Adjustment]
     """Id of a member → what it applies to the common value."""
     because: str = ""
+    prediction: Prediction | None = None
+    """Where there is calibration."""
 
 
-def common_value(weights: list[tuple[Weight, Member]], roles: Mapping[str, str], text: str) -> Common:
+def common_value(
+    weights: list[tuple[Weight, Member]], roles: Mapping[str, str], text: str, calibrated: Calibrated | None = None
+) -> Common:
     """What a policy makes of a class.
 
     RewriteRefused if the policy cannot merge these members, or if they have different element types. Cost: what the
-    policy reads; factors of adjustments are computed once, rounded to the stored type, and held in memory.
+    policy reads, and with calibration two readings more; factors of adjustments are computed once, rounded to the
+    stored type, and held in memory, and so is the value of a matrix that is kept as [inputs, outputs].
     """
     policy, argument = policy_of(text)
-    sites = sites_of(weights, roles)
+    sites = sites_of(weights, roles, calibrated)
     merged = policy.merge(sites, argument)
+    if sites.turned and merged.corrections:  # they are stored in the layout of the first member
+        sites = sites_of(weights, roles)
+        merged = policy.merge(sites, argument)
+    prediction = _prediction(sites, merged, text) if calibrated is not None else None
     first = sites.tables[0]
     assert isinstance(first, Aligned)
     if merged.corrections:
         found = {sites.ids[at]: _adjustment(sites, at, merged, first.dtype) for at in merged.corrections}
-        return Common(None, MergedStorage(merged.rows, first, text), found, merged.because)
+        return Common(None, MergedStorage(merged.rows, first, text), found, merged.because, prediction)
     if merged.keeps is not None:
-        return Common(sites.ids[merged.keeps], None, {}, merged.because)
-    return Common(None, MergedStorage(merged.rows, first, text), {}, merged.because)
+        return Common(sites.ids[merged.keeps], None, {}, merged.because, prediction)
+    values = _turned_back(sites, merged, first, text) if sites.turned else MergedStorage(merged.rows, first, text)
+    return Common(None, values, {}, merged.because, prediction)
+
+
+def _turned_back(sites: Sites, merged: Merged, first: Aligned, text: str) -> Storage:
+    """The bytes in the layout of the first member. Held in memory: a row of one is in all of the other."""
+    kind = dtype(first.dtype).numpy()
+    rows = np.concatenate([merged.rows(*at).astype(kind) for at in sites.blocks()])
+    return MemoryStorage(np.ascontiguousarray(rows.T).tobytes(), f"merged:{text}:{first.storage.region}")
+
+
+def _prediction(sites: Sites, merged: Merged, text: str) -> Prediction:
+    known = [one for one in sites.held_out or sites.statistics if one is not None]
+    return Prediction(
+        ids=sites.ids,
+        policy=text,
+        changed=sites.relative_change(merged),
+        errors=sites.weighted_errors(merged),
+        nats=sites.predicted_nats(merged),
+        n_tokens=max((one.n_tokens for one in known), default=0),
+    )
 
 
 def _adjustment(sites: Sites, at: int, merged: Merged, kind: str) -> Adjustment:

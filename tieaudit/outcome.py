@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tieaudit import __version__
-from tieaudit.change import Edit, Equalise, Level, Plan, Pool, Proof, Respell, SetConfig, Share, Unshare
+from tieaudit.change import Edit, Equalise, Level, Plan, Pool, Prediction, Proof, Respell, SetConfig, Share, Unshare
+from tieaudit.difference import OUTCOMES, Difference, shown
 from tieaudit.equality import can_declare
 from tieaudit.model import Member, Model
 from tieaudit.plain import plain
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # printing a plan needs nothing that runs models
 
 N_MOST_LINES = 12
 N_MOST_LEFT = 3
+N_MOST_SITES = 4
 N_MOST_CHOICES = 24
 NOT_TRIED = "(one of many: not tried)"
 """How `controls.py` marks uses beyond the number that it perturbs."""
@@ -61,6 +63,7 @@ def planned(
 def _table(choices: Sequence[Choice]) -> list[str]:
     """Schemes and policies beside each other."""
     sampled = "" if all(one.exact for one in choices) else "; from a sample of the weights"
+    nats = " or the predicted rise of the loss" if any(one.nats is not None for one in choices) else ""
     rows = [("scheme", "policy", "parameters", "bytes", "damage")]
     for one in choices[:N_MOST_CHOICES]:
         damage = f"{one.nats:.3g} nats a token" if one.nats is not None else f"{one.changed:.1%} changed"
@@ -76,7 +79,7 @@ def _table(choices: Sequence[Choice]) -> list[str]:
     more = len(choices) - N_MOST_CHOICES
     return [
         "",
-        f"what could be shared, and the share of these weights' energy that would change{sampled}:",
+        f"what could be shared, and the share of these weights' energy that would change{nats}{sampled}:",
         *(f"  {line}" for line in columns(rows, "<<>>>")),
         *([f"  … and {more:,} more (--format json lists all, --frontier what nothing beats)"] if more > 0 else []),
         "  (tieaudit explain NAME says what each does; --allow-lossy --scheme S --merge POLICY does it knowingly)",
@@ -108,6 +111,15 @@ def compared(one: Model, other: Model, proof: Proof, format_name: str) -> str:
     if proof.drift is not None and not proof.failed and ran:
         verdict = f"drift {proof.drift:.3g}, within the limit"
     return "\n".join([*lines, *_proof_lines(proof), verdict])
+
+
+def differing(one: Model, other: Model, found: Difference, format_name: str) -> str:
+    """Ties lost and gained between two models."""
+    if format_name == "json":
+        counts = {name.replace(" ", "_"): len(found.of(name)) for name in OUTCOMES}
+        return _json("diff", before=one.path, after=other.path, told=found.told, counts=counts,
+                     n_bytes_read=found.n_bytes_read)  # fmt: skip
+    return shown(found, format_name, formats=(one.format, other.format))
 
 
 def survived(name: str, found: Survival, format_name: str) -> str:
@@ -146,7 +158,32 @@ def _plan_lines(model: Model, plan: Plan) -> list[str]:
         lines.append(f"refused: {len(plan.refusals)}")
         lines += _cut([_refusal_line(refusal.scheme, refusal.ids, refusal.because) for refusal in plan.refusals])
     lines += [f"note: {printable(note, 400)}" for note in plan.notes]
-    return lines
+    return [*lines, *_predicted(plan.predictions)]
+
+
+def _predicted(found: Sequence[Prediction]) -> list[str]:
+    """What calibration says that lossy ties cost, class by class."""
+    if not found:
+        return []
+    measured = [one for one in found if any(error is not None for error in one.errors)]
+    lines = _cut([f"  {_prediction(one)}" for one in measured])
+    if n_left := len(found) - len(measured):
+        lines.append(f"  {counted(n_left, 'class', 'classes')} of weights not calibrated: no products, or not reached")
+    if not measured:
+        return ["predicted:", *lines]
+    known = [one.nats for one in found if one.nats is not None]
+    total = f"; {sum(known):+.3g} nats a token in all" if len(known) == len(found) > 1 else ""
+    tokens = counted(max(one.n_tokens for one in found), "token")
+    return [f"predicted from {tokens}, the share of what each site gives that changes{total}:", *lines]
+
+
+def _prediction(one: Prediction) -> str:
+    shares = ", ".join(
+        f"{printable(id)} {'not calibrated' if error is None else f'{error:.2%}'}"
+        for id, error in zip(one.ids[:N_MOST_SITES], one.errors, strict=False)
+    )
+    more = f", and {len(one.ids) - N_MOST_SITES} more" if len(one.ids) > N_MOST_SITES else ""
+    return f"{shares}{more}; loss {'not predicted' if one.nats is None else f'{one.nats:+.3g} nats a token'}"
 
 
 def _saving(plan: Plan) -> str:
@@ -221,11 +258,26 @@ def _moved(moved: object) -> list[str]:
     return [f"    {said}{yardstick}", "    made-up inputs say little about this: give real ones with --inputs"]
 
 
+def _loss_lines(facts: Mapping[str, object]) -> list[str]:
+    """ΔNLL on the user's data, with its paired standard error."""
+    if (reason := facts.get("loss_not_measured")) is not None:
+        return [f"  loss on the calibration data: not measured: {printable(str(reason), 300)}"]
+    loss = facts.get("loss")
+    if not isinstance(loss, Mapping):
+        return []
+    which = "held out of the fit" if loss["held_out"] else "to which the policy was fitted"
+    return [
+        f"  loss on {counted(loss['n_tokens'], 'token')} {which}: {loss['before']:.4g} → {loss['after']:.4g} nats a "
+        f"token, ΔNLL {loss['rise']:+.3g} ± {loss['standard_error']:.2g} (paired standard error)"
+    ]
+
+
 def _proof_lines(proof: Proof, packs: bool = False) -> list[str]:
     lines = ["proof:", *(f"  {_level_line(level)}" for level in proof.levels)]
     if proof.drift is not None:
         lines.append(f"  drift against the original: {proof.drift:.3g} of the outputs' own size at most")
         lines += _moved(proof.facts.get("moved"))
+    lines += _loss_lines(proof.facts)
     untried = [use for use in proof.not_exercised if use.endswith(NOT_TRIED)]
     silent = tuple(use for use in proof.not_exercised if not use.endswith(NOT_TRIED))
     if silent:
@@ -345,4 +397,8 @@ def _apply_command(model: Model, plan: Plan) -> str:
         words.append("--share-files" if plan.share_files else "--no-share-files")
     if plan.optimizer != "adjust":
         words += ["--optimizer", plan.optimizer]
+    if policies := {one.policy for one in plan.predictions}:  # without its data a fitted policy would be refused
+        words += (
+            ["--merge", *sorted(policies), "--calibrate", "DATA"] if len(policies) == 1 else ["--calibrate", "DATA"]
+        )
     return f"{printable(' '.join(shlex.quote(word) for word in words), None)} --to OUT"

@@ -17,7 +17,7 @@ import numpy as np
 
 from tieaudit.copying import copy_file
 from tieaudit.dtypes import dtype
-from tieaudit.model import Model, Weight
+from tieaudit.model import Model, Part, Weight
 from tieaudit.runners import Array
 from tieaudit.storage import FileStorage, MemoryStorage, Region, Storage
 
@@ -117,9 +117,10 @@ class Overlay:
             known.clear()
 
     def as_model(self) -> Model:
-        """The same model with the changed bytes: every storage in a file points into the copy."""
+        """The copy as a model: its path, its files, and the bytes as they are now. Lives as long as the copy."""
         weights = tuple(replace(weight, storage=self._moved(weight)) for weight in self.model.weights)
-        return replace(self.model, weights=weights)
+        parts = tuple(Part(one.name, tuple(str(self.file(path)) for path in one.paths)) for one in self.model.parts)
+        return replace(self.model, path=str(self.path), weights=weights, parts=parts)
 
     def _moved(self, weight: Weight) -> Storage | None:
         if weight.id in self._kept:

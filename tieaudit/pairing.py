@@ -1,18 +1,21 @@
 """Two weights of one layout → a `Pair`: the sums that all diagnostics need, in bounded memory.
 
 By default a sample of rows is read, and wide rows are seen through a sketch of their columns; `deep` reads everything.
+The sums are float64 on every device; a GPU adds in another order, so that they agree to about 1e-12 of their size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from tieaudit.diagnostics import Array, Pair
 from tieaudit.merge import Aligned, aligned
 from tieaudit.model import Member, Weight
+from tieaudit.placing import Place, fetched
 
 N_SAMPLED = 1 << 21
 """Numbers of each table that are read by default: 8 MiB in float32."""
@@ -23,7 +26,6 @@ MOST_COLUMNS = 512
 _RUN = 32
 """Neighbouring rows read at once: one read for each, and neighbours in a vocabulary are no more alike than others."""
 _DEEP_BLOCK = 1 << 21
-Blocks = Callable[[], Iterator[tuple[Array, Array]]]
 
 
 @dataclass(frozen=True)
@@ -41,17 +43,18 @@ class _Layout:
     def n_columns(self) -> int:
         return self.one.shape[1]
 
-    def blocks(self, runs: Sequence[tuple[int, int]]) -> Iterator[tuple[Array, Array]]:
+    def blocks(self, runs: Sequence[tuple[int, int]], place: Place) -> Iterator[tuple[Any, Any]]:
         for begin, end in runs:
-            yield self.one.rows(begin, end), self.other.rows(begin, end)
+            yield place(self.one.rows(begin, end)), place(self.other.rows(begin, end))
 
 
-def pair(weights: Sequence[tuple[Weight, Member]], *, deep: bool = False) -> Pair:
+def pair(weights: Sequence[tuple[Weight, Member]], *, deep: bool = False, place: Place = np.asarray) -> Pair:
     """Two members of a class, compared in the layout of the first.
 
-    RewriteRefused if one is no dense floating-point tensor. Numbers that are not finite make every sum useless: the
-    squares are then NaN, which callers show as such. Cost: reads up to `N_SAMPLED` numbers of each, or with `deep`
-    each table twice; memory a few blocks and, deep, three matrices of columns × columns.
+    `place`: where the sums are formed (`placing.place_on`), by default numpy. RewriteRefused if one is no dense
+    floating-point tensor. Numbers that are not finite make every sum useless: the squares are then NaN, which callers
+    show as such. Cost: reads up to `N_SAMPLED` numbers of each, or with `deep` each table twice; memory a few blocks
+    and, deep, three matrices of columns × columns.
     """
     layout = _laid_out(weights)
     runs = _runs(layout, deep)
@@ -61,7 +64,7 @@ def pair(weights: Sequence[tuple[Weight, Member]], *, deep: bool = False) -> Pai
     n_directions = min(layout.n_columns, few) if sampled and not deep else layout.n_columns
     sketch = _sketch(layout.n_columns, n_directions)
     with np.errstate(invalid="ignore", over="ignore"):
-        return _sums(layout, runs, n_seen, sketch)
+        return _sums(layout, runs, n_seen, sketch, place)
 
 
 def _laid_out(weights: Sequence[tuple[Weight, Member]]) -> _Layout:
@@ -113,21 +116,22 @@ def _sketch(n_columns: int, n_directions: int) -> Array | None:
     return directions
 
 
-def _sums(layout: _Layout, runs: list[tuple[int, int]], n_seen: int, sketch: Array | None) -> Pair:
+def _sums(layout: _Layout, runs: list[tuple[int, int]], n_seen: int, sketch: Array | None, place: Place) -> Pair:
     d = layout.n_columns
     k = d if sketch is None else sketch.shape[1]
-    mean_a, mean_b = np.zeros(d), np.zeros(d)
-    gram_a, gram_b, cross = np.zeros((k, k)), np.zeros((k, k)), np.zeros((k, k))
+    onto = None if sketch is None else place(sketch)
+    mean_a, mean_b = place(np.zeros(d)), place(np.zeros(d))
+    gram_a, gram_b, cross = (place(np.zeros((k, k))) for _ in range(3))
     squared_a = squared_b = dot = 0.0
-    for a, b in layout.blocks(runs):
+    for a, b in layout.blocks(runs, place):
         mean_a, mean_b = mean_a + a.sum(axis=0), mean_b + b.sum(axis=0)
-        squared_a, squared_b = squared_a + float(np.vdot(a, a)), squared_b + float(np.vdot(b, b))
-        dot += float(np.vdot(a, b))
-        seen_a, seen_b = (a, b) if sketch is None else (a @ sketch, b @ sketch)
+        squared_a, squared_b = squared_a + float((a * a).sum()), squared_b + float((b * b).sum())
+        dot += float((a * b).sum())
+        seen_a, seen_b = (a, b) if onto is None else (a @ onto, b @ onto)
         gram_a, gram_b, cross = gram_a + seen_a.T @ seen_a, gram_b + seen_b.T @ seen_b, cross + seen_a.T @ seen_b
     mean_a, mean_b = mean_a / max(n_seen, 1), mean_b / max(n_seen, 1)
-    centre_a, centre_b = (mean_a, mean_b) if sketch is None else (mean_a @ sketch, mean_b @ sketch)
-    cosines = [_cosines(a, b, mean_a, mean_b, layout.n_rows) for a, b in layout.blocks(runs)]
+    centre_a, centre_b = (fetched(mean if onto is None else mean @ onto) for mean in (mean_a, mean_b))
+    cosines = [_cosines(a, b, mean_a, mean_b, layout.n_rows) for a, b in layout.blocks(runs, place)]
     return Pair(
         n_rows=layout.n_rows,
         n_columns=d,
@@ -137,17 +141,17 @@ def _sums(layout: _Layout, runs: list[tuple[int, int]], n_seen: int, sketch: Arr
         squared_b=squared_b,
         dot=dot,
         cosines=np.concatenate(cosines) if cosines else np.zeros(0),
-        gram_a=gram_a - n_seen * np.outer(centre_a, centre_a),
-        gram_b=gram_b - n_seen * np.outer(centre_b, centre_b),
-        cross=cross - n_seen * np.outer(centre_a, centre_b),
+        gram_a=fetched(gram_a) - n_seen * np.outer(centre_a, centre_a),
+        gram_b=fetched(gram_b) - n_seen * np.outer(centre_b, centre_b),
+        cross=fetched(cross) - n_seen * np.outer(centre_a, centre_b),
     )
 
 
-def _cosines(a: Array, b: Array, mean_a: Array, mean_b: Array, n_rows: int) -> Array:
+def _cosines(a: Any, b: Any, mean_a: Any, mean_b: Any, n_rows: int) -> Array:
     """Of each row about the mean row; a single row, the mean row itself, about zero: norms are alike in being near
     one."""
     if n_rows > 1:
         a, b = a - mean_a, b - mean_b
-    scale = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    found: Array = (a * b).sum(axis=1)[scale > 0.0] / scale[scale > 0.0]
+    scale = fetched((a * a).sum(axis=1)) ** 0.5 * fetched((b * b).sum(axis=1)) ** 0.5
+    found: Array = fetched((a * b).sum(axis=1))[scale > 0.0] / scale[scale > 0.0]
     return found

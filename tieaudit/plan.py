@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from tieaudit.change import Edit, Equalise, Plan, Pool, Respell, Share, Unshare
+import numpy as np
+
+from tieaudit.change import Edit, Equalise, Plan, Pool, Prediction, Respell, SetConfig, Share
 from tieaudit.damage import likeness
 from tieaudit.errors import RewriteRefused, UsageError
 from tieaudit.formats import NEEDS_SETTING, Format
 from tieaudit.merge import Common, aligned, common_value, difference, policy_of
-from tieaudit.model import Member, Model, Use, classes
+from tieaudit.merges import Calibrated
+from tieaudit.model import Member, Model
 from tieaudit.other_names import with_other_names
+from tieaudit.placing import Place
 from tieaudit.printable import counted
 from tieaudit.propose import propose, schemes
 from tieaudit.registry import choose, discover
+from tieaudit.saving import n_bytes_saved
 from tieaudit.schemes import Scheme
+from tieaudit.unsharing import of_names, of_uses
 from tieaudit.verdict import Candidate, Refusal, Subject
 from tieaudit.view import AS_STORED
 
@@ -55,6 +61,10 @@ class _Draft:
     lossless: bool = True
     merged: dict[str, list[tuple[str, ...]]] = field(default_factory=dict)
     """Policy → the classes of unequal weights that get one value by it."""
+    calibrated: Calibrated | None = None
+    place: Place = np.asarray
+    """Where weights are compared."""
+    predictions: list[Prediction] = field(default_factory=list)
     apart: list[str] = field(default_factory=list)
     """Why classes get one value under each name, and are not one stored tensor."""
 
@@ -63,14 +73,27 @@ class _Draft:
         return self.subject.model
 
     def refuse(self, candidate: Candidate, because: str) -> None:
+        """Note a refusal; candidates of one scheme that are refused for one reason are one refusal."""
         ids = tuple(dict.fromkeys(member.id for member in candidate.members))
+        for at, known in enumerate(self.refusals):
+            if (known.scheme, known.because) == (candidate.scheme, because):
+                self.refusals[at] = replace(known, ids=tuple(dict.fromkeys((*known.ids, *ids))))
+                return
         self.refusals.append(Refusal(candidate.scheme, ids, because))
 
 
-def plan(subject: Subject, choices: Choices, as_format: Format | None = None) -> Plan:
+def plan(
+    subject: Subject,
+    choices: Choices,
+    as_format: Format | None = None,
+    *,
+    calibrated: Calibrated | None = None,
+    place: Place = np.asarray,
+) -> Plan:
     """The plan for one model. UsageError for unknown schemes, targets and policies; everything else is a refusal.
 
-    `as_format`: the format whose word counts for what can be made, where the model becomes another one.
+    `as_format`: the format whose word counts for what can be made, where the model becomes another one. `calibrated`:
+    what flows through the weights, see `calibrating`. `place`: where weights are compared, see `placing`.
     """
     format_ = as_format or choose(discover("formats", Format), subject.model.format, "format")
     target = choices.target or format_.targets[0]
@@ -83,7 +106,7 @@ def plan(subject: Subject, choices: Choices, as_format: Format | None = None) ->
         raise RewriteRefused(f"{subject.model.path}: the format {format_.name} can be read but not written yet")
     if choices.merge is not None:
         policy_of(choices.merge)
-    draft = _Draft(subject, format_, choices, target)
+    draft = _Draft(subject, format_, choices, target, calibrated=calibrated, place=place)
     for asked in schemes(choices.schemes):
         candidates, refusals = propose(subject, asked)
         draft.refusals.extend(refusals)
@@ -99,6 +122,7 @@ def plan(subject: Subject, choices: Choices, as_format: Format | None = None) ->
         for candidate in candidates:
             _consider(draft, candidate)
     draft.notes.extend(_of_merged(draft))
+    draft.notes.extend(calibrated.notes if calibrated is not None else ())
     draft.notes.extend(_of_equal_values(draft))
     if format_.notes is not None:
         draft.notes.extend(format_.notes(draft.model, draft.edits, choices.optimizer == "adjust"))
@@ -107,18 +131,21 @@ def plan(subject: Subject, choices: Choices, as_format: Format | None = None) ->
         target=target,
         schemes=choices.schemes,
         edits=tuple(draft.edits),
-        n_bytes_saved=_n_bytes_saved(draft.model, draft.edits),
+        n_bytes_saved=n_bytes_saved(draft.model, draft.edits),
         lossless=draft.lossless,
         refusals=tuple(draft.refusals),
         notes=tuple(dict.fromkeys(draft.notes)),
         transposed_as=choices.transposed_as,
         share_files=choices.share_files,
         optimizer=choices.optimizer,
+        predictions=tuple(draft.predictions),
     )
 
 
 def _consider(draft: _Draft, candidate: Candidate) -> None:
     decided = {draft.owners[member.id] for member in candidate.members if member.id in draft.owners}
+    if decided and candidate.action == "pool" and decided == {candidate.scheme}:
+        return  # heads that one setting counts are pooled together
     if decided:
         covered = any(
             isinstance(edit, (Share, Equalise)) and {m.id for m in candidate.members} <= {m.id for m in edit.members}
@@ -136,8 +163,16 @@ def _consider(draft: _Draft, candidate: Candidate) -> None:
         draft.refuse(candidate, refused.message)
         return
     if edits:
-        draft.edits.extend(edit for edit in edits if edit not in draft.edits)
+        draft.edits.extend(edit for edit in edits if edit not in draft.edits and not _is_set(draft, edit))
         draft.owners.update({member.id: candidate.scheme for member in candidate.members})
+
+
+def _is_set(draft: _Draft, edit: Edit) -> bool:
+    """A setting that two ties need is set once, whatever each of them needs it for."""
+    return isinstance(edit, SetConfig) and any(
+        isinstance(one, SetConfig) and (one.file, one.key, one.value) == (edit.file, edit.key, edit.value)
+        for one in draft.edits
+    )
 
 
 def _share(draft: _Draft, candidate: Candidate) -> list[Edit]:
@@ -194,7 +229,7 @@ def _unequal(draft: _Draft, scheme: Scheme, candidates: list[Candidate]) -> Refu
     model, verdicts = draft.model, dict[str, int]()
     for candidate in candidates:
         pair = [(model.by_id[member.id], member) for member in candidate.members[:2]]
-        said = likeness(pair).verdict
+        said = likeness(pair, place=draft.place).verdict
         verdicts[said] = verdicts.get(said, 0) + 1
     counted = ", ".join(f"{n} {said}" for said, n in sorted(verdicts.items(), key=lambda one: -one[1]))
     ids = tuple(dict.fromkeys(member.id for candidate in candidates for member in candidate.members))
@@ -232,13 +267,15 @@ def _lossy(draft: _Draft, candidate: Candidate) -> Share:
         )
     policy = draft.choices.merge or usual
     kinds = {id: role.kind for id, role in draft.subject.roles.items()}
-    common = common_value(weights, kinds, policy)
+    common = common_value(weights, kinds, policy, draft.calibrated)
     if common.adjustments:
         _check_adjustments(draft, candidate, policy, common)
     members = candidate.members
     if common.kept is not None:
         members = _anchored(members, common.kept)
     decided = f" ({common.because})" if common.because else ""
+    if common.prediction is not None:
+        draft.predictions.append(common.prediction)
     draft.merged.setdefault(f"--merge {policy}{decided}", []).append(tuple(weight.id for weight, _ in weights))
     return Share(members, common.values, candidate.because, common.adjustments)
 
@@ -251,7 +288,7 @@ def _check_adjustments(draft: _Draft, candidate: Candidate, policy: str, common:
             f"format {draft.format.name} holds weights only (an ONNX model and a live module have a place for it)"
         )
     n_added = sum(one.n_bytes for one in common.adjustments.values())
-    n_saved = _n_bytes_saved(draft.model, [Share(candidate.members)])
+    n_saved = n_bytes_saved(draft.model, [Share(candidate.members)])
     if n_added >= n_saved:
         raise RewriteRefused(
             f"--merge {policy}: its corrections would take {n_added:,} bytes, and the tie saves only {n_saved:,}"
@@ -281,16 +318,31 @@ def _pool(draft: _Draft, candidate: Candidate) -> list[Edit]:
         )
     if draft.choices.merge not in (None, "mean"):
         raise RewriteRefused(f"--merge {draft.choices.merge}: heads are pooled by their mean")
-    edit = draft.format.pool(draft.model, candidate.members[0].id, candidate.n_groups)
-    if isinstance(edit, str):
-        raise RewriteRefused(edit)
+    edits = draft.format.pool(draft.model, candidate.members[0].id, candidate.n_groups)
+    if isinstance(edits, str):
+        raise RewriteRefused(edits)
+    for one in edits:
+        because = draft.format.can_realise(draft.model, one, draft.target) if draft.format.can_realise else "read only"
+        if because is not None:
+            raise RewriteRefused(because)
+    pools = [one for one in edits if isinstance(one, Pool)]
+    taken = {id: draft.owners[id] for one in pools for id in _ids(one) if id in draft.owners}
+    if taken:
+        id, owner = next(iter(taken.items()))
+        raise RewriteRefused(f"{id} is pooled with these, which conflicts with what {owner} already does to it")
+    edit = pools[0]
     if not draft.choices.allow_lossy:
         raise RewriteRefused(
             f"{edit.n_heads} heads would become {edit.n_groups}, each the mean of {edit.n_heads // edit.n_groups}: "
             "that changes the model's outputs unless these are equal (--allow-lossy does it knowingly)"
         )
     draft.lossless = False
-    return [edit]
+    draft.owners.update({id: candidate.scheme for one in pools for id in _ids(one)})
+    return list(edits)
+
+
+def _ids(pool: Pool) -> tuple[str, ...]:
+    return tuple(one.id for one in pool.weights)
 
 
 def _respell(draft: _Draft, candidate: Candidate) -> list[Edit]:
@@ -312,9 +364,9 @@ def _unshare(draft: _Draft, candidate: Candidate) -> list[Edit]:
     model = draft.model
     ids = [member.id for member in candidate.members]
     if model.has_graph and len(set(ids)) == 1:
-        edits: list[Edit] = _unshare_uses(draft, ids[0], candidate.because)
+        edits: list[Edit] = of_uses(model, ids[0], candidate.because)
     else:
-        edits = _unshare_names(model, list(dict.fromkeys(ids)), candidate.because)
+        edits = of_names(model, list(dict.fromkeys(ids)), candidate.because)
     for edit in edits:
         because = draft.format.can_realise(model, edit, draft.target) if draft.format.can_realise else "read only"
         if because is not None and not because.startswith(NEEDS_SETTING):
@@ -325,66 +377,3 @@ def _unshare(draft: _Draft, candidate: Candidate) -> list[Edit]:
             raise RewriteRefused(settings)
         edits = [*settings, *edits]
     return edits
-
-
-def _unshare_names(model: Model, ids: list[str], because: str) -> list[Edit]:
-    """Every name but one gets a copy, which the operations of its own module read where a graph reads only that one."""
-    stored = [id for id in ids if not model.by_id[id].absent]
-    source = next((id for id in stored if model.uses_of.get(id)), stored[0])
-    edits = [Unshare(source, model.by_id[id].name, _own_uses(model, source, id), because) for id in ids if id != source]
-    read = {(use.scope, use.node) for use in model.uses_of.get(source, ())}
-    alone = not any(model.uses_of.get(id) for id in ids if id != source)
-    if alone and len(read) > 1 and not any(edit.uses for edit in edits):
-        raise RewriteRefused(f"the graph does not say which of the {len(read)} operations that read {source} are whose")
-    return list(edits)
-
-
-def _own_uses(model: Model, source: str, id: str) -> tuple[tuple[str, str, str, int], ...]:
-    """The uses of `source` by the module to which the name `id` belongs."""
-    owner = model.by_id[id].name.rpartition(".")[0]
-    return tuple(
-        (use.part, use.scope, use.node, use.slot)
-        for use in model.uses_of.get(source, ())
-        if use.call and use.call[-1].rpartition("@")[0] == owner and not model.uses_of.get(id)
-    )
-
-
-def _unshare_uses(draft: _Draft, id: str, because: str) -> list[Edit]:
-    """One initializer with several consumers: the first keeps it, every further one gets a copy of its own."""
-    model = draft.model
-    taken = {weight.name for weight in model.weights}
-    by_consumer: dict[tuple[str, str, str, int], Use] = {}
-    for use in model.uses_of.get(id, ()):
-        by_consumer.setdefault((use.part, use.scope, use.node, use.slot), use)
-    edits: list[Edit] = []
-    for consumer in list(by_consumer)[1:]:
-        name = f"{model.by_id[id].name}.untied"
-        number = 1
-        while name in taken:
-            number += 1
-            name = f"{model.by_id[id].name}.untied_{number}"
-        taken.add(name)
-        edits.append(Unshare(id, name, (consumer,), because))
-    return edits
-
-
-def _n_bytes_saved(model: Model, edits: Sequence[Edit]) -> int:
-    """Stored bytes that the edits free: what a file listing shows before and after, headers aside."""
-    saved = 0
-    shares = [[member.id for member in edit.members] for edit in edits if isinstance(edit, Share)]
-    for ids in classes(shares):
-        regions = {}
-        for id in ids:
-            storage = model.by_id[id].storage
-            if storage is not None:
-                regions[storage.region] = storage.n_bytes
-        saved += sum(regions.values()) - max(regions.values(), default=0)
-    for edit in edits:
-        if isinstance(edit, Unshare):
-            saved -= model.by_id[edit.source].n_bytes
-        elif isinstance(edit, Pool):
-            kept = edit.n_groups / edit.n_heads
-            saved += sum(round(model.by_id[one.id].n_bytes * (1 - kept)) for one in edit.weights)
-        elif isinstance(edit, Share):
-            saved -= sum(one.n_bytes for one in edit.adjustments.values())
-    return saved

@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import numpy as np
 
-from tieaudit.change import Equalise, Level, Plan, Rewritten, SetConfig, Share, Written
+from tieaudit.change import Equalise, Level, Plan, Pool, Rewritten, SetConfig, Share, Written
 from tieaudit.dtypes import dtype
 from tieaudit.errors import CorruptFile
 from tieaudit.floor import difference, limit_of, rounding_bound, says_something
@@ -256,6 +256,8 @@ def of_folder(before: Model, after: Model, plan: Plan, sandbox: Sandbox) -> Leve
     said = f"{states[0][0]['class']} loads both: {which} equal bit for bit, nothing missing, ties are one tensor"
     if n_equal := sum(len(edit.members) for edit in plan.edits if isinstance(edit, Equalise)):
         said += f", {n_equal} names that get one value with others load it from their own"
+    if n_pooled := sum(len(edit.weights) for edit in plan.edits if isinstance(edit, Pool)):
+        said += f", {n_pooled} with fewer heads in their new shape"
     return Level("regional", "held", said, device=sandbox.device.upper())
 
 
@@ -271,11 +273,12 @@ def _loading_problems(before: Mapping[str, list[str]], after: Mapping[str, list[
 
 
 def not_as_stored(after: Model, plan: Plan, digests: Mapping[str, str]) -> list[str]:
-    """Names with a value in common that are loaded with another one than is stored under them."""
+    """Names with a value in common, or fewer heads, that are loaded with another value than is stored under them."""
     found = []
     for edit in plan.edits:
-        for member in edit.members if isinstance(edit, Equalise) else ():
-            weight = after.by_id[member.id]
+        told = edit.members if isinstance(edit, Equalise) else edit.weights if isinstance(edit, Pool) else ()
+        for one in told:
+            weight = after.by_id[one.id]
             if weight.name in digests and loaded_digest(weight) != digests[weight.name]:
                 found.append(f"{weight.name}: loads with other values than are stored under it")
     return found
@@ -283,18 +286,31 @@ def not_as_stored(after: Model, plan: Plan, digests: Mapping[str, str]) -> list[
 
 def _changed(before: Model, after: Model, plan: Plan, one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
     """Names whose loaded values differ, except those that a lossy plan or a setting changes knowingly."""
-    planned: set[str] = set()
-    if not plan.lossless:
-        for edit in plan.edits:
-            if isinstance(edit, (Share, Equalise)) and planned_value(before, edit) is not None:
-                planned.update(before.by_id[member.id].name for member in edit.members)
+    ids = [] if plan.lossless else list(_changed_knowingly(before, plan))
+    planned = {before.by_id[id].name for id in ids}
     differ = [name for name in one.keys() & other.keys() if name not in planned and one[name] != other[name]]
+    if differ and ids:  # a class may call a tensor otherwise than its file does: then the values say which one it is
+        was, now = ({loaded_digest(m.by_id[id]) for id in ids if _is_stored(m, id)} for m in (before, after))
+        differ = [name for name in differ if one[name] not in was or other[name] not in now]
     if any(isinstance(edit, SetConfig) for edit in plan.edits):
         # a setting may make a loader keep what it discarded: then what is loaded must be what is stored
         stored = {weight.name: weight for weight in after.weights if weight.storage is not None}
         differ = [name for name in differ if name not in stored or loaded_digest(stored[name]) != other[name]]
     gone = [name for name in one.keys() - other.keys() if name not in planned]
     return sorted([*differ, *gone])
+
+
+def _changed_knowingly(before: Model, plan: Plan) -> Iterator[str]:
+    """Ids of the weights that a lossy plan gives another value."""
+    for edit in plan.edits:
+        if isinstance(edit, (Share, Equalise)) and planned_value(before, edit) is not None:
+            yield from (member.id for member in edit.members)
+        elif isinstance(edit, Pool):
+            yield from (one.id for one in edit.weights)
+
+
+def _is_stored(model: Model, id: str) -> bool:
+    return id in model.by_id and not model.by_id[id].absent
 
 
 def loaded_digest(weight: Weight) -> str:

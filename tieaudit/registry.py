@@ -60,6 +60,23 @@ def _entry_points(group: str) -> Iterable[EntryPoint]:
 
 
 @cache
+def joined() -> tuple[str, ...]:
+    """Every entry point of ours with the package it comes from and its version, in order; mostly none."""
+    if not _anybody_joins():
+        return ()
+    from importlib.metadata import entry_points
+
+    groups = [group for group in entry_points().groups if group.startswith("tieaudit.")]
+    ours = [entry for group in groups for entry in entry_points(group=group)]
+    return tuple(
+        sorted(
+            f"{entry.group} {entry.name} = {entry.value} ({entry.dist.name} {entry.dist.version})" if entry.dist else ""
+            for entry in ours
+        )
+    )
+
+
+@cache
 def _anybody_joins() -> bool:
     """Whether any installed package names a group of ours: a search for one bracket in all `entry_points.txt`.
 

@@ -130,7 +130,7 @@ def _from_graph(model: Model) -> dict[str, Role]:
                 f"({use.op} @ {use.node})",
             )
     heads = {
-        use.node for use in model.uses if found.get(use.weight, OTHER).kind == "output_head" or _tied_head(use, found)
+        use.node for use in model.uses if found.get(use.weight, OTHER).kind == "output_head" or is_tied_head(use, found)
     }
     for use in model.uses:
         weight = model.by_id[use.weight]
@@ -166,6 +166,6 @@ def _is_table(weight: Weight, use: Use) -> bool:
     return min(shape[0], max(shape[1:])) > 1 and weight.parameter is not False
 
 
-def _tied_head(use: Use, found: Mapping[str, Role]) -> bool:
+def is_tied_head(use: Use, found: Mapping[str, Role]) -> bool:
     """An embedding that is its own output head: one stored tensor in both roles."""
     return use.op in _PROJECTIONS and use.feeds_output and found.get(use.weight, OTHER).kind == "token_embedding"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from tieaudit.audit import audit
 from tieaudit.config import Settings
 from tieaudit.find import Progress, find
@@ -16,7 +18,24 @@ def look(model: Model, *, progress: Progress | None = None) -> Subject:
     return Subject(model, find(model, progress=progress), roles(model))
 
 
-def scan(model: Model, *, settings: Settings | None = None, progress: Progress | None = None) -> Report:
-    """The whole answer about one model. Cost: that of `find.find`; nothing is run and nothing is written."""
+def scan(
+    model: Model,
+    *,
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+    damage: Literal["", "sampled", "deep"] = "",
+    device: str = "auto",
+) -> Report:
+    """The whole answer about one model. Cost: that of `find.find`; nothing is run and nothing is written.
+
+    `damage`: whether lossy candidates are compared, by a sample of their weights or (`deep`) by all of them; `device`:
+    where, see `placing.place_on`.
+    """
     subject = look(model, progress=progress)
-    return audit(subject, listed_candidates(subject), settings or Settings())
+    candidates = listed_candidates(subject)
+    if damage:  # comparing numbers needs numpy, which nothing else here does
+        from tieaudit.damage import foreseen
+        from tieaudit.placing import place_on
+
+        candidates = foreseen(subject, candidates, deep=damage == "deep", place=place_on(device))
+    return audit(subject, candidates, settings or Settings())

@@ -11,6 +11,7 @@ from typing import Any
 
 from tieaudit.change import Plan, Proof
 from tieaudit.comparison import Choice
+from tieaudit.difference import Told
 from tieaudit.storage import Storage
 from tieaudit.survival.ties import Survived
 from tieaudit.view import View
@@ -19,6 +20,7 @@ COMMANDS: Mapping[str, Mapping[str, type]] = {
     "plan": {"plan": Plan, "choices": tuple[Choice, ...]},
     "apply": {"plan": Plan, "proof": Proof, "output": str, "receipt": str},
     "verify": {"before": str, "after": str, "proof": Proof},
+    "diff": {"before": str, "after": str, "told": tuple[Told, ...], "counts": Mapping[str, int], "n_bytes_read": int},
     "survival": {"model": str, "ties": tuple[tuple[str, ...], ...], "rows": tuple[Survived, ...]},
     "receipt-check": {"receipt": str, "problems": tuple[str, ...]},
     "undo": {"receipt": str, "removed": tuple[str, ...]},
@@ -44,6 +46,8 @@ FACTS: Mapping[str, Any] = {
     "not_deterministic": tuple[str, ...],
     "spread_of_the_original": float,
     "moved": Mapping[str, float],
+    "loss": Mapping[str, float],
+    "loss_not_measured": str,
     "folded_apart_by_the_runtime": str,
     "held_in_a_wider_type_by_the_runtime": str,
     "n_bytes_peak_writing": int,

@@ -141,12 +141,17 @@ def share_layers(
     """
     everything = stacks(subject)
     if not everything:
-        yield Refusal(scheme, (), "no repeated layers were recognised in this model")
+        alone = any(role.layer is not None for role in subject.roles.values())
+        found = "only one layer was" if alone else "no repeated layers were"
+        yield Refusal(scheme, (), f"{found} recognised in this model" + (", with none to share with" if alone else ""))
     one_value = {id: group[0] for group in classes(t.ids for t in subject.found.ties) for id in group}
     for stack in everything:
         plan = plan_of(len(stack.layers))
         if isinstance(plan, str):
             yield Refusal(scheme, (), f"{stack.title}: {plan}")
+            continue
+        if len(set(plan)) == len(plan):
+            yield Refusal(scheme, (), f"{stack.title}: each would be a set of its own, so that none is shared")
             continue
         picked = [(slot, weights) for slot, weights in stack.slots if chosen(slot)]
         if not picked:

@@ -137,8 +137,8 @@ def _trained(pair: Pair, found: Compared) -> Level:
             answer, _ = pair.sandbox.ask("gradients", params, found.baseline.feeds[0].arrays)
     except ChildFailed as error:
         return Level("training", "not run", str(error))
-    rows = tuple(Summed(**{**row, "slots": tuple(row["slots"]), "reached": tuple(row["reached"])})
-                 for row in answer["summed"])  # fmt: skip
+    names = ("slots", "reached", "unread")
+    rows = tuple(Summed(**{**row, **{key: tuple(row[key]) for key in names}}) for row in answer["summed"])
     where = label(pair.sandbox.device, answer["on"])
     return training_level(Across(rows, tuple(answer["left"]), answer["limit"]), where)
 

@@ -12,7 +12,9 @@ import numpy as np
 
 from tieaudit.arithmetic import attempt, device_name, exact, held_bytes, settle_workspace, timed
 from tieaudit.machine import processor_name
-from tieaudit.nested import Array, arrays_of
+from tieaudit.nested import Array, arrays_of, tensors_of
+from tieaudit.summing import IGNORED, TARGETS, packed, scores_among
+from tieaudit.watching import Watch, no_site
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +40,10 @@ class Open:
     """It needs gradients to compute its outputs."""
     kept: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     """Perturbed tensors and what they held."""
+    watch: Watch | None = None
+    """Of a calibration that is under way."""
+    keys: dict[str, str] = field(default_factory=dict)
+    """Name of a parameter that is watched → the key of its site."""
 
 
 class Session:
@@ -78,7 +84,8 @@ class Session:
 
         own: dict[str, Verb] = {"run": self.run, "time": self.time, "close": self.close, "gradients": self.gradients}
         changes: dict[str, Verb] = {"state": self.state, "perturb": self.perturb, "restore": self.restore}
-        return {"hello": hello, "open": open_, **own, **changes}
+        sites: dict[str, Verb] = {"watch": self.watch, "calibrate": self.calibrate, "calibrated": self.calibrated}
+        return {"hello": hello, "open": open_, **own, **changes, **sites, "losses": self.losses}
 
     def _hello(self, packages: tuple[str, ...]) -> dict[str, Any]:
         import importlib
@@ -165,6 +172,89 @@ class Session:
         facts = {"summed": rows, "left": list(found.left), "limit": found.limit, "on": device_name(self.device)}
         return facts, {}
 
+    def watch(self, params: Params, arrays: Arrays) -> Answer:
+        """Begin to add up what flows through `sites` ([key, name, head]); `backward`: gradients as well.
+
+        The keys of those that are no site of the live module, with why.
+        """
+        one = self._open[params["handle"]]
+        names: dict[str, str] = {}
+        heads, unfit = [], {}
+        for key, name, head in params["sites"]:
+            try:
+                full = _full_name(one.module, name)
+            except KeyError as error:
+                unfit[key] = str(error.args[0])
+                continue
+            if reason := no_site(one.module, full):
+                unfit[key] = reason
+            else:
+                names[full] = key
+                heads += [full] if head else []
+        one.keys = names
+        one.watch = Watch(one.module, list(names), backward=bool(params["backward"]), heads=heads)
+        return {"unfit": unfit}, {}
+
+    def calibrate(self, params: Params, arrays: Arrays) -> Answer:
+        """One more batch through what is watched; with targets beside the inputs, forwards and backwards."""
+        import torch
+
+        one = self._open[params["handle"]]
+        watch = one.watch
+        assert watch is not None
+        targets = arrays.get(TARGETS)
+        args, kwargs = self._placed(one, {name: array for name, array in arrays.items() if name != TARGETS})
+        with torch.set_grad_enabled(targets is not None):
+            torch.manual_seed(0)
+            result = attempt(lambda: one.module(*args, **kwargs), self._not_deterministic)
+            if targets is None:
+                watch.forget()
+            else:
+                scores, wanted = self._scored(result, targets)
+                total = torch.nn.functional.cross_entropy(scores.float(), wanted, ignore_index=IGNORED, reduction="sum")
+                attempt(lambda: watch.differentiate(total), self._not_deterministic)
+        return {}, {}
+
+    def calibrated(self, params: Params, arrays: Arrays) -> Answer:
+        """What was added up, by key, and why sites turned out to be none; ends the watch."""
+        one = self._open[params["handle"]]
+        assert one.watch is not None
+        one.watch.close()
+        unfit = {one.keys[name]: reason for name, reason in one.watch.unfit.items()}
+        turned = [one.keys[name] for name in one.watch.turned]
+        sums = {one.keys[name]: found for name, found in one.watch.sums.items() if name not in one.watch.unfit}
+        one.watch = None
+        facts, found = packed(sums)
+        return {**facts, "unfit": unfit, "turned": turned}, found
+
+    def losses(self, params: Params, arrays: Arrays) -> Answer:
+        """−log p of every target, in nats and in order."""
+        import torch
+
+        one = self._open[params["handle"]]
+        targets = arrays[TARGETS]
+        result = self._call(one, {name: array for name, array in arrays.items() if name != TARGETS})
+        scores, wanted = self._scored(result, targets)
+        kept = wanted != IGNORED
+        scores, wanted = scores[kept], wanted[kept]
+        pieces = [
+            torch.nn.functional.cross_entropy(some.double(), ids, reduction="none")
+            for some, ids in zip(scores.split(256), wanted.split(256), strict=True)
+        ]
+        found = torch.cat(pieces) if pieces else torch.zeros(0)
+        return {}, {"losses": found.detach().double().cpu().numpy()}
+
+    def _scored(self, result: Any, targets: Array) -> tuple[torch.Tensor, torch.Tensor]:
+        """[tokens, vocabulary] scores, and the targets of the same tokens on the device."""
+        import torch
+
+        tensors = tensors_of(result)
+        scores = tensors[scores_among(tensors, targets)]
+        n = scores.shape[-1]
+        if targets.size and int(targets.max()) >= n:
+            raise ValueError(f"target {int(targets.max())} has no score: the output scores {n:,} tokens")
+        return scores.reshape(-1, n), torch.from_numpy(targets.reshape(-1).astype(np.int64)).to(scores.device)
+
     def state(self, params: Params, arrays: Arrays) -> Answer:
         """Digests of all tensors, and the names that are one tensor in memory."""
         return _state(self._open[params["handle"]].module), {}
@@ -224,12 +314,21 @@ def _row(arrays: Arrays, index: int, n_rows: int) -> dict[str, Array]:
 
 def _parameter(model: torch.nn.Module, name: str) -> torch.Tensor:
     """A parameter or buffer by the name that the file gives it, which may lack or have a prefix."""
-    found = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
+    tensor: torch.Tensor = _tensors(model)[_full_name(model, name)]
+    return tensor
+
+
+def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
+
+
+def _full_name(model: torch.nn.Module, name: str) -> str:
+    """The model's own name for what a file calls so. KeyError if there is none, or several."""
+    found = _tensors(model)
     near = [name] if name in found else [n for n in found if n.endswith(f".{name}") or name.endswith(f".{n}")]
     if len(near) != 1:
         raise KeyError(f"the class {type(model).__name__} has no parameter {name}")
-    tensor: torch.Tensor = found[near[0]]
-    return tensor
+    return near[0]
 
 
 def _state(model: torch.nn.Module) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from tieaudit.errors import CorruptFile
 from tieaudit.find import find
 from tieaudit.model import Declaration, Model, Part, Use, Weight, make_id
 from tieaudit.roles import roles
+from tieaudit.sealed import Locked
 from tieaudit.storage import FileStorage, MemoryStorage, Region, Storage
-from tieaudit.verdict import Subject
+from tieaudit.verdict import NO_DEMANDS, Demands, Subject
 from tieaudit.view import AS_STORED, TRANSPOSED
 
 Array = NDArray[np.generic]
@@ -105,6 +106,8 @@ def toy(
     overridable: Iterable[str] = (),
     metadata: Mapping[str, str] | None = None,
     notes: tuple[str, ...] = (),
+    demands: Demands = NO_DEMANDS,
+    locked: Locked | None = None,
 ) -> Subject:
     """A model in memory, with its ties found and its roles told.
 
@@ -116,6 +119,8 @@ def toy(
         buffers: names that are no parameters; unknown: names of which that cannot be told.
         shapes: of absent weights, where the first declared partner's shape is not the right one.
         roles_by_class: name → role kind that the class knows.
+        demands: what a policy asks of it.
+        locked: what the lock file says of the model.
 
     Shapes: those of the arrays. Cost: everything is small and stays in memory.
     """
@@ -154,7 +159,7 @@ def toy(
         notes=notes,
         has_graph=format == "onnx",
     )
-    return Subject(model, find(model), roles(model))
+    return Subject(model, find(model), roles(model), demands, locked)
 
 
 def _stored(

@@ -37,6 +37,8 @@ class TiedGradient:
     """Largest difference between its gradient and the sum over the untied slots, relative to its largest element."""
     reached: tuple[str, ...]
     """Slots with a gradient other than zero: with fewer than two of them the sum proves nothing."""
+    unread: tuple[str, ...] = ()
+    """Slots that no operation reads: the sum is without them, and right."""
     limit: float = LIMIT
     """The largest difference that counts as rounding: more where the module itself rounds to a narrower type."""
 
@@ -47,7 +49,12 @@ class TiedGradient:
     @property
     def cut_off(self) -> tuple[str, ...]:
         """Slots through which nothing is learnt: detached, or not used for these inputs."""
-        return tuple(name for name in self.slots if name not in self.reached)
+        return tuple(name for name in self.slots if name not in (*self.reached, *self.unread))
+
+    @property
+    def proved(self) -> bool:
+        """Whether the sum has two parts or more, or one because nothing else is read."""
+        return len(self.reached) > 1 or bool(self.reached) and not self.cut_off
 
 
 @dataclass(frozen=True)
@@ -72,8 +79,8 @@ class GradientParity:
 
     @property
     def proved(self) -> bool:
-        """Whether it holds and every tied gradient is a sum of at least two parts."""
-        return self.held and bool(self.tied) and all(len(one.reached) > 1 for one in self.tied)
+        """Whether it holds and every tied gradient is a sum of at least two parts, or of all that is read."""
+        return self.held and bool(self.tied) and all(one.proved for one in self.tied)
 
     def __str__(self) -> str:
         lines = [_line(one) for one in self.tied] or ["no parameter of this module has several names"]
@@ -88,7 +95,9 @@ def _line(one: TiedGradient) -> str:
     verdict = "is" if one.held else "is NOT"
     said = f"{one.name}: its gradient {verdict} the sum over {len(one.slots)} slots"
     said += f" (difference {one.difference:.3g}, limit {one.limit:.3g})"
-    if len(one.reached) < 2:
+    if one.unread:
+        said += f", of which no operation reads {listed(one.unread)}"
+    if not one.proved:
         said += ", which proves nothing"
     return f"{said}; nothing is learnt through {listed(one.cut_off)}" if one.cut_off else said
 
@@ -109,7 +118,7 @@ def gradients(
         untie(apart)
         found = across(tied, apart, lambda: data, lambda: data, noted, loss or own_loss)
         rows = tuple(
-            TiedGradient(one.name, one.slots, one.difference, one.reached, found.limit)
+            TiedGradient(one.name, one.slots, one.difference, one.reached, one.unread, found.limit)
             for one in found.summed if len(one.slots) > 1
         )  # fmt: skip
         del tied, apart

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tieaudit.model import Member, Model, Role, Tie
+from tieaudit.sealed import Locked
 from tieaudit.view import View
 
 Severity = Literal["error", "warning", "info"]
@@ -69,6 +70,8 @@ class Likeness:
     """Diagnostic → (value, what unrelated tables have)."""
     exact: bool = False
     """Everything was read; otherwise a sample of rows, or a sketch of the columns."""
+    ids: tuple[str, ...] = ()
+    """The two that were compared."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ class Candidate:
     action: Literal["share", "unshare", "declare", "respell", "pool"] = "share"
     damage: str = ""
     """For a lossy proposal: the measured difference in one sentence, where it was measured."""
+    likeness: Likeness | None = None
+    """For a lossy proposal: its two members that are least alike, where they were compared."""
     n_groups: int = 0
     """For heads that are to be pooled: how many are to be left."""
 
@@ -180,6 +185,8 @@ class Subject:
     found: Found
     roles: Mapping[str, Role]
     demands: Demands = NO_DEMANDS
+    locked: Locked | None = None
+    """What the lock file says of this model; None: nothing was locked, or nobody looked."""
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,11 @@ class _Work:
     inputs: Mapping[str, Array] | None
 
     @property
+    def against(self) -> Model:
+        """What the result is compared with: the reference of a lossy plan, else the original."""
+        return self.before if self.reference is None else self.reference.as_model()
+
+    @property
     def n_summed(self) -> int:
         """The largest number of products in one sum among the touched uses."""
         touched = structural.touched_ids(self.plan)
@@ -147,8 +152,7 @@ class _Work:
 
 def _regional(work: _Work) -> Level:
     if work.before.format == "onnx":
-        against = work.before if work.reference is None else work.reference.as_model()
-        return regional.of_onnx(against, work.after, work.written, work.child(work.runner, "cpu"))
+        return regional.of_onnx(work.against, work.after, work.written, work.child(work.runner, "cpu"))
     return regional.of_folder(work.before, work.after, work.plan, work.child(work.runner, "cpu"))
 
 
@@ -206,8 +210,8 @@ def _setter(values: Array) -> Callable[[Array], None]:
 
 
 def _control(work: _Work, results: Sequence[tuple[str, str, Compared]], gathered: _Gathered) -> None:
-    """Perturb every touched use in the original, on the CPU, and measure what both models cost there."""
-    before, after, box = work.before, work.after, work.child(work.runner, "cpu")
+    """Perturb every touched use in what was compared against, on the CPU, and measure what both models cost there."""
+    before, after, box = work.against, work.after, work.child(work.runner, "cpu")
     touched = structural.touched_ids(work.plan)
     for part in parts_of(before):
         ran = next((r for p, label, r in results if p == part and label == "CPU" and r.outcome == "held"), None)
@@ -220,7 +224,7 @@ def _control(work: _Work, results: Sequence[tuple[str, str, Compared]], gathered
         else:
             gathered.silent.extend(_control_folder(before, work.plan, ran, box))
         served = sorted({one.id for one in work.check.served.values() if after.by_id[one.id].part == part})
-        facts = cost.of_part(before, after, part, served, ran.baseline.feeds[0], box)
+        facts = cost.of_part(work.before, after, part, served, ran.baseline.feeds[0], box)
         gathered.facts.update(facts if not part else {f"{key} ({part})": value for key, value in facts.items()})
     _cost_on_gpu(work, results, gathered)
 
@@ -245,8 +249,9 @@ def _control_folder(before: Model, plan: Plan, ran: Compared, sandbox: Sandbox) 
     if ran.baseline is None:
         return []
     hints = before.hints
+    usual = "" if "token_embedding" in hints.values() else "embedding"  # a class that said nothing
     names = [
-        (id, before.by_id[id].name, "head" not in hints.get(id, "embedding") and "head" not in id)
+        (id, before.by_id[id].name, "embedding" in hints.get(id, usual) and "head" not in id)
         for id in sorted(structural.touched_ids(plan))
         if not before.by_id[id].absent and before.by_id[id].is_float
     ]

@@ -6,12 +6,17 @@ A command composes the stages and prints; it decides nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from tieaudit.errors import UsageError
+
 if TYPE_CHECKING:  # --help and --version answer at once: what reads models is imported by the commands that need it
+    from tieaudit.calibrating import Data
     from tieaudit.change import Plan
+    from tieaudit.merges import Calibrated
     from tieaudit.plan import Choices
     from tieaudit.verdict import Finding, Subject
 
@@ -28,6 +33,11 @@ def plan_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--share-files/--no-share-files", default=None,
                      help="Whether ONNX files of a folder keep equal weights in one common data file: all of them, or "
                      "none. Default: those that are parts of one export."),
+        click.option("--calibrate", type=click.Path(path_type=Path), metavar="DATA",
+                     help="Run the model on this .npz of its inputs, or this text, to say what a lossy tie costs, and "
+                     "for the policies that need it: frequency, regmean, gauss-newton, auto."),
+        click.option("--tokenizer", type=click.Path(path_type=Path), metavar="DIR",
+                     help="Folder of the tokenizer for a text. Default: the model's own folder."),
         click.option("--optimizer", type=click.Choice(["adjust", "keep"]), default="adjust", show_default=True,
                      help="The optimizer's state in a checkpoint that is tied: as the tied model's, or as it is."),
     ]  # fmt: skip
@@ -67,8 +77,44 @@ def choices(chosen: dict[str, Any]) -> Choices:
     )
 
 
+def calibration(subject: Subject, chosen: dict[str, Any], device: str) -> tuple[Data | None, Calibrated | None]:
+    """The data that --calibrate names and what it measured; nothing without it."""
+    if chosen["calibrate"] is None:
+        if chosen["tokenizer"] is not None:
+            raise UsageError("expected --calibrate TEXT with --tokenizer: nothing else is made into ids")
+        return None, None
+    from tieaudit.calibrating import calibrate, members_of, read_data
+    from tieaudit.console import spinner
+
+    with spinner("running the model on the calibration data"):
+        data = read_data(subject, chosen["calibrate"], chosen["tokenizer"], device)
+        return data, calibrate(subject, data, members_of(subject, chosen["schemes"]), device)
+
+
 def left(subject: Subject, plan: Plan) -> Sequence[Finding]:
     """What is wrong with a model for which a plan does nothing."""
     from tieaudit.audit import audit
 
     return () if plan.edits else audit(subject).findings
+
+
+def screen() -> dict[str, object]:
+    """What a report has to know of where it is shown."""
+    import os
+    import sys
+
+    from tieaudit.config import Settings
+    from tieaudit.console import on_terminal
+
+    terminal = on_terminal(sys.stdout)
+    return {
+        "color": terminal and "NO_COLOR" not in os.environ,
+        "width": _width() if terminal else 100,
+        "thresholds": Settings(),
+    }
+
+
+def _width() -> int:
+    import shutil
+
+    return shutil.get_terminal_size((100, 24)).columns

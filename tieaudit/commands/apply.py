@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tieaudit.commands import choices, format_option, key_option, left, plan_options
+from tieaudit.commands import calibration, choices, format_option, key_option, left, plan_options
 from tieaudit.console import Command, not_negative, print_result, spinner
 from tieaudit.errors import UsageError
 
@@ -20,6 +20,7 @@ _EPILOG = """\b
 Examples:
   tieaudit apply model.onnx --scheme dedup --to model-tied.onnx
   tieaudit apply ./my-model-folder --scheme dedup --to ./my-model-tied
+  tieaudit apply ./my-model-folder --scheme io --allow-lossy --merge gauss-newton --calibrate text.txt --to ./tied
   tieaudit apply model.pt --to model.safetensors
   tieaudit apply ./folder-with-pytorch_model.bin --container safetensors --to ./folder-with-safetensors
 """
@@ -40,7 +41,7 @@ Examples:
 @click.option("--require", type=click.Choice(["structural", "regional", "end-to-end"]),
               help="Least level of proof for delivery. Default: regional; structural for bare tensors.")  # fmt: skip
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
-              help="Where to run the proof.")  # fmt: skip
+              help="Where to run the proof, and the model on calibration data.")  # fmt: skip
 @click.option("--inputs", type=click.Path(path_type=Path),
               help="Inputs for the proof, an .npz; default: generated from the signature.")  # fmt: skip
 @click.option(
@@ -68,6 +69,8 @@ def apply(
 ) -> None:
     """Plan, write, read back, prove, deliver, with a receipt. The input is only read.
 
+    With --calibrate the loss on the half of the data to which nothing was fitted is measured before and after.
+
     Where --to or --container names another container than PATH's, the model is converted and keeps its ties.
 
     Exit code: 0 delivered, or nothing to do · 1 a proof failed, nothing delivered · 2 refused, or a proof could
@@ -93,12 +96,13 @@ def apply(
     seen = stamps(model)
     subject = look(model)
     into = container_for(model, destination, kind)
+    data, calibrated = calibration(subject, chosen, device)
     if into is not None:
-        made = convert(subject, into, choices(chosen) if chosen["schemes"] else None)
+        made = convert(subject, into, choices(chosen) if chosen["schemes"] else None, calibrated)
     else:
         if destination is not None:  # also where there is nothing to do: a conversion that is not made would seem done
             check_kind(Path(model.path), destination)
-        made = make_plan(subject, choices(chosen))
+        made = make_plan(subject, choices(chosen), calibrated=calibrated)
     refused = bool(made.refusals) and (strict or not made.edits)
     if destination is None or refused or not made.edits and into is None:
         wrong, asked = left(subject, made), destination is not None
@@ -118,5 +122,6 @@ def apply(
             inputs=given,
             max_drift=max_drift,
             seen=seen,
+            data=data,
         )
     print_result(outcome.applied(model, done, format_name))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tieaudit.commands import choices, format_option, key_option, left, plan_options
+from tieaudit.commands import calibration, choices, format_option, key_option, left, plan_options
 from tieaudit.console import Command, print_result
 from tieaudit.errors import MissingPackage, UsageError
 
@@ -20,6 +20,8 @@ Examples:
   tieaudit plan model.onnx
   tieaudit plan ./my-model-folder --scheme io --allow-lossy --merge keep:head
   tieaudit plan model.onnx --frontier --plot frontier.svg
+  tieaudit plan ./my-model-folder --calibrate text.txt --frontier
+  tieaudit plan model.onnx --scheme io --allow-lossy --merge auto --calibrate ids.npz
 """
 
 
@@ -32,18 +34,31 @@ Examples:
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE",
               help="Draw size against damage into a .png or .svg that must not exist (needs matplotlib).")  # fmt: skip
 @click.option("--deep", is_flag=True, help="Read all of the weights that are compared, not a sample.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+              help="Where to compare weights, and to run the model on calibration data.")  # fmt: skip
 @key_option
 @format_option(["text", "json"])
-def plan(path: str, frontier: bool, plot: Path | None, deep: bool, key: str, format_name: str, **chosen: Any) -> None:
+def plan(
+    path: str,
+    frontier: bool,
+    plot: Path | None,
+    deep: bool,
+    device: str,
+    key: str,
+    format_name: str,
+    **chosen: Any,
+) -> None:
     """What could be done and what it would save; writes nothing.
 
     Without --scheme: what can be shared without loss, and a table of all schemes and merge policies with what each
-    saves and how much of the weights it would change.
+    saves and how much of the weights it would change. With --calibrate, in nats per token where the loss can be
+    predicted.
 
     Exit code: 0 printed · 2 everything was refused.
     """
     from tieaudit import outcome
     from tieaudit.load import load_one
+    from tieaudit.placing import place_on
     from tieaudit.plan import plan as make_plan
     from tieaudit.scan import look
 
@@ -51,13 +66,14 @@ def plan(path: str, frontier: bool, plot: Path | None, deep: bool, key: str, for
         raise UsageError("expected --frontier and --plot without --scheme: they compare all schemes")
     _check(plot)
     subject = look(load_one(path, together=bool(chosen["share_files"]), key=key))
-    made = make_plan(subject, choices(chosen))
+    calibrated = calibration(subject, chosen, device)[1]
+    made = make_plan(subject, choices(chosen), calibrated=calibrated, place=place_on(device))
     table: tuple[Choice, ...] = ()
     if not chosen["schemes"]:
         from tieaudit.comparison import compare
         from tieaudit.comparison import frontier as best
 
-        every = compare(subject, deep=deep)
+        every = compare(subject, calibrated=calibrated, deep=deep)
         table = best(every) if frontier else every
         if plot is not None:
             from tieaudit.drawing import draw

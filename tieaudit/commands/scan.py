@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from tieaudit.commands import format_option, key_option
-from tieaudit.console import Command, on_terminal, print_result, progress, say
-from tieaudit.errors import TieAuditError, in_one_line
+from tieaudit.commands import format_option, key_option, screen
+from tieaudit.console import Command, print_result, progress, say
+from tieaudit.errors import TieAuditError, UsageError, in_one_line
 from tieaudit.printable import N_MOST_MESSAGE, printable
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ Examples:
   tieaudit scan model.onnx
   tieaudit scan ./my-model-folder --format json
   tieaudit scan last.ckpt --key state_dict_ema
+  tieaudit scan ./my-model-folder --damage
 """
 
 
@@ -33,8 +34,15 @@ Examples:
 @key_option
 @click.option("--inputs", type=click.Path(path_type=Path),
               help="Of a `package.module:factory`, sample inputs as an .npz; default: generated.")  # fmt: skip
+@click.option("--damage", is_flag=True,
+              help="How alike the weights of each candidate are that changes values, from a sample.")  # fmt: skip
+@click.option("--deep", is_flag=True, help="With --damage: read all of the weights that are compared, not a sample.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+              help="With --damage: where to compare them.")  # fmt: skip
 @format_option(["text", "json"])
-def scan(paths: tuple[str, ...], key: str, inputs: Path | None, format_name: str) -> None:
+def scan(
+    paths: tuple[str, ...], key: str, inputs: Path | None, damage: bool, deep: bool, device: str, format_name: str
+) -> None:
     """What is there: weights, roles, ties of every origin, candidates, findings.
 
     PATH is a model file, a folder, or a glob; a shard or a config.json means its model.
@@ -44,16 +52,19 @@ def scan(paths: tuple[str, ...], key: str, inputs: Path | None, format_name: str
     from tieaudit.load import locate
     from tieaudit.scan import scan as look_at
 
+    if not damage and (deep or device != "auto"):
+        raise UsageError("expected --damage with --deep and --device: nothing else compares weights by value")
+    how: Any = {"damage": "deep" if deep else "sampled" if damage else "", "device": device}
     sources, errors = locate(paths)
     reports: list[Report] = []
     for source in sources:
         try:
             with progress(source.path.name) as shown:
-                reports.append(look_at(source.load(key, inputs), progress=shown))
+                reports.append(look_at(source.load(key, inputs), progress=shown, **how))
         except (TieAuditError, OSError, RecursionError, MemoryError) as error:  # also a file that went away meanwhile
             errors.append((str(source.path), str(in_one_line(error, str(source.path)))))
     if reports or format_name != "text":
-        print_result(_report(format_name)(reports, errors, _settings()))
+        print_result(_report(format_name)(reports, errors, screen()))
     for _, message in errors:
         say(f"error: {printable(message, N_MOST_MESSAGE)}")
     if errors or not reports or any(report.crashed or report.subject.found.unreadable for report in reports):
@@ -66,22 +77,3 @@ def _report(name: str) -> Render:
 
     render: Render = named("reports", ReportFormat, name, "report format").render
     return render
-
-
-def _settings() -> dict[str, object]:
-    import os
-
-    from tieaudit.config import Settings
-
-    terminal = on_terminal(sys.stdout)
-    return {
-        "color": terminal and "NO_COLOR" not in os.environ,
-        "width": _width() if terminal else 100,
-        "thresholds": Settings(),
-    }
-
-
-def _width() -> int:
-    import shutil
-
-    return shutil.get_terminal_size((100, 24)).columns

@@ -77,8 +77,9 @@ class Format:
     has_program: bool = True
     """Whether a model of this format can be run, alone or by the library that knows its class; else the structural
     proof is all that there can be."""
-    pool: Callable[[Model, str, int], Pool | str] | None = None
-    """(model, id of a projection, number of groups) → the edit that pools its heads, or why they cannot be."""
+    pool: Callable[[Model, str, int], tuple[Pool | SetConfig, ...] | str] | None = None
+    """(model, id of a projection, number of groups) → the edits that pool its heads, with those of all others that can
+    only be pooled together with it, and the settings that say so; or why they cannot be."""
     holds_adjustments: bool = False
     """Whether `edit` writes what a share's members apply to the common value, as operations of the program."""
     precedence: int = 0

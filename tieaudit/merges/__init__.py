@@ -13,13 +13,15 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from tieaudit.summing import Sums
+
 Block = NDArray[np.float64]
 Rows = Callable[[int, int], Block]
 """(begin, end) → these rows in float64. A dataclass or a `partial`, never a closure: the proof runs in another
 process."""
 
 
-NO_CALIBRATION = "calibration data cannot be given on the command line yet; keep:head, mean and low-rank:R need none"
+NO_CALIBRATION = "give --calibrate DATA.npz or a text; keep:head, mean and low-rank:R need none"
 """What to do without statistics."""
 
 
@@ -43,15 +45,41 @@ class Statistics:
 
     n_tokens: int
     row_weights: Block | None = None
-    """[rows] How often a row matters: token frequencies p of an embedding, E[p(1 − p)] of a head's probabilities."""
+    """[rows] How much a row matters: token frequencies p of an embedding, E[p(1 − p)] of a head's probabilities, E[g²]
+    of the loss's gradient at what any other product gives (of which a head's is the expectation)."""
     inputs: Block | None = None
     """[columns, columns] E[x xᵀ] of what the table's rows are multiplied with (a head's hidden states)."""
     gradients: Block | None = None
     """[columns, columns] E[g gᵀ] of the loss at what a lookup gives."""
+    turned: bool = False
+    """The rows meant here are the columns of the weight as it is stored: a matrix kept as [inputs, outputs]."""
 
-    def curvature(self, kind: str) -> Block | None:
-        """How much a change of a row matters, by direction: that of the loss for a lookup, of the scores for a head."""
-        return self.inputs if kind == "output_head" else self.gradients
+    @classmethod
+    def of(cls, sums: Sums, *, turned: bool = False) -> Statistics:
+        """Averages of what was added up."""
+        n = max(sums.n_tokens, 1)
+        weights, inputs, gradients = (
+            None if one is None else one / n for one in (sums.row_weights, sums.inputs, sums.gradients)
+        )
+        return cls(sums.n_tokens, weights, inputs, gradients, turned)
+
+    @property
+    def curvature(self) -> Block | None:
+        """How much a change of a row matters, by direction: that of the loss for a lookup, of its inputs for a
+        product."""
+        return self.gradients if self.inputs is None else self.inputs
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What calibration measured at the weights of one model, by id."""
+
+    fitted: Mapping[str, Statistics]
+    """Policies are fitted to it."""
+    held_out: Mapping[str, Statistics] = field(default_factory=dict)
+    """From other tokens; empty where there are too few."""
+    notes: tuple[str, ...] = ()
+    """What was not calibrated, and why."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +94,8 @@ class Sites:
     """What calibration measured at each; policies are fitted to it."""
     held_out: tuple[Statistics | None, ...] = ()
     """The same from other tokens, by which what was fitted is judged; empty: by those it was fitted to."""
+    turned: bool = False
+    """Rows and columns are swapped against the layout of the first member, so that columns are inputs."""
 
     @property
     def n_rows(self) -> int:
@@ -87,12 +117,16 @@ class Sites:
     def predicted_nats(self, merged: Merged) -> float | None:
         """Predicted rise of the negative log-likelihood, in nats per token; None where a site was not calibrated.
 
-        Gauss–Newton, to second order: ½ Σ_v p_v δᵀSδ at a lookup, ½ Σ_v q_v δᵀCδ at a head, δ the change of row v.
-        Above 0.1 nats it only ranks policies. Cost: reads every table once.
+        Gauss–Newton, to second order: ½ Σ_v p_v δᵀSδ at a lookup, ½ Σ_v q_v δᵀCδ at a head or another product, δ the
+        change of row v. For products q = E[g²] takes the gradients at a result as independent of its inputs, and of
+        each other (Martens & Grosse 2015, Optimizing Neural Networks with Kronecker-factored Approximate Curvature,
+        ICML, with a diagonal second factor). Above 0.1 nats it only ranks policies. Cost: reads every table once.
         """
         total = 0.0
         for index, statistics in enumerate(self.held_out or self.statistics):
-            curvature = None if statistics is None else statistics.curvature(self.kinds[index])
+            if merged.keeps == index and index not in merged.corrections:
+                continue
+            curvature = None if statistics is None else statistics.curvature
             if statistics is None or curvature is None or statistics.row_weights is None:
                 return None
             for begin, end in self.blocks():
@@ -100,6 +134,29 @@ class Sites:
                 weights = statistics.row_weights[begin:end]
                 total += 0.5 * float(np.sum(weights * np.sum((delta @ curvature) * delta, axis=1)))
         return total
+
+    def weighted_errors(self, merged: Merged) -> tuple[float | None, ...]:
+        """Share of the energy of what each site gives that changes, on calibration tokens; None where not calibrated.
+
+        E‖Δx‖²/E‖Wx‖² = tr(ΔCΔᵀ)/tr(WCWᵀ) for a product, Σ p_v‖δ_v‖²/Σ p_v‖w_v‖² for a lookup. Cost: reads every table.
+        """
+        return tuple(self._weighted_error(merged, at, one) for at, one in enumerate(self.held_out or self.statistics))
+
+    def _weighted_error(self, merged: Merged, index: int, statistics: Statistics | None) -> float | None:
+        if statistics is None or (statistics.inputs is None and statistics.row_weights is None):
+            return None
+        changed = size = 0.0
+        for begin, end in self.blocks():
+            rows = self.tables[index].rows(begin, end)
+            for_each = [merged.seen_by(index)(begin, end) - rows, rows]
+            if statistics.inputs is not None:
+                sums = [float(np.sum((one @ statistics.inputs) * one)) for one in for_each]
+            else:
+                assert statistics.row_weights is not None
+                weights = statistics.row_weights[begin:end, None]
+                sums = [float(np.sum(weights * np.square(one))) for one in for_each]
+            changed, size = changed + sums[0], size + sums[1]
+        return changed / size if size > 0.0 else 0.0
 
     def relative_change(self, merged: Merged) -> tuple[float, ...]:
         """‖change‖² / ‖W‖² at each site: how much of what it held is gone. Needs no data; 1.0 is all of it."""

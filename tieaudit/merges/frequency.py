@@ -37,6 +37,7 @@ frequency = Merge(
     needs=("row_weights",),
     page="""frequency: w_v = Σᵢ aᵢᵥ wᵢᵥ / Σᵢ aᵢᵥ
 
-aᵢᵥ is the token's share of all tokens for an embedding, and E[p(1 − p)] for a head, each normalised over the
-vocabulary. Rows of rare tokens keep what the head has, which scores every token at every step.""",
+aᵢᵥ is the token's share of all tokens for an embedding, E[p(1 − p)] for a head, and E[g²] of the gradient at each
+result for another product, each normalised over the rows. Rows of rare
+tokens keep what the head has, which scores every token at every step.""",
 )

@@ -22,6 +22,9 @@ def _rows(tables: tuple[Table, ...], maps: tuple[Block, ...], begin: int, end: i
 
 
 def _merge(sites: Sites, argument: str) -> Merged:
+    if len(sites.tables[0].shape) != 2:  # a bias is a product with 1 at every site, and other vectors are averaged, too
+        n = len(sites.tables)
+        return Merged(partial(_rows, sites.tables, (np.full((1, 1), 1.0 / n),) * n))
     moments = [one.inputs if one is not None else None for one in sites.statistics]
     missing = [id for id, moment in zip(sites.ids, moments, strict=True) if moment is None]
     if missing:
@@ -45,5 +48,6 @@ regmean = Merge(
     needs=("inputs",),
     page="""regmean: W = (Σ Wᵢ C̃ᵢ)(Σ C̃ᵢ)⁻¹ with C̃ᵢ = 0.9·Cᵢ + 0.1·diag(Cᵢ), Cᵢ = E[x xᵀ] of the inputs of site i
 
-Minimises Σ tr((W − Wᵢ) C̃ᵢ (W − Wᵢ)ᵀ). Rows are outputs, columns inputs.""",
+Minimises Σ tr((W − Wᵢ) C̃ᵢ (W − Wᵢ)ᵀ). Rows are outputs, columns inputs. Biases
+and norms get their mean.""",
 )

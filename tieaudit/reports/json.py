@@ -14,7 +14,7 @@ from tieaudit.model import Member, Role, Tie, Weight
 from tieaudit.plain import plain
 from tieaudit.reports import ReportFormat
 from tieaudit.tally import tally
-from tieaudit.verdict import Candidate, CannotTell, Crashed, Finding, Report
+from tieaudit.verdict import Candidate, CannotTell, Crashed, Finding, Likeness, Report
 
 SCHEMA = "tieaudit/scan/1"
 SCHEMA_OF_RUNS = "tieaudit/check/1"
@@ -132,6 +132,19 @@ def _candidate(candidate: Candidate) -> dict[str, object]:
         "lossless": candidate.lossless,
         "because": candidate.because,
         "damage": candidate.damage,
+        "likeness": _likeness(candidate.likeness) if candidate.likeness is not None else None,
+    }
+
+
+def _likeness(found: Likeness) -> dict[str, object]:
+    return {
+        "verdict": found.verdict,
+        "because": found.because,
+        "ids": list(found.ids),
+        "exact": found.exact,
+        "diagnostics": {
+            name: {"value": plain(value), "unrelated": plain(null)} for name, (value, null) in found.diagnostics.items()
+        },
     }
 
 
@@ -192,6 +205,7 @@ def _checked(model: Checked) -> dict[str, object]:
         "unreadable": model.unreadable,
         "n_bytes_read": model.n_bytes_read,
         "weights_here": model.weights_here,
+        "files": list(model.files),
         "cached": model.cached,
     }
 

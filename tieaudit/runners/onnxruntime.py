@@ -13,6 +13,7 @@ import numpy as np
 
 from tieaudit.machine import processor_name, repeated, resident_bytes
 from tieaudit.runners import Answer, Array, Params, Port, Runner, Signature, Verb
+from tieaudit.summing import TARGETS, Sums, packed, scores_among, token_losses
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -74,7 +75,46 @@ def _start(device: str) -> Mapping[str, Verb]:
         sessions.pop(params["handle"], None)
         return {}, {}
 
-    return {"hello": _hello, "open": open_, "run": run, "time": time_, "close": close, "optimise": _optimise_on(device)}
+    verbs = {"hello": _hello, "open": open_, "run": run, "time": time_, "close": close}
+    return {**verbs, "optimise": _optimise_on(device), **_calibration(sessions)}
+
+
+def _calibration(sessions: Mapping[int, ort.InferenceSession]) -> Mapping[str, Verb]:
+    """Verbs that add up what flows through values of a graph, and that give the loss of each token."""
+    watched: dict[int, tuple[list[dict[str, Any]], dict[str, Sums]]] = {}
+
+    def watch(params: Params, arrays: Mapping[str, Array]) -> Answer:
+        """Begin to add up at `sites`: {key, kind lookup | product, value, scores, n_rows}, whose values are outputs."""
+        watched[params["handle"]] = (list(params["sites"]), {one["key"]: Sums() for one in params["sites"]})
+        return {"unfit": {}}, {}
+
+    def calibrate(params: Params, arrays: Mapping[str, Array]) -> Answer:
+        """One more batch through what is watched. There are no gradients: ONNX Runtime computes none."""
+        sites, sums = watched[params["handle"]]
+        session, feed = sessions[params["handle"]], {name: one for name, one in arrays.items() if name != TARGETS}
+        wanted = dict.fromkeys(name for one in sites for name in (one["value"], one["scores"]) if name)
+        found = {**feed, **_run(session, feed, [name for name in wanted if name not in feed])}
+        for one in sites:
+            if one["kind"] == "lookup":
+                sums[one["key"]].add_ids(found[one["value"]], one["n_rows"])
+                continue
+            sums[one["key"]].add_inputs(found[one["value"]])
+            if one["scores"]:
+                sums[one["key"]].add_scores(found[one["scores"]])
+        return {}, {}
+
+    def calibrated(params: Params, arrays: Mapping[str, Array]) -> Answer:
+        facts, found = packed(watched.pop(params["handle"])[1])
+        return {**facts, "unfit": {}}, found
+
+    def losses(params: Params, arrays: Mapping[str, Array]) -> Answer:
+        """−log p of every target, in nats and in order."""
+        feed = {name: one for name, one in arrays.items() if name != TARGETS}
+        outputs = _run(sessions[params["handle"]], feed, params.get("outputs"))
+        scores = outputs[scores_among(outputs, arrays[TARGETS])]
+        return {}, {"losses": token_losses(scores, arrays[TARGETS])}
+
+    return {"watch": watch, "calibrate": calibrate, "calibrated": calibrated, "losses": losses}
 
 
 def _hello(params: Params, arrays: Mapping[str, Array]) -> Answer:
@@ -129,7 +169,9 @@ def _ports(args: list[Any]) -> tuple[Port, ...]:
 def _run(session: ort.InferenceSession, arrays: Mapping[str, Array], wanted: list[str] | None) -> dict[str, Array]:
     taken = {arg.name: arg.type for arg in session.get_inputs()}
     kinds = {arg.name: arg.type for arg in session.get_outputs()}
-    names = wanted or list(kinds)
+    names = list(kinds) if wanted is None else wanted
+    if not names:
+        return {}
     exotic = [array.dtype.name for array in arrays.values() if array.dtype.name in _EXOTIC]
     plain = all(
         kinds[name][7:-1] in _ONNX_NUMBERS and _ONNX_NUMBERS[kinds[name][7:-1]][0] not in _EXOTIC for name in names

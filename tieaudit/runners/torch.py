@@ -34,9 +34,38 @@ def _start(device: str) -> Mapping[str, Verb]:
         handle, facts = session.hold(model, lambda given: ((), arguments_of(model, given)))
         seconds = time.perf_counter() - began
         signature = signature_of(model).to_json()
-        return {"handle": handle, "signature": signature, "loading": loading, "seconds": seconds, **facts}, {}
+        told = {"loading": loading, "seconds": seconds, "n_positions": _n_positions(model)}
+        return {"handle": handle, "signature": signature, **told, **facts}, {}
 
-    return session.verbs(open_, ("torch", "transformers"))
+    return {**session.verbs(open_, ("torch", "transformers")), "tokenize": _tokenize}
+
+
+def _n_positions(model: Any) -> int | None:
+    """The longest text that the class says it takes; None where it does not say."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    named = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "n_ctx")]
+    return min((one for one in named if isinstance(one, int) and one > 0), default=None)
+
+
+def _tokenize(params: Params, arrays: Mapping[str, Array]) -> Answer:
+    """The ids of a text (`path`, its first `n_bytes`) by the tokenizer in `folder`, whose own code is never run.
+
+    `first`: the token that it puts before every text, if it puts one there and nothing else.
+    """
+    import numpy as np
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        params["folder"], local_files_only=True, trust_remote_code=False
+    )
+    with open(params["path"], "rb") as file:
+        raw = file.read(params["n_bytes"])
+    # the last character may have been cut in two
+    text = raw.decode("utf-8", "strict" if len(raw) < params["n_bytes"] else "ignore")
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    around = tokenizer("")["input_ids"]
+    first = around[0] if len(around) == 1 and around[0] == tokenizer.bos_token_id else None
+    return {"n_tokens": len(tokenizer), "first": first}, {"ids": np.asarray(ids, np.int64)}
 
 
 def _load(path: str) -> tuple[Any, dict[str, list[str]]]:

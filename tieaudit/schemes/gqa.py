@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from tieaudit.errors import UsageError
 from tieaudit.model import Member
+from tieaudit.printable import counted
 from tieaudit.schemes import Scheme
 from tieaudit.verdict import Candidate, Refusal, Subject
 
@@ -18,7 +19,8 @@ def pooled(subject: Subject, scheme: str, n_groups: int) -> Iterator[Candidate |
     found = [weight for weight in subject.model.weights if kinds[weight.id] in ("attention_key", "attention_value")]
     fused = tuple(id for id, kind in kinds.items() if kind in ("attention_qkv", "attention_kv"))
     if fused:
-        because = f"{len(fused)} projections make keys or values together with others: their heads are not told apart"
+        n_fused = counted(len(fused), "projection")
+        because = f"keys or values are made together with others by {n_fused}: their heads are not told apart"
         yield Refusal(scheme, fused, because)
     elif not found:
         yield Refusal(scheme, (), "no key or value projection was recognised in this model")
@@ -45,15 +47,19 @@ gqa = Scheme(
     argument="G",
     worth_comparing=lambda subject: (),
     merge="mean",
-    summary="G key and value heads for all, each the mean of a group of neighbours (ONNX)",
+    summary="G key and value heads for all, each the mean of a group of neighbours (ONNX, Hugging Face folders)",
     source=SOURCE,
     propose=_propose,
     page="""gqa:G: grouped-query attention by mean pooling.
 
-Head h goes into group ⌊h·G/n⌋ of n. The projections of keys and values, and their biases, shrink to G heads; right
-behind them each head is repeated n/G times, so that nothing else in the graph changes: the file is smaller, a cache of
-keys and values is not. Saves (1 − G/n) of these projections. Without further training pooling usually damages a model
-(the paper trains for 5 % of the original steps); heads that are equal already cost nothing, bit for bit.
+Head h goes into group ⌊h·G/n⌋ of n. The projections of keys and values, their biases and norms over all heads shrink
+to G heads. Saves (1 − G/n) of these. Without further training pooling usually damages a model (the paper trains for
+5 % of the original steps); heads that are equal already cost nothing, bit for bit.
 
-The number of heads is read from the graph, so this is for ONNX models.""",
+In an ONNX model, whose graph says how many heads there are, each head is repeated n/G times right behind its
+projection, so that nothing else changes: the file is smaller, a cache of keys and values is not. In a Hugging Face
+folder the setting that counts them (num_key_value_heads, at its level of config.json) becomes G, and the cache shrinks
+too; all layers that the setting counts are pooled, or none. Which tensors these are the class says; a class without
+such a setting is refused. Checkpoints, lone safetensors files, live modules and exported programs have nowhere to say
+how many heads are left.""",
 )

@@ -16,6 +16,7 @@ huggingface = Format(
     can_create=later("tieaudit.formats.huggingface.create:can_create"),
     create=later("tieaudit.formats.huggingface.create:create"),
     switch=later("tieaudit.formats.huggingface.realise:switch"),
+    pool=later("tieaudit.formats.huggingface.pool:plan_of"),
     equalises=True,
     held_by=later("tieaudit.formats.huggingface.realise:held_by"),
     precedence=20,

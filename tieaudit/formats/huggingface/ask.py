@@ -53,18 +53,20 @@ def reason(error: Exception) -> str:
 def answer_question(question: dict[str, Any]) -> dict[str, Any]:
     """One answer: what the class holds and ties as configured, and how stored names become live ones.
 
-    Question: config (object), architecture (name or ""), shapes (stored name → shape).
+    Question: config (object), architecture (name or ""), shapes (stored name → shape); `about`: "heads" for
+    `heads.heads_of` in place of this.
     """
     import torch
     import transformers
 
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     torch.set_grad_enabled(False)
-    config = plain_config(question["config"])
+    if question.get("about") == "heads":
+        from tieaudit.formats.huggingface.heads import heads_of
+
+        return heads_of(question)
     shapes: dict[str, list[int]] = question["shapes"]
-    config_class = _config_class(config)
-    config, left_out = accepted(config_class, config)
-    model_class = _model_class(question["architecture"], config, shapes)
+    config_class, model_class, config, left_out = chosen(question)
     model = build(model_class, config_class, config)
     unique = {id(p): p for p in model.parameters()}
     names, converted, saved = loaded_names(model, shapes)
@@ -85,6 +87,14 @@ def answer_question(question: dict[str, Any]) -> dict[str, Any]:
         **_roles(model),
         **ties(model_class, config_class, config, model),
     }
+
+
+def chosen(question: dict[str, Any]) -> tuple[Any, Any, dict[str, Any], list[str]]:
+    """The configuration's class, the model's, the configuration as they take it, and the keys that had to go."""
+    config = plain_config(question["config"])
+    config_class = _config_class(config)
+    config, left_out = accepted(config_class, config)
+    return config_class, _model_class(question["architecture"], config, question["shapes"]), config, left_out
 
 
 def plain_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -127,12 +127,17 @@ def _limit_memory() -> None:
 _shared: list[Asker] = []
 
 
-def ask_class(config: Mapping[str, Any], architecture: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Ask the installed class through the one child of this process. {"error": …} where there is no answer."""
+def ask_class(
+    config: Mapping[str, Any], architecture: str, shapes: Mapping[str, tuple[int, ...]], about: str = "ties"
+) -> dict[str, Any]:
+    """Ask the installed class through the one child of this process. {"error": …} where there is no answer.
+
+    `about`: its ties, names and parameters, or the settings that count key and value `heads`.
+    """
     if not installed():
         return {"error": "transformers is not installed"}
     if not _shared:
         _shared.append(Asker())
         atexit.register(_shared[0].close)
     question = {"config": config, "architecture": architecture, "shapes": {k: list(v) for k, v in shapes.items()}}
-    return _shared[0].ask(question)
+    return _shared[0].ask({**question, "about": about})

@@ -36,7 +36,7 @@ def from_table(major: Major, architecture: str, config: Mapping[str, Any], store
     source = f"the data file of transformers {data['transformers']}"
     named = config.get("model_type")  # whatever the file holds there, a list for one
     flags = data["types"].get(named if isinstance(named, str) else None, data["types"].get(entry["type"], {}))
-    spell = _Spelling(entry["prefix"], names, entry.get("saved", {}))
+    spell = Spelling(entry["prefix"], names, entry.get("saved", {}))
     ties = []
     for tie in entry.get("ties", ()):
         active, because = _active(tie["flag"], config, flags, f"{architecture} of transformers {data['transformers']}")
@@ -80,7 +80,7 @@ def _outermost(ties: list[ClassTie]) -> list[ClassTie]:
     return [tie for tie in ties if not any(set(tie.members) < one for one in larger.get(tie.members[0], ()))]
 
 
-class _Spelling:
+class Spelling:
     """Live patterns of a class against stored names, which may carry the base model's prefix or not."""
 
     def __init__(self, prefix: str, names: list[str], saved: Mapping[str, str]) -> None:
@@ -113,7 +113,7 @@ class _Spelling:
         return {match.groups() for name in self.names if (match := regex.fullmatch(name))}
 
 
-def _instances(tie: Mapping[str, Any], spell: _Spelling) -> Iterable[tuple[str, ...]]:
+def _instances(tie: Mapping[str, Any], spell: Spelling) -> Iterable[tuple[str, ...]]:
     """A generalised group → groups of names: one for each index, or all indices together."""
     patterns: list[str] = tie["members"]
     if tie.get("across"):

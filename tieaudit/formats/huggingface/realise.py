@@ -32,6 +32,11 @@ def can_realise(model: Model, edit: Edit, target: str) -> str | None:
     """Why this edit cannot be made for the target, in one sentence, or None. Begins with `needs flag: ` if a setting
     (see `switch`) would lift it."""
     reason = of_class(model, edit, target)
+    if model.metadata.get("weights") == PICKLED and isinstance(edit, Pool):
+        return (
+            f"{listed(tuple(one.id for one in edit.weights))} lies in a pickle, where a tensor keeps its shape: "
+            "--container safetensors pools it"
+        )
     if model.metadata.get("weights") == PICKLED and isinstance(edit, (Share, Equalise, Unshare)):
         if reason is None or reason.startswith(NEEDS_SETTING):
             return write_pickled.reason(model, edit) or reason
@@ -46,7 +51,10 @@ def of_class(model: Model, edit: Edit, target: str) -> str | None:
         return _equalise(model, edit)
     if isinstance(edit, Unshare):
         return _unshare(model, edit)
-    if isinstance(edit, Respell | Pool):
+    if isinstance(edit, Pool):
+        lost = [one.id for one in edit.weights if one.id not in model.by_id or model.by_id[one.id].absent]
+        return f"{listed(tuple(lost))} is not stored" if lost else None
+    if isinstance(edit, Respell):
         return "a Hugging Face folder holds no graph, so there is nothing to express differently"
     return None if edit.file == CONFIG else f"only {CONFIG} can be changed, not {edit.file}"
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tieaudit.arrange import aliases_of, equal_values
-from tieaudit.change import Equalise, Plan, SetConfig, Share, Unshare, Written
+from tieaudit.change import Equalise, Plan, Pool, SetConfig, Share, Unshare, Written
 from tieaudit.copying import copy_file
 from tieaudit.errors import CorruptFile, RewriteRefused
 from tieaudit.formats import carried
@@ -21,6 +21,7 @@ from tieaudit.formats.huggingface.spell import with_value
 from tieaudit.formats.safetensors.sharded import Checkpoint, read_checkpoint, read_index_json
 from tieaudit.formats.safetensors.write import NewEntry, write_safetensors
 from tieaudit.model import Model, Weight, make_id
+from tieaudit.pooling import pooled_weight
 from tieaudit.storage import Storage
 
 
@@ -32,6 +33,8 @@ class _Changes:
     """Name that goes → name that serves it from now on."""
     values: dict[str, Storage] = field(default_factory=dict)
     """Name → the bytes that it gets."""
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Name → the shape that it gets, where that is another one."""
     copies: dict[str, list[tuple[str, Weight]]] = field(default_factory=dict)
     """Name that stays → (new name, weight whose shape and type it gets), written right behind it."""
     settings: list[SetConfig] = field(default_factory=list)
@@ -111,11 +114,11 @@ def _check_unchanged(model: Model, checkpoint: Checkpoint) -> None:
             raise CorruptFile(f"{checkpoint.main}: tensor {name!r} moved since it was read; nothing was written")
 
 
-def _accepted(model: Model, plan: Plan) -> tuple[list[SetConfig], list[Share | Equalise | Unshare]]:
+def _accepted(model: Model, plan: Plan) -> tuple[list[SetConfig], list[Share | Equalise | Unshare | Pool]]:
     """The settings of a plan, and its other edits. RewriteRefused if the folder cannot hold one of these."""
     settings = [edit for edit in plan.edits if isinstance(edit, SetConfig)]
     switched_on = {f"{edit.file}:{'.'.join(edit.key)}" for edit in settings if edit.value is True}
-    found: list[Share | Equalise | Unshare] = []
+    found: list[Share | Equalise | Unshare | Pool] = []
     for one in plan.edits:
         if isinstance(one, SetConfig) and one.file == CONFIG:
             continue
@@ -123,7 +126,7 @@ def _accepted(model: Model, plan: Plan) -> tuple[list[SetConfig], list[Share | E
         lifted = reason is not None and any(reason.endswith(condition) for condition in switched_on)
         if reason is not None and not lifted:
             raise RewriteRefused(reason)
-        if isinstance(one, (Share, Equalise, Unshare)):
+        if isinstance(one, (Share, Equalise, Unshare, Pool)):
             found.append(one)
     return settings, found
 
@@ -137,6 +140,10 @@ def _changes(model: Model, plan: Plan) -> _Changes:
         elif isinstance(one, Equalise):
             changes.values.update(equal_values(model, one))
             changes.aliases.update(aliases_of(model, one))
+        elif isinstance(one, Pool):
+            for how in one.weights:
+                weight = model.by_id[how.id]
+                changes.shapes[weight.name], changes.values[weight.name] = pooled_weight(weight, how, one)
         else:
             weight = next(w for w in model.weights if w.name == one.name)
             changes.copies.setdefault(model.by_id[one.source].name, []).append((one.name, weight))
@@ -192,7 +199,7 @@ def _entries(checkpoint: Checkpoint, shard: str, changes: _Changes) -> list[NewE
         if entry.name in changes.dropped:
             continue
         storage = changes.values.get(entry.name, entry.storage)
-        found.append(NewEntry(entry.name, entry.dtype, entry.shape, storage))
+        found.append(NewEntry(entry.name, entry.dtype, changes.shapes.get(entry.name, entry.shape), storage))
         for name, _ in changes.copies.get(entry.name, ()):
             found.append(NewEntry(name, entry.dtype, entry.shape, storage))
     return found

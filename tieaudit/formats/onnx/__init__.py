@@ -16,6 +16,6 @@ FORMAT = Format(
     load=later("tieaudit.formats.onnx.read:load"),
     can_realise=later("tieaudit.formats.onnx.edit:can_realise"),
     edit=later("tieaudit.formats.onnx.edit:edit"),
-    pool=later("tieaudit.formats.onnx.pool:plan_of"),
+    pool=later("tieaudit.formats.onnx.pool:edits_of"),
     holds_adjustments=True,
 )

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from tieaudit.change import Pool, Pooled
+from tieaudit.change import Pool, Pooled, SetConfig
 from tieaudit.dtypes import dtype
 from tieaudit.formats.onnx.bench import Bench, Spot, for_looking
 from tieaudit.formats.onnx.correct import Reader, readers
@@ -50,6 +50,12 @@ class Place(NamedTuple):
     """The product, or the Add of its bias."""
     bias: Weight | None
     n_heads: int
+
+
+def edits_of(model: Model, id: str, n_groups: int) -> tuple[Pool | SetConfig, ...] | str:
+    """As `plan_of`; a graph has no settings, and each projection is pooled by itself."""
+    found = plan_of(model, id, n_groups)
+    return found if isinstance(found, str) else (found,)
 
 
 def plan_of(model: Model, id: str, n_groups: int) -> Pool | str:

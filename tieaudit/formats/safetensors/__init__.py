@@ -18,6 +18,10 @@ safetensors = Format(
     load=later("tieaudit.formats.safetensors.weights:load"),
     can_realise=later("tieaudit.formats.safetensors.equal:can_realise"),
     edit=later("tieaudit.formats.safetensors.equal:edit"),
+    pool=lambda model, id, n_groups: (
+        "a lone safetensors file says nowhere how many heads there are, and whoever loads it builds a module of the "
+        "old shapes: pool the Hugging Face folder, where config.json says it, or the ONNX model"
+    ),
     equalises=True,
     held_by=later("tieaudit.formats.safetensors.equal:held_by"),
     can_create=later("tieaudit.formats.safetensors.create:can_create"),

@@ -19,6 +19,10 @@ torch_checkpoint = Format(
     can_create=later("tieaudit.formats.torch_checkpoint.create:can_create"),
     create=later("tieaudit.formats.torch_checkpoint.create:create"),
     edit=later("tieaudit.formats.torch_checkpoint.write:edit"),
+    pool=lambda model, id, n_groups: (
+        "a checkpoint says nowhere how many heads there are, and whoever loads it builds a module of the old shapes: "
+        "pool the Hugging Face folder, where config.json says it, or the ONNX model"
+    ),
     equalises=True,
     held_by=lambda model: "whoever loads the files gets a tensor of its own for each of these names",
     notes=later("tieaudit.formats.torch_checkpoint.optimizer:notes"),

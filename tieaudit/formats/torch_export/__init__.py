@@ -17,5 +17,9 @@ torch_export = Format(
     load_key=later("tieaudit.formats.torch_export.read:load"),
     can_realise=later("tieaudit.formats.torch_export.realise:can_realise"),
     edit=later("tieaudit.formats.torch_export.write:edit"),
+    pool=lambda model, id, n_groups: (
+        "an exported program is fixed to the shapes it was traced with: pool the Hugging Face folder and export that, "
+        "or pool the ONNX model"
+    ),
     precedence=5,
 )

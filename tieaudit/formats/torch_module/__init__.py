@@ -78,6 +78,10 @@ torch_module = Format(
     load_inputs=_load_inputs,
     can_realise=_can_realise,
     edit=_edit,
+    pool=lambda model, id, n_groups: (
+        "the code of a live module cuts keys and values into the heads that it was built for, and only its tensors can "
+        "be changed: save it and pool the Hugging Face folder or the ONNX model"
+    ),
     holds_adjustments=True,
     has_program=False,
 )

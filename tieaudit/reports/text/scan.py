@@ -254,7 +254,14 @@ def _candidate(candidate: Candidate, page: Page) -> list[str]:
     return [
         *page.wrap(text, "  "),
         *(page.paint(line, "quiet") for line in page.wrap(printable(reason, LONGEST), "    ")),
+        *(page.paint(line, "quiet") for line in page.wrap(_diagnostics(candidate), "    ") if candidate.likeness),
     ]
+
+
+def _diagnostics(candidate: Candidate) -> str:
+    """All numbers of a comparison, each beside what unrelated tables have."""
+    found = candidate.likeness.diagnostics if candidate.likeness is not None else {}
+    return "measured (unrelated): " + ", ".join(f"{name} {one:.3g} ({null:.3g})" for name, (one, null) in found.items())
 
 
 def _findings(report: Report, page: Page) -> list[str]:

@@ -1,0 +1,250 @@
+"""The caches of the gate: what did not change is not read again, and what did is."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from gate_models import OTHER, W, folder, old, save
+
+from tieaudit import cached, gate, govern
+from tieaudit.cached import FOLDER, Cache, checked_of, document_of, environment
+from tieaudit.checked import Checked, Judged, Place
+from tieaudit.patrol import Patrolled, Wanted, patrol
+from tieaudit.verdict import CannotTell, Finding, Fix, Summary
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(**wanted: object) -> Patrolled:
+    for reader in (govern._read, govern._upwards):  # as a new process would
+        reader.cache_clear()
+    return patrol(Wanted(n_jobs=1, **wanted))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """The models that were really judged since it was last asked."""
+    judged: list[str] = []
+    before = gate.work
+
+    def counting(job: gate.Job) -> gate.Outcome:
+        judged.append(job.shown_as)
+        return before(job)
+
+    def since() -> list[str]:
+        found = sorted(judged)
+        judged.clear()
+        return found
+
+    monkeypatch.setattr(gate, "work", counting)
+    return since
+
+
+def answers() -> list[Path]:
+    return [path for path in Path(FOLDER).rglob("*.json") if path.parent.name != "runs"]
+
+
+def test_an_unchanged_model_is_not_read_again(tmp_path: Path, read: Callable[[], list[str]]) -> None:
+    save(tmp_path / "a.safetensors", {"a": W, "b": W.copy()})
+    save(tmp_path / "b.safetensors", {"a": W})
+    cold = run()
+    assert read() == ["a.safetensors", "b.safetensors"]
+    warm = run()
+    assert read() == []
+    assert [replace(model, cached=False) for model in warm.run.models] == list(cold.run.models)
+    assert all(model.cached for model in warm.run.models)
+    assert warm.exit_code == cold.exit_code == 1
+    save(tmp_path / "b.safetensors", {"a": OTHER, "c": OTHER.copy()})
+    found = run()
+    assert read() == ["b.safetensors"]
+    assert len(list(found.run.findings)) == 2
+
+
+def test_a_fresh_checkout_has_new_times_and_the_same_answers(tmp_path: Path, read: Callable[[], list[str]]) -> None:
+    path = save(tmp_path / "a.safetensors", {"a": W, "b": W.copy()})
+    run()
+    read()
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
+    assert run().exit_code == 1
+    assert read() == []
+
+
+def test_one_byte_that_changed_under_the_old_times_is_noticed(tmp_path: Path, read: Callable[[], list[str]]) -> None:
+    path = save(tmp_path / "a.safetensors", {"a": W, "b": W.copy()})
+    old(path)
+    run()
+    before = path.stat()
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    read()
+    assert run().exit_code == 0  # a and b differ in one bit now
+    assert read() == ["a.safetensors"]
+
+
+def test_another_policy_asks_another_question(tmp_path: Path, read: Callable[[], list[str]]) -> None:
+    save(tmp_path / "a.safetensors", {"a": W, "b": W.copy()})
+    run()
+    (tmp_path / "tieaudit.toml").write_text('ignore = ["TIE201"]')
+    assert run().exit_code == 0
+    assert read() == ["a.safetensors", "a.safetensors"]
+    (tmp_path / "tieaudit.toml").unlink()
+    assert run().exit_code == 1
+    assert read() == []
+
+
+def test_a_file_that_joins_a_model_s_folder_is_noticed(tmp_path: Path, read: Callable[[], list[str]]) -> None:
+    home = folder(tmp_path / "m", False, OTHER)
+    run()
+    read()
+    save(home / "model.fp16.safetensors", {"a": W})
+    run()
+    assert read() == ["m"]
+
+
+def test_a_file_outside_of_what_is_looked_through_is_noticed(tmp_path: Path, read: Callable[[], list[str]]) -> None:
+    outside = save(tmp_path / "store" / "blob", {"a": W, "b": W.copy()})
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "a.safetensors").symlink_to(outside)
+    assert run(paths=("m",)).exit_code == 1
+    read()
+    assert (run(paths=("m",)).exit_code, read()) == (1, [])
+    save(outside, {"a": W, "b": OTHER})
+    assert (run(paths=("m",)).exit_code, read()) == (0, ["m/a.safetensors"])
+
+
+def test_what_cannot_be_read_is_tried_again(tmp_path: Path, read: Callable[[], list[str]]) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0")
+    assert run().exit_code == 2
+    assert run().exit_code == 2
+    assert read() == ["a.safetensors", "a.safetensors"]
+
+
+def test_without_a_cache_nothing_is_kept(tmp_path: Path, read: Callable[[], list[str]]) -> None:
+    save(tmp_path / "a.safetensors", {"a": W})
+    for _ in range(2):
+        run(no_cache=True)
+    assert (read(), answers()) == (["a.safetensors"] * 2, [])
+
+
+def test_a_folder_that_cannot_be_written_keeps_nothing_and_harms_nothing(tmp_path: Path) -> None:
+    save(tmp_path / "a.safetensors", {"a": W})
+    (tmp_path / FOLDER).write_text("a file is in the way")
+    assert run().exit_code == 0
+    assert (tmp_path / FOLDER).read_text() == "a file is in the way"
+
+
+def test_the_cache_is_no_commit_and_no_model(tmp_path: Path) -> None:
+    save(tmp_path / "a.safetensors", {"a": W})
+    run()
+    assert (tmp_path / FOLDER / ".gitignore").read_text().endswith("*\n")
+    assert [model.path for model in run().run.models] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "null", '{"format": "tieaudit/cache/1"}', "\0" * 100, "[" * 100_000])
+def test_a_damaged_answer_is_asked_anew(tmp_path: Path, read: Callable[[], list[str]], damage: str) -> None:
+    save(tmp_path / "a.safetensors", {"a": W, "b": W.copy()})
+    run()
+    for path in Path(FOLDER).rglob("*.json"):
+        path.write_text(damage)
+    read()
+    assert run().exit_code == 1
+    assert read() == ["a.safetensors"]
+
+
+def test_every_field_of_an_answer_that_is_missing_makes_a_miss(tmp_path: Path, read: Callable[[], list[str]]) -> None:
+    save(tmp_path / "a.safetensors", {"a": W, "b": W.copy()})
+    run()
+    (answer,) = answers()
+    whole = json.loads(answer.read_text())
+    for key in whole:
+        for spoilt in ({k: v for k, v in whole.items() if k != key}, {**whole, key: 3}):
+            answer.write_text(json.dumps(spoilt))
+            for path in (Path(FOLDER) / environment() / "runs").glob("*.json"):
+                path.unlink()
+            read()
+            assert run().exit_code == 1
+            assert read() == ["a.safetensors"]
+
+
+def test_an_answer_comes_back_as_it_was() -> None:
+    finding = Finding(("a\ud800", "b"), "m", Fix("safe", "c", "dedup"), {"x": [1, None]}, 7, "TIE201", "n", "error")
+    known = Judged(replace(finding, fix=None), Place("p"), "1")
+    answer = Checked(
+        "path", "onnx", (Judged(finding, Place("p", 3), "0"),), (CannotTell("b", ("i",), "TIE101"),), (),
+        Summary(1, None, 2, 3, 4, "because"), 5, 6, ("k",), 1, (known,), False, 9, True, ("f",),
+    )  # fmt: skip
+    assert checked_of(json.loads(json.dumps(document_of(answer)))) == replace(answer, cached=True)
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.safetensors", {"a": W})
+    store = Cache(tmp_path / "c")
+    answer = Checked("a", "safetensors")
+    store.put("q", answer, [path], path.stat().st_mtime_ns - 1)  # it changed after the reading had begun
+    assert store.get("q") is None
+    store.put("q", answer, [path], time.time_ns() + 10**9)
+    assert store.get("q") == replace(answer, cached=True)
+
+
+def test_a_large_file_is_known_by_its_times_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cached, "N_MOST_HASHED", 10)
+    path = save(tmp_path / "a.safetensors", {"a": W})
+    store = Cache(tmp_path / "c")
+    store.put("q", Checked("a", "safetensors"), [path], time.time_ns() + 10**10)
+    assert store.get("q") is not None
+    os.utime(path)
+    assert store.get("q") is None
+
+
+def test_another_version_of_the_program_keeps_answers_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[], list[str]]
+) -> None:
+    save(tmp_path / "a.safetensors", {"a": W})
+    run()
+    read()
+    environment.cache_clear()
+    monkeypatch.setattr(cached, "_libraries", lambda: iter(["transformers-9.9.dist-info"]))
+    try:
+        run()
+        assert read() == ["a.safetensors"]
+    finally:
+        environment.cache_clear()
+
+
+def test_a_run_that_is_killed_spoils_no_answer(tmp_path: Path) -> None:
+    for index in range(60):
+        save(tmp_path / f"{index:03d}.safetensors", {"a": W, "b": W.copy() if index % 2 else OTHER})
+    command = [sys.executable, "-m", "tieaudit", "check", "--jobs", "2", "--format", "json"]
+    clean = subprocess.run([*command, "--no-cache"], capture_output=True, check=False)
+    for n_kept in (1, 20, 40):
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while len(answers()) < n_kept and child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    warm = subprocess.run(command, capture_output=True, check=False)
+    assert (warm.returncode, clean.returncode) == (1, 1)
+
+    def said(text: bytes) -> object:
+        document = json.loads(text)
+        return [{key: value for key, value in model.items() if key != "cached"} for model in document["models"]]
+
+    assert said(warm.stdout) == said(clean.stdout)
+    assert len(answers()) == 60

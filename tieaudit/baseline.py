@@ -1,0 +1,85 @@
+"""Findings that are known: a file of them, so that only new ones count. Keyed by content, not by order."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from tieaudit.checked import Checked, Judged
+from tieaudit.errors import CorruptFile, UsageError
+from tieaudit.replacing import replace_text
+
+SCHEMA = "tieaudit/baseline/1"
+MAX_BYTES = 256_000_000
+Known = Mapping[tuple[str, str], int]
+"""(path of the model, fingerprint) → how often."""
+
+
+def read_baseline(path: Path) -> Known:
+    """The findings of a baseline file. UsageError if it cannot be read, CorruptFile if it is another file."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise CorruptFile(f"{path}: expected a baseline of at most {MAX_BYTES:,} bytes, found a larger file")
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        hint = "write one with --write-baseline"
+        raise UsageError(f"{path}: the baseline cannot be read: {error.strerror}", hint=hint) from error
+    except (ValueError, RecursionError) as error:
+        raise CorruptFile(f"{path}: expected a baseline of tieaudit, found no JSON: {error}") from None
+    entries = document.get("findings") if isinstance(document, dict) and document.get("schema") == SCHEMA else None
+    if not isinstance(entries, list):
+        raise CorruptFile(f"{path}: expected a baseline of tieaudit ({SCHEMA}), found another JSON file")
+    found: Counter[tuple[str, str]] = Counter()
+    for index, entry in enumerate(entries):
+        key = (entry.get("path"), entry.get("fingerprint")) if isinstance(entry, dict) else (None, None)
+        if not all(isinstance(part, str) for part in key):
+            raise CorruptFile(f"{path}: findings[{index}]: expected a path and a fingerprint, found {entry!r:.80}")
+        found[key] += 1  # type: ignore[index]
+    return found
+
+
+def apart(model: Checked, key: str, known: Known) -> Checked:
+    """The findings of a model that the baseline holds, set apart; `key`: how the baseline calls the model."""
+    left = Counter({print_: known.get((key, print_), 0) for print_ in {one.fingerprint for one in model.findings}})
+    new: list[Judged] = []
+    old: list[Judged] = []
+    for one in model.findings:
+        if left[one.fingerprint] > 0:
+            left[one.fingerprint] -= 1
+            old.append(one)
+        else:
+            new.append(one)
+    return replace(model, findings=tuple(new), known=tuple(old))
+
+
+def write_baseline(path: Path, models: Iterable[tuple[str, Checked]]) -> int:
+    """Write all findings of these models, (key, model), as the baseline; how many there are. Atomic.
+
+    Sorted and one finding a line, so that a review shows what came and went.
+    """
+    rows = sorted(
+        json.dumps(
+            {
+                "path": key,
+                "code": one.finding.code,
+                "ids": list(one.finding.ids),
+                "fingerprint": one.fingerprint,
+                "message": one.finding.message,
+            }
+        )
+        for key, model in models
+        for one in (*model.findings, *model.known)
+    )
+    lines = ",\n  ".join(rows)
+    inside = f"\n  {lines}\n " if rows else ""
+    replace_text(path, f'{{"schema": "{SCHEMA}",\n "findings": [{inside}]}}\n')
+    return len(rows)
+
+
+def key_of(model_path: Path, baseline: Path) -> str:
+    """How a baseline calls a model: its path relative to the baseline's folder, POSIX."""
+    return Path(os.path.relpath(model_path, baseline.absolute().parent)).as_posix()

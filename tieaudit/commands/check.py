@@ -1,0 +1,145 @@
+"""The gate for CI."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tieaudit.console import Command, counting, print_result, say
+from tieaudit.errors import UsageError
+from tieaudit.printable import N_MOST_MESSAGE, printable
+
+if TYPE_CHECKING:
+    from tieaudit.checked import Run
+    from tieaudit.policy import Section
+
+FORMATS = ("text", "github", "gitlab", "sarif", "junit", "json", "markdown")
+"""Report formats that show a run; a test compares them with the registry, which --help must not import."""
+_EPILOG = """\b
+Examples:
+  tieaudit check
+  tieaudit check models/ --format github --report sarif=tieaudit.sarif --report markdown=summary.md
+"""
+
+
+@click.command(cls=Command, epilog=_EPILOG)
+@click.argument("paths", nargs=-1, metavar="[PATH...]")
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The policy, for all models. Default: the nearest tieaudit.toml or pyproject.toml upwards from each.",
+)
+@click.option("--select", multiple=True, metavar="CODES", help="Rules to run instead of the policy's: TIE101,TIE2 …")
+@click.option("--extend-select", multiple=True, metavar="CODES", help="Rules to run besides.")
+@click.option("--ignore", multiple=True, metavar="CODES", help="Rules not to run.")
+@click.option("--expect", multiple=True, metavar="SCHEME", help="Ties that must be there: io, three-way …")
+@click.option("--since", metavar="REV", help="Only models of which git says that a file changed since REV.")
+@click.option(
+    "--format",
+    "format_name",
+    type=click.Choice(FORMATS),
+    default="text",
+    show_default=True,
+    help="How to print the result.",
+)
+@click.option(
+    "--report",
+    "reports",
+    multiple=True,
+    metavar="FORMAT=FILE",
+    help="Write the result to FILE as well, in this format; repeat for several.",
+)
+@click.option("--statistics", is_flag=True, help="With the text: how many findings each rule has.")
+@click.option(
+    "--baseline",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Known findings, which do not count. Default: the policy's.",
+)
+@click.option("--write-baseline", is_flag=True, help="Make the findings of this run the known ones.")
+@click.option("--exit-zero", is_flag=True, help="Findings are exit code 0. What could not be checked is still 2.")
+@click.option("--strict", is_flag=True, help="What a rule cannot tell is exit code 2.")
+@click.option(
+    "--jobs", type=click.IntRange(1, 256), metavar="N", help="Processes at once. Default: one per core, 8 at most."
+)
+@click.option("--no-cache", is_flag=True, help="Read every model, and keep no answer.")
+@click.option("--cache-dir", type=click.Path(path_type=Path), metavar="DIR",
+              help="Where answers are kept. Default: .tieaudit_cache beside the policy.")  # fmt: skip
+def check(paths: tuple[str, ...], **chosen: Any) -> None:
+    """The gate for CI: rules and policy over all models; exit code.
+
+    PATH is a model file, a folder or a glob; a shard or a config.json means its model; a file that belongs to no model
+    is passed over. Default: everything below the working directory that git does not ignore.
+
+    Exit code: 0 clean · 1 findings · 2 could not do the whole job: unreadable, a crashed rule, nothing to check;
+    with --strict also what cannot be told. 2 beats 1.
+    """
+    from tieaudit.patrol import Wanted, patrol
+
+    files = dict(_report_file(text) for text in chosen["reports"])
+    wanted = Wanted(
+        paths=paths,
+        config=chosen["config"],
+        asked=_asked(chosen),
+        since=chosen["since"],
+        baseline=chosen["baseline"],
+        write_baseline=chosen["write_baseline"],
+        n_jobs=chosen["jobs"],
+        cache_dir=chosen["cache_dir"],
+        no_cache=chosen["no_cache"],
+        strict=chosen["strict"],
+    )
+    with counting("checking") as shown:
+        found = patrol(wanted, shown)
+    for name, file in files.items():
+        _write(found.run, name, file)
+    print_result(_text(found.run, chosen["format_name"], chosen["statistics"]))
+    for note in found.notes:
+        say(printable(note, N_MOST_MESSAGE))
+    for _, message in found.run.errors:
+        say(f"error: {printable(message, N_MOST_MESSAGE)}")
+    code = found.exit_code
+    sys.exit(0 if code == 1 and chosen["exit_zero"] else code)
+
+
+def _asked(chosen: Mapping[str, Any]) -> Section | None:
+    """What the command line says of rules, checked as a policy is."""
+    from tieaudit.govern import spoken
+
+    given = {name: _words(chosen[name]) for name in ("select", "extend_select", "ignore", "expect") if chosen[name]}
+    return spoken(given) if given else None
+
+
+def _words(texts: Sequence[str]) -> list[str]:
+    return [word.strip() for text in texts for word in text.split(",") if word.strip()]
+
+
+def _report_file(text: str) -> tuple[str, Path]:
+    name, equals, file = text.partition("=")
+    if not equals or not file or name not in FORMATS:
+        raise UsageError(f"--report {text}: expected FORMAT=FILE with one of {', '.join(FORMATS)}")
+    return name, Path(file)
+
+
+def _text(run: Run, name: str, statistics: bool) -> str:
+    from tieaudit.commands import screen
+    from tieaudit.registry import choose, discover
+    from tieaudit.reports import ReportFormat
+
+    shown = choose(discover("reports", ReportFormat), name, "report format")
+    text: str = shown.of_run(run, {**screen(), "statistics": statistics})
+    return text
+
+
+def _write(run: Run, name: str, file: Path) -> None:
+    from tieaudit.registry import choose, discover
+    from tieaudit.replacing import replace_text
+    from tieaudit.reports import ReportFormat
+
+    shown = choose(discover("reports", ReportFormat), name, "report format")
+    replace_text(file, shown.of_run(run, {"color": False, "width": 100, "statistics": True}))

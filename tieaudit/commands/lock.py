@@ -1,0 +1,147 @@
+"""What is tied, kept in a file that is committed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from tieaudit.console import Command, print_result, progress, say
+from tieaudit.errors import TieAuditError, UsageError, in_one_line
+from tieaudit.printable import N_MOST_MESSAGE, counted, printable
+
+if TYPE_CHECKING:
+    from tieaudit.sealed import Change, Locked
+
+_EPILOG = """\b
+Examples:
+  tieaudit lock
+  tieaudit lock ./my-model-folder --check
+"""
+_N_MOST = 20
+
+
+@click.command(cls=Command, epilog=_EPILOG)
+@click.argument("paths", nargs=-1, metavar="[PATH]...")
+@click.option(
+    "--to",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The lock file. Default: tieaudit.lock beside the nearest tieaudit.toml, or pyproject.toml with "
+    "[tool.tieaudit]; else in the current folder.",
+)
+@click.option("--check", is_flag=True, help="Write nothing; exit 1 if the lock file would change.")
+def lock(paths: tuple[str, ...], to: Path | None, check: bool) -> None:
+    """Write what is tied in each model to tieaudit.lock, and say what changed since.
+
+    Without PATH: every model below the lock file's folder; models that are gone leave the lock. With PATH: these
+    models only, the others stay in the lock as they are.
+
+    Exit code: 0 written, or nothing to change · 1 with --check: it would change · 2 a model or the lock is unreadable;
+    nothing written.
+    """
+    from tieaudit.locked import lock_text, read_lock, write_lock
+
+    file = to or _file_for(paths)
+    before = read_lock(file) if os.path.lexists(file) else {}
+    found, told = _locked(paths, file, before)
+    after = {**(before if paths else {}), **found}
+    for gone in sorted(before.keys() - after.keys()):
+        told += [printable(gone), "  gone: it is not there any more"]
+    same = before == after and (not before or lock_text(before).encode() == file.read_bytes())
+    n_ties = sum(len(one.ties) for one in after.values())
+    held = f"{counted(len(after), 'model')}, {counted(n_ties, 'tie')}"
+    if check:
+        print_result("\n".join([*told, f"{printable(str(file))}: {held}; {'up to date' if same else 'would change'}"]))
+        sys.exit(0 if same else 1)
+    try:
+        written = write_lock(file, after)
+    except OSError as error:
+        raise UsageError(f"{error.filename or file}: the lock cannot be written: {error.strerror}") from error
+    print_result("\n".join([*told, f"{printable(str(file))}: {held}; {'written' if written else 'up to date'}"]))
+
+
+def _locked(paths: Sequence[str], file: Path, before: Mapping[str, Locked]) -> tuple[dict[str, Locked], list[str]]:
+    """Every model that is to be locked, and lines about what changed. UnreadableModel after saying what is unreadable:
+    half a lock would call the rest lost."""
+    from tieaudit.load import locate
+    from tieaudit.locked import changes, lock_of
+    from tieaudit.scan import look
+
+    sources, errors = locate(paths or [str(file.parent)])
+    found: dict[str, Locked] = {}
+    told: list[str] = []
+    for source in sources:
+        try:
+            with progress(source.path.name) as shown:
+                subject = look(source.load(), progress=shown)
+                one = lock_of(subject, file.parent)
+        except (TieAuditError, OSError, RecursionError, MemoryError) as error:
+            errors.append((str(source.path), str(in_one_line(error, str(source.path)))))
+            continue
+        if one.path in found:
+            errors.append((one.path, f"{one.path}: two models of this path; lock each by naming its file"))
+        found[one.path] = one
+        old = before.get(one.path)
+        present = frozenset(subject.model.by_id)
+        told += _new(one) if old is None else _told(one, changes(old, one, present))
+    for _, message in errors[:-1]:
+        say(f"error: {printable(message, N_MOST_MESSAGE)}")
+    if errors:
+        raise TieAuditError(errors[-1][1], hint="nothing was written")
+    return found, told
+
+
+def _new(one: Locked) -> list[str]:
+    return [printable(one.path), f"  new: {counted(len(one.ties), 'tie')}"]
+
+
+def _told(one: Locked, found: Sequence[Change]) -> list[str]:
+    lines = [f"  {change.message}" for change in found[:_N_MOST]]
+    lines += [f"  … and {len(found) - _N_MOST:,} more changes"] if len(found) > _N_MOST else []
+    return [printable(one.path), *lines] if lines else []
+
+
+def _file_for(paths: Sequence[str]) -> Path:
+    """The lock file of these models: beside the nearest configuration above what they have in common."""
+    from tieaudit.locked import NAME
+
+    here = Path.cwd()
+    known = [os.path.realpath(path) for path in paths if os.path.lexists(path)]
+    start = Path(os.path.commonpath(known)) if known else here
+    for folder in _upwards(start if start.is_dir() else start.parent):
+        if _configured(folder):
+            return _shortened(folder, here) / NAME
+    return Path(NAME)
+
+
+def _upwards(folder: Path) -> Iterator[Path]:
+    yield folder
+    yield from folder.parents
+
+
+def _shortened(folder: Path, here: Path) -> Path:
+    """As seen from the current folder, where it lies inside."""
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
+
+
+def _configured(folder: Path) -> bool:
+    """Whether this folder's settings are tieaudit's."""
+    if (folder / "tieaudit.toml").is_file():
+        return True
+    project = folder / "pyproject.toml"
+    if not project.is_file():
+        return False
+    import tomllib
+
+    try:
+        with project.open("rb") as file:
+            return "tieaudit" in tomllib.load(file).get("tool", {})
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"{project}: expected TOML: {error}") from error
+    except OSError as error:
+        raise UsageError(f"{project}: cannot be read: {error.strerror}") from error

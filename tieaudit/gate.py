@@ -1,0 +1,164 @@
+"""Stage: sources → Run. Many models, each under its own policy, from the cache or by a bounded number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tieaudit.cached import Cache, now_ns, question
+from tieaudit.checked import RANK, Checked, Run
+from tieaudit.errors import TieAuditError, WeightsNotHere, in_one_line
+from tieaudit.formats import Format
+from tieaudit.load import Source
+from tieaudit.policy import Policy, Section, Suppression, Terms
+from tieaudit.registry import choose, discover
+from tieaudit.sealed import Locked
+from tieaudit.whereabouts import shown
+
+FEW = 4
+"""Models that are checked one after the other: a process takes longer to start than a small model to be read."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model to be judged, in a form that another process understands."""
+
+    path: Path
+    format_name: str
+    files: tuple[Path, ...]
+    terms: Terms
+    base: Path
+    shown_as: str
+    cache: Cache | None
+    locked: Locked | None = None
+    """What the lock file says of the model."""
+
+    @property
+    def asked(self) -> str:
+        """The question to which the cache may know the answer."""
+        said = (self.terms, self.locked)
+        return question(str(self.path), self.shown_as, self.format_name, self.files, said)
+
+
+Outcome = Checked | tuple[str, str]
+"""An answer, or (path, message) of what could not be read."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How models are judged: where they are, whose policy rules them, and what may be spent on it."""
+
+    base: Path
+    """What paths in the answer are relative to."""
+    policy_of: Callable[[Path], Policy]
+    asked: Section | None = None
+    """What the command line says over every policy."""
+    n_jobs: int = 1
+    cache_of: Callable[[Policy], Cache | None] = lambda policy: None
+    locked_of: Callable[[Policy, Source], Locked | None] = lambda policy, source: None
+
+    def job(self, source: Source) -> Job:
+        """What is to be done about one source. UsageError for a policy that cannot be read."""
+        policy = self.policy_of(source.path)
+        relative = shown(source.path, Path(policy.root))
+        live = source.format.named is not None and source.format.named(str(source.path))
+        return Job(
+            source.path,
+            source.format.name,
+            source.files,
+            policy.terms(relative, self.asked),
+            self.base,
+            str(source.path) if live else shown(source.path, self.base),
+            None if live else self.cache_of(policy),
+            self.locked_of(policy, source),
+        )
+
+    def check(self, sources: Sequence[Source], progress: Callable[[str], None] = lambda path: None) -> Run:
+        """Judge every source. An error about one model is said of that model, and the others are judged.
+
+        Memory: the answers, and what `n_jobs` models take while they are read.
+        """
+        models: list[Checked] = []
+        errors: list[tuple[str, str]] = []
+        for outcome in self._outcomes([self.job(source) for source in sources]):
+            if isinstance(outcome, Checked):
+                models.append(outcome)
+            else:
+                errors.append(outcome)
+            progress(outcome.path if isinstance(outcome, Checked) else outcome[0])
+        models.sort(key=lambda model: model.path)
+        return Run(tuple(models), tuple(sorted(errors)))
+
+    def _outcomes(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
+        left: list[Job] = []
+        for job in jobs:
+            known = job.cache.get(job.asked) if job.cache is not None else None
+            if known is not None:
+                yield known
+            else:
+                left.append(job)
+        if len(left) < FEW or self.n_jobs < 2:
+            yield from map(work, left)
+            return
+        from tieaudit.workers import spread
+
+        yield from spread(work, left, min(self.n_jobs, len(left)), lambda job, why: (job.shown_as, why))
+
+
+def work(job: Job) -> Outcome:
+    """Read and judge one model, and keep the answer. Whatever goes wrong is the answer."""
+    from tieaudit.judge import judge, weights_elsewhere
+
+    begun = now_ns()
+    try:
+        source = Source(job.path, choose(discover("formats", Format), job.format_name, "format"), job.files)
+        model = source.load()
+        checked = judge(model, job.terms, job.base, job.shown_as, job.locked)
+    except WeightsNotHere as error:
+        return weights_elsewhere(job.shown_as, job.format_name, str(error))
+    except (TieAuditError, OSError, RecursionError, MemoryError) as error:
+        return (job.shown_as, str(in_one_line(error, str(job.path))))
+    files = [*job.files, *(Path(path) for part in model.parts for path in part.paths)]
+    checked = replace(checked, files=tuple(dict.fromkeys(map(str, files))))
+    if job.cache is not None:
+        job.cache.put(job.asked, checked, [*files, *([job.path] if job.path.is_dir() else [])], begun)
+    return checked
+
+
+def stale(
+    run: Run, policies: Iterable[tuple[Policy, Sequence[str]]], keys: Mapping[str, str]
+) -> Iterator[tuple[Policy, dict[str, Suppression]]]:
+    """Suppressions that hid nothing, by policy; judged only where all models that they speak of were read.
+
+    `policies`: each with the models (relative to its root) that it rules in this run; `keys`: how the run shows them.
+    """
+    by_path = {model.path: model for model in run.models}
+    for policy, paths in policies:
+        found: dict[str, Suppression] = {}
+        for one in policy.suppressions:
+            concerned = [by_path.get(keys[path]) for path in paths if policy.concerns(one, path)]
+            if all(model is not None and model.weights_here for model in concerned):
+                if not any(model is not None and one.key in model.used for model in concerned):
+                    found[one.key] = one
+        if found:
+            yield policy, found
+
+
+def exit_code(run: Run, fail_on: str, strict: bool, *, changed_only: bool = False) -> int:
+    """0 clean · 1 findings that count · 2 the job was not done whole; 2 beats 1.
+
+    Not whole: something unreadable, a crashed rule, nothing to look at, no model whose weights are here; `strict`: a
+    rule that cannot tell. Named files that are no models, and a change that touches none, are no failure.
+    """
+    models = [model for model in run.models if model.summary is not None or not model.weights_here]
+    if run.errors or any(model.crashed or model.unreadable for model in run.models):
+        return 2
+    if models and not any(model.weights_here for model in models):
+        return 2
+    if not models and not run.skipped and not changed_only:
+        return 2
+    if strict and any(model.cannot_tell for model in run.models):
+        return 2
+    worst = min((RANK[judged.finding.severity] for _, judged in run.findings), default=len(RANK))
+    return int(worst <= RANK[fail_on])  # type: ignore[index]

@@ -1,0 +1,254 @@
+"""Stage: what somebody wants checked → Run, exit code and notes.
+
+Policies, lock files, baselines and the caches meet here. What a run that did not change needs is imported first, the
+rest only where something has to be read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tieaudit.cached import FOLDER, Cache, now_ns
+from tieaudit.checked import Checked, Run
+from tieaudit.govern import policy_for
+from tieaudit.policy import Policy, Section
+from tieaudit.printable import counted, printable
+from tieaudit.remembered import Memory, Remembered, memory
+from tieaudit.verdict import Severity
+from tieaudit.whereabouts import shown
+
+if TYPE_CHECKING:
+    from tieaudit.baseline import Known
+    from tieaudit.load import Source
+    from tieaudit.repository import Gathered
+    from tieaudit.sealed import Locked
+
+N_MOST_JOBS = 8
+"""Processes that are used unless more are asked for: each takes what its model and its libraries take."""
+BASELINE = "tieaudit-baseline.json"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One run as it was asked for."""
+
+    paths: tuple[str, ...] = ()
+    config: Path | None = None
+    asked: Section | None = None
+    """What the command line says over every policy."""
+    since: str | None = None
+    baseline: Path | None = None
+    write_baseline: bool = False
+    strict: bool = False
+    n_jobs: int | None = None
+    cache_dir: Path | None = None
+    no_cache: bool = False
+    with_sources: bool = False
+    """Whether the caller goes on to work with the models themselves."""
+
+
+@dataclass(frozen=True)
+class Patrolled:
+    """What came of it."""
+
+    run: Run
+    exit_code: int
+    notes: tuple[str, ...] = ()
+    sources: tuple[Source, ...] = ()
+    """The models, where they were asked for."""
+
+
+Progress = Callable[[str, int], None]
+"""(path that was done, how many there are)"""
+
+
+def patrol(wanted: Wanted, progress: Progress = lambda path, n: None) -> Patrolled:
+    """Find the models, judge each under its policy, and say what that means.
+
+    UsageError for a policy, a baseline or a lock file that cannot be read. Cost: a walk where nothing changed since
+    the last run with the same arguments, else that of a scan of each model of which the cache does not know the answer.
+    """
+    begun = now_ns()
+    ruling = policy_for(Path.cwd(), wanted.config)
+    before = _memory(wanted, ruling, begun)
+    known = before.recall() if before is not None else None
+    if known is not None:
+        return Patrolled(known.run, known.exit_code, known.notes)
+    found = _looked(wanted, ruling, progress)
+    if before is not None:
+        remembered = Remembered(found.run, found.exit_code, found.notes)
+        before.keep(remembered, _roots(wanted), _memory(wanted, ruling, begun))
+    return found
+
+
+def _memory(wanted: Wanted, ruling: Policy, begun: int) -> Memory | None:
+    """Where this run is kept; None for one that is about more than files that lie still."""
+    if wanted.no_cache or wanted.since is not None or wanted.write_baseline or wanted.with_sources:
+        return None
+    if not all(os.path.lexists(path) for path in wanted.paths):
+        return None  # a glob, a live module, or nothing at all
+    asked = repr((wanted.paths, wanted.config, wanted.asked, wanted.baseline, wanted.strict))
+    baseline = _baseline(wanted, ruling)
+    steering = [Path(ruling.root, ruling.lock), *([baseline] if baseline is not None else [])]
+    steering += [wanted.config] if wanted.config is not None else []
+    return memory(_cache_folder(wanted, ruling), asked, _roots(wanted), steering, begun)
+
+
+def _roots(wanted: Wanted) -> list[Path]:
+    return [Path(os.path.abspath(path)) for path in wanted.paths or ["."]]
+
+
+def _looked(wanted: Wanted, ruling: Policy, progress: Progress) -> Patrolled:
+    """The run made anew."""
+    from tieaudit.gate import Gate, exit_code
+
+    base = Path.cwd()
+    gathered = _gathered(wanted, base)
+    policies = {source: policy_for(source.path, wanted.config) for source in gathered.sources}
+    locks = _Locks()
+    gate = Gate(
+        base=base,
+        policy_of=lambda path: policy_for(path, wanted.config),
+        asked=wanted.asked,
+        n_jobs=wanted.n_jobs or min(_n_cores(), N_MOST_JOBS),
+        cache_of=lambda policy: None if wanted.no_cache else Cache(_cache_folder(wanted, policy)),
+        locked_of=locks.of,
+    )
+    run = gate.check(gathered.sources, lambda path: progress(path, len(gathered.sources)))
+    run = replace(run, errors=(*gathered.errors, *run.errors), skipped=gathered.skipped, root=str(base))
+    run = _with_stale(run, policies, gathered, base)
+    run, notes = _with_baseline(run, wanted, ruling)
+    fail_on: Severity = ruling.fail_on
+    strict = wanted.strict or ruling.strict
+    facts = {"fail_on": fail_on, "strict": strict, **({"since": wanted.since} if wanted.since else {})}
+    run = replace(run, policy=shown(Path(ruling.file), base) if ruling.file else "", facts=facts)
+    code = exit_code(run, fail_on, strict, changed_only=wanted.since is not None)
+    if wanted.write_baseline and code == 1:
+        code = 0
+    if gathered.complete:
+        notes = (*notes, *locks.gone(base))
+    if code == 2 and not run.models and not run.errors:
+        notes = (*notes, f"error: no model was found in {' '.join(wanted.paths) or base}")
+    return Patrolled(run, code, notes, gathered.sources)
+
+
+def _n_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _gathered(wanted: Wanted, base: Path) -> Gathered:
+    """The models of all paths, each path under the exclusions of its own policy."""
+    from tieaudit.repository import Gathered, gather
+
+    by_policy: dict[str, tuple[Policy, list[str]]] = {}
+    for path in wanted.paths or [""]:
+        policy = policy_for(Path(path) if path and os.path.lexists(path) else base, wanted.config)
+        by_policy.setdefault(policy.file, (policy, []))[1].append(path)
+    found: list[Gathered] = []
+    for policy, paths in by_policy.values():
+        found.append(
+            gather(
+                [path for path in paths if path],
+                root=base,
+                exclude=policy.exclude,
+                respect_gitignore=policy.respect_gitignore,
+                since=wanted.since,
+            )
+        )
+    sources = {(source.path, source.files): source for one in found for source in one.sources}
+    return Gathered(
+        tuple(sorted(sources.values(), key=lambda source: str(source.path))),
+        tuple(error for one in found for error in one.errors),
+        tuple(skip for one in found for skip in one.skipped),
+        all(one.complete for one in found),
+    )
+
+
+def _cache_folder(wanted: Wanted, policy: Policy) -> Path:
+    return wanted.cache_dir or Path(policy.root) / FOLDER
+
+
+def _with_stale(run: Run, policies: dict[Source, Policy], gathered: Gathered, base: Path) -> Run:
+    """The run, with what is to be said of suppressions that hide nothing: only if it was about all models."""
+    from tieaudit.gate import stale
+    from tieaudit.judge import of_the_policy
+
+    if not gathered.complete or run.errors:
+        return run
+    ruled: dict[str, tuple[Policy, list[str]]] = {}
+    keys: dict[str, str] = {}
+    for source, policy in policies.items():
+        relative = shown(source.path, Path(policy.root))
+        ruled.setdefault(policy.file, (policy, []))[1].append(relative)
+        keys[relative] = shown(source.path, base)
+    said = [of_the_policy(policy, found, base) for policy, found in stale(run, ruled.values(), keys)]
+    return replace(run, models=(*run.models, *(one for one in said if one is not None)))
+
+
+def _baseline(wanted: Wanted, ruling: Policy) -> Path | None:
+    return wanted.baseline or (Path(ruling.root, ruling.baseline) if ruling.baseline else None)
+
+
+def _with_baseline(run: Run, wanted: Wanted, ruling: Policy) -> tuple[Run, tuple[str, ...]]:
+    """Known findings set apart, or written."""
+    from tieaudit.baseline import apart, key_of, read_baseline, write_baseline
+
+    base, named = Path(run.root), _baseline(wanted, ruling)
+    if wanted.write_baseline:
+        file = named or Path(ruling.root, BASELINE)
+        n = write_baseline(file, ((key_of(base / model.path, file), model) for model in run.models))
+        return run, (f"wrote {counted(n, 'known finding')} to {shown(file, base)}",)
+    if named is None:
+        return run, ()
+    known = read_baseline(named)
+    models = tuple(apart(model, key_of(base / model.path, named), known) for model in run.models)
+    return replace(run, models=models), _gone(models, known, named, base)
+
+
+def _gone(models: Sequence[Checked], known: Known, file: Path, base: Path) -> tuple[str, ...]:
+    n_left = sum(len(model.known) for model in models)
+    n_known = sum(known.values())
+    if n_left >= n_known:
+        return ()
+    return (f"{counted(n_known - n_left, 'known finding')} of {shown(file, base)} no longer found in this run",)
+
+
+class _Locks:
+    """The lock files of a run, each read once, and which of their entries were asked for."""
+
+    def __init__(self) -> None:
+        self._read: dict[Path, dict[str, Locked]] = {}
+        self._asked: set[tuple[Path, str]] = set()
+
+    def of(self, policy: Policy, source: Source) -> Locked | None:
+        """What is locked of a model: under the name of its first file where it is a variant, else under its own."""
+        file = Path(policy.root, policy.lock)
+        if file not in self._read:
+            from tieaudit.locked import read_lock
+
+            self._read[file] = read_lock(file) if os.path.lexists(file) else {}
+        known = self._read[file]
+        names = [_locked_as(path, file) for path in (*source.files[:1], source.path)] if known else []
+        name = next((name for name in names if name in known), None)
+        if name is None:
+            return None
+        self._asked.add((file, name))
+        return known[name]
+
+    def gone(self, base: Path) -> list[str]:
+        """Sentences about models that are locked and not there, for a run about everything."""
+        left = [(file, name) for file, known in self._read.items() for name in known if (file, name) not in self._asked]
+        return [
+            f"{shown(file, base)} holds {printable(name)}, which is not there: if that is meant, run `tieaudit lock`"
+            for file, name in left
+        ]
+
+
+def _locked_as(path: Path, file: Path) -> str:
+    if not os.path.lexists(path):
+        return str(path)
+    return Path(os.path.relpath(os.path.realpath(path), os.path.realpath(file.parent))).as_posix()
