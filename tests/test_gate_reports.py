@@ -453,4 +453,6 @@ def test_a_model_that_was_not_read_whole_is_not_clean_also_where_the_rule_that_s
     assert "no finding" not in text
     # said once, where a rule says it
     judged_too = Run((model("models/cut", judged("TIE902", message="cut"), unreadable=True),))
-    assert "some of the weights could not be read" not in shown(name, judged_too)
+    text = shown(name, judged_too)
+    text = text.partition('"invocations"')[2] or text  # of SARIF without the pages of the rules, which may say so too
+    assert "some of the weights could not be read" not in text

@@ -98,6 +98,7 @@ def run_of(text: str) -> Run:
         crashed=(Crashed("TIE301", f"{text}: {text}", text),),
         known=(judged("TIE104", path=text, ids=(text,), message=text),),
         used=(text,),
+        files=(text,),
         n_suppressed=1,
     )
     return Run(

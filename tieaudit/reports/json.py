@@ -207,6 +207,7 @@ def _checked(model: Checked) -> dict[str, object]:
         "unreadable": model.unreadable,
         "n_bytes_read": model.n_bytes_read,
         "weights_here": model.weights_here,
+        "files": list(model.files),
         "cached": model.cached,
     }
 
