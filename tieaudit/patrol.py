@@ -23,7 +23,9 @@ from tieaudit.whereabouts import shown
 
 if TYPE_CHECKING:
     from tieaudit.baseline import Known
+    from tieaudit.gate import Gate
     from tieaudit.load import Source
+    from tieaudit.overhaul import Fixing
     from tieaudit.repository import Gathered
     from tieaudit.sealed import Locked
 
@@ -47,8 +49,8 @@ class Wanted:
     n_jobs: int | None = None
     cache_dir: Path | None = None
     no_cache: bool = False
-    with_sources: bool = False
-    """Whether the caller goes on to work with the models themselves."""
+    fixing: Fixing | None = None
+    """What is done with findings that have a fix; None: nothing."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,7 @@ class Patrolled:
     run: Run
     exit_code: int
     notes: tuple[str, ...] = ()
-    sources: tuple[Source, ...] = ()
-    """The models, where they were asked for."""
+    """Sentences for people, that are no part of the result."""
 
 
 Progress = Callable[[str, int], None]
@@ -87,7 +88,7 @@ def patrol(wanted: Wanted, progress: Progress = lambda path, n: None) -> Patroll
 
 def _memory(wanted: Wanted, ruling: Policy, begun: int) -> Memory | None:
     """Where this run is kept; None for one that is about more than files that lie still."""
-    if wanted.no_cache or wanted.since is not None or wanted.write_baseline or wanted.with_sources:
+    if wanted.no_cache or wanted.since is not None or wanted.write_baseline or wanted.fixing is not None:
         return None
     if not all(os.path.lexists(path) for path in wanted.paths):
         return None  # a glob, a live module, or nothing at all
@@ -107,6 +108,7 @@ def _looked(wanted: Wanted, ruling: Policy, progress: Progress) -> Patrolled:
     from tieaudit.gate import Gate, exit_code
 
     base = Path.cwd()
+    notes = _interrupted(wanted)
     gathered = _gathered(wanted, base)
     policies = {source: policy_for(source.path, wanted.config) for source in gathered.sources}
     locks = _Locks()
@@ -121,19 +123,49 @@ def _looked(wanted: Wanted, ruling: Policy, progress: Progress) -> Patrolled:
     run = gate.check(gathered.sources, lambda path: progress(path, len(gathered.sources)))
     run = replace(run, errors=(*gathered.errors, *run.errors), skipped=gathered.skipped, root=str(base))
     run = _with_stale(run, policies, gathered, base)
-    run, notes = _with_baseline(run, wanted, ruling)
+    run, said = _with_baseline(run, wanted, ruling)
+    notes = (*notes, *said)
+    failed = False
+    if wanted.fixing is not None:
+        run, said, failed = _fixed(run, wanted, wanted.fixing, gathered, gate)
+        notes = (*notes, *said)
+        if wanted.fixing.in_place and run.facts.get("n_fixed"):  # what is there now, in the words of the rules
+            again = _looked(replace(wanted, fixing=None), ruling, progress)
+            facts = {**again.run.facts, "n_fixed": run.facts["n_fixed"]}
+            return replace(again, run=replace(again.run, facts=facts), notes=(*notes, *again.notes),
+                           exit_code=max(again.exit_code, int(failed)))  # fmt: skip
     fail_on: Severity = ruling.fail_on
     strict = wanted.strict or ruling.strict
-    facts = {"fail_on": fail_on, "strict": strict, **({"since": wanted.since} if wanted.since else {})}
+    facts = {**run.facts, "fail_on": fail_on, "strict": strict, **({"since": wanted.since} if wanted.since else {})}
     run = replace(run, policy=shown(Path(ruling.file), base) if ruling.file else "", facts=facts)
     code = exit_code(run, fail_on, strict, changed_only=wanted.since is not None)
     if wanted.write_baseline and code == 1:
         code = 0
+    code = max(code, int(failed))
     if gathered.complete:
         notes = (*notes, *locks.gone(base))
     if code == 2 and not run.models and not run.errors:
         notes = (*notes, f"error: no model was found in {' '.join(wanted.paths) or base}")
-    return Patrolled(run, code, notes, gathered.sources)
+    return Patrolled(run, code, notes)
+
+
+def _interrupted(wanted: Wanted) -> tuple[str, ...]:
+    """What a run that was killed while it replaced files has left: put back where files are replaced, else told."""
+    from tieaudit.overhaul import begun, put_back
+
+    places = [Path(path) for path in wanted.paths or ["."] if os.path.lexists(path)]
+    in_place = wanted.fixing is not None and wanted.fixing.in_place
+    return tuple(put_back(places) if in_place else begun(places))
+
+
+def _fixed(
+    run: Run, wanted: Wanted, fixing: Fixing, gathered: Gathered, gate: Gate
+) -> tuple[Run, tuple[str, ...], bool]:
+    """The run less what was mended, what is to be said, and whether a fix failed."""
+    from tieaudit.overhaul import overhaul, without
+
+    done = overhaul(run, gathered.sources, gate, fixing, [Path(path) for path in wanted.paths])
+    return without(run, done.fixed), done.said, done.failed
 
 
 def _n_cores() -> int:

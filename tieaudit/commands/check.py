@@ -15,6 +15,7 @@ from tieaudit.printable import N_MOST_MESSAGE, printable
 
 if TYPE_CHECKING:
     from tieaudit.checked import Run
+    from tieaudit.overhaul import Fixing
     from tieaudit.policy import Section
 
 FORMATS = ("text", "github", "gitlab", "sarif", "junit", "json", "markdown")
@@ -23,6 +24,7 @@ _EPILOG = """\b
 Examples:
   tieaudit check
   tieaudit check models/ --format github --report sarif=tieaudit.sarif --report markdown=summary.md
+  tieaudit check --fix --in-place
 """
 
 
@@ -62,6 +64,21 @@ Examples:
     help="Known findings, which do not count. Default: the policy's.",
 )
 @click.option("--write-baseline", is_flag=True, help="Make the findings of this run the known ones.")
+@click.option("--fix", is_flag=True, help="Make the safe fixes, into --to DIR or --in-place. Exit code: what remains.")
+@click.option(
+    "--unsafe-fixes",
+    is_flag=True,
+    help="Also fixes that are right only if what a finding says is what was meant. None changes a value.",
+)
+@click.option("--diff", is_flag=True, help="Print what --fix would do, and write nothing.")
+@click.option(
+    "--to",
+    "destination",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="With --fix: write mended models there, beside nothing else; the tree below PATH is repeated.",
+)
+@click.option("--in-place", is_flag=True, help="With --fix: replace the models' own files, proved first, all or none.")
 @click.option("--exit-zero", is_flag=True, help="Findings are exit code 0. What could not be checked is still 2.")
 @click.option("--strict", is_flag=True, help="What a rule cannot tell is exit code 2.")
 @click.option(
@@ -82,6 +99,7 @@ def check(paths: tuple[str, ...], **chosen: Any) -> None:
     from tieaudit.patrol import Wanted, patrol
 
     files = dict(_report_file(text) for text in chosen["reports"])
+    fixing = _fixing(chosen)
     wanted = Wanted(
         paths=paths,
         config=chosen["config"],
@@ -93,18 +111,38 @@ def check(paths: tuple[str, ...], **chosen: Any) -> None:
         cache_dir=chosen["cache_dir"],
         no_cache=chosen["no_cache"],
         strict=chosen["strict"],
+        fixing=fixing,
     )
     with counting("checking") as shown:
         found = patrol(wanted, shown)
     for name, file in files.items():
         _write(found.run, name, file)
-    print_result(_text(found.run, chosen["format_name"], chosen["statistics"]))
-    for note in found.notes:
-        say(printable(note, N_MOST_MESSAGE))
+    if fixing is not None and fixing.only_show:
+        print_result("\n\n".join(found.notes) or "nothing to fix")
+    else:
+        print_result(_text(found.run, chosen["format_name"], chosen["statistics"]))
+        for note in found.notes:
+            say(printable(note, N_MOST_MESSAGE))
     for _, message in found.run.errors:
         say(f"error: {printable(message, N_MOST_MESSAGE)}")
     code = found.exit_code
     sys.exit(0 if code == 1 and chosen["exit_zero"] else code)
+
+
+def _fixing(chosen: Mapping[str, Any]) -> Fixing | None:
+    """What the options say about fixes; UsageError for what does not go together."""
+    places = [name for name, given in (("--to", chosen["destination"]), ("--in-place", chosen["in_place"])) if given]
+    if chosen["diff"] and places:
+        raise UsageError(f"expected --diff without {places[0]}: it writes nothing")
+    if chosen["fix"] and len(places) != 1 and not chosen["diff"]:
+        raise UsageError("expected --to DIR or --in-place with --fix, one of them", hint="--diff shows the plan")
+    if not chosen["fix"] and not chosen["diff"]:
+        if places or chosen["unsafe_fixes"]:
+            raise UsageError(f"expected --fix with {(*places, '--unsafe-fixes')[0]}")
+        return None
+    from tieaudit.overhaul import Fixing
+
+    return Fixing(chosen["in_place"], chosen["destination"], chosen["unsafe_fixes"], chosen["diff"])
 
 
 def _asked(chosen: Mapping[str, Any]) -> Section | None:
