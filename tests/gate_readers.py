@@ -67,7 +67,7 @@ def _unescaped(text: str, *more: str) -> str:
 
 def github(text: str) -> list[Said]:
     """Annotations of findings; every line but the last is a command, and GitHub shows all of them."""
-    *lines, verdict = text.splitlines()
+    *lines, verdict = text.rstrip("\n").splitlines()
     assert command_in(verdict) is None
     commands = [command_in(line) for line in lines]
     assert all(command and command.name in ("error", "warning", "notice") for command in commands)

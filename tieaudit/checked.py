@@ -14,6 +14,9 @@ from tieaudit.verdict import CannotTell, Crashed, Finding, Severity, Summary
 RANK: Mapping[Severity, int] = {"error": 0, "warning": 1, "info": 2}
 """Severities, the worst first."""
 
+OF_THE_POLICY = frozenset({"TIE901"})
+"""Codes of the rules about the policy itself: they run once, on its file, and not on every model."""
+
 
 @dataclass(frozen=True)
 class Place:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tieaudit.audit import audit, rules
-from tieaudit.checked import RANK, Checked, Judged, Place
+from tieaudit.checked import OF_THE_POLICY, RANK, Checked, Judged, Place
 from tieaudit.model import Model
 from tieaudit.policy import Policy, Suppression, Terms
 from tieaudit.rules import Rule
@@ -18,8 +18,6 @@ from tieaudit.verdict import CannotTell, Demands, Finding, Found, Subject
 from tieaudit.whereabouts import place_of, shown
 
 STALE = "TIE901"
-_OF_THE_POLICY = frozenset({STALE})
-"""Rules about the policy itself: they run once, on its file, and not on every model."""
 
 
 def chosen(terms: Terms, *, of_the_policy: bool = False) -> dict[str, Rule]:
@@ -28,7 +26,7 @@ def chosen(terms: Terms, *, of_the_policy: bool = False) -> dict[str, Rule]:
     return {
         code: rule
         for code, rule in every
-        if terms.selects(code, rule.name) and (code in _OF_THE_POLICY) == of_the_policy
+        if terms.selects(code, rule.name) and (code in OF_THE_POLICY) == of_the_policy
     }
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tieaudit.audit import rules
-from tieaudit.checked import Checked, Judged, Run
+from tieaudit.checked import OF_THE_POLICY, Checked, Judged, Run
 from tieaudit.printable import counted, printable
 from tieaudit.reports import ReportFormat
 from tieaudit.tally import not_read, said, where
@@ -39,7 +39,8 @@ class _Case:
 def _of_run(run: Run, settings: Mapping[str, object]) -> str:
     """The document. Characters that XML 1.0 does not allow cannot occur: everything passed `printable`."""
     known = {code: f"{code} {rule.name}" for code, rule in rules().items()}
-    suites = [(model.path, cases) for model in run.models if (cases := list(_cases(model, known)))]
+    of_models = [code for code in known if code not in OF_THE_POLICY]
+    suites = [(model.path, cases) for model in run.models if (cases := list(_cases(model, known, of_models)))]
     suites += [(path, [_Case("reading", "error", "not-read", why, file=path)]) for path, why in not_read(run)]
     suites += [(path, [_Case("reading", "skipped", "skipped", why, file=path)]) for path, why in run.skipped]
     every = [case for _, cases in suites for case in cases]
@@ -58,10 +59,13 @@ def _counts(cases: Sequence[_Case]) -> str:
     return f'tests="{len(cases)}" failures="{n["failure"]}" errors="{n["error"]}" skipped="{n["skipped"]}"'
 
 
-def _cases(model: Checked, known: Mapping[str, str]) -> Iterator[_Case]:
-    """One for each rule; where the policy chose some, the silent ones are one case: which they were is not kept."""
+def _cases(model: Checked, known: Mapping[str, str], of_models: Sequence[str]) -> Iterator[_Case]:
+    """One for each rule; where the policy chose some, the silent ones are one case: which they were is not kept.
+
+    `of_models`: codes of the rules that run on models, not on the policy.
+    """
     spoke = set(said(model))
-    silent = [code for code in known if code not in spoke] if model.n_rules == len(known) else []
+    silent = [code for code in of_models if code not in spoke] if model.n_rules == len(of_models) else []
     for code in sorted([*spoke, *silent]):
         yield _of_rule(model, code, known.get(code, "")) if code in spoke else _Case(known[code])
     n_more = model.n_rules - len(spoke) - len(silent)
