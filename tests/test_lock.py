@@ -177,6 +177,11 @@ def test_one_name_new_is_a_rename_only_while_the_old_one_is_not_there() -> None:
     assert kinds(TIED, stays) == ["lost", "members"]
 
 
+def test_names_that_are_still_there_untied_are_lost_whatever_else_has_their_value() -> None:
+    after = toy({EMBED: OTHER, HEAD: ramp(64, 8, seed=2), "x": W, "y": None}, declared=[("x", "y")])
+    assert kinds(TIED, after) == ["lost", "gained"]
+
+
 def test_renamed_and_retrained_at_once_is_no_loss_where_the_roles_say_which_tie_it_is() -> None:
     after = toy({"transformer.wte.weight": OTHER, "embed_out.weight": None},
                 declared=[("transformer.wte.weight", "embed_out.weight")])  # fmt: skip
@@ -225,6 +230,7 @@ def test_a_stored_tensor_that_serves_fewer_operations_beside_its_copy_has_lost_a
 def test_constants_and_buffers_are_not_locked() -> None:
     zeros = np.zeros((64, 8), "float32")
     assert sealed(toy({"a": zeros, "b": zeros.copy()}, format="onnx")) == ()
+    assert sealed(toy({"a": zeros, "b": None}, declared=[("a", "b")])) == ()
     assert sealed(toy({"a": W, "b": W.copy()}, format="onnx", buffers=["a", "b"])) == ()
     assert len(sealed(toy({"a": W, "b": W.copy()}, format="onnx"))) == 1
 
