@@ -225,6 +225,9 @@ def test_a_stored_tensor_that_serves_fewer_operations_beside_its_copy_has_lost_a
     assert kinds(after, before) == ["gained"]
     assert kinds(before, toy({"w": W}, uses=[("w", "Gather"), ("w", "MatMul")], format="onnx")) == ["members"]
     assert kinds(before, toy({"w": W}, uses=[("w", "Gather")], format="onnx")) == ["lost"]
+    three = toy({"w": W}, uses=[("w", "Gather"), ("w", "Gemm"), ("w", "MatMul")], format="onnx")
+    assert kinds(three, before) == ["lost"]
+    assert kinds(before, three) == ["members"]
 
 
 def test_constants_and_buffers_are_not_locked() -> None:
