@@ -314,6 +314,7 @@ BROKEN = {
     GOOD.replace('id = "b"', 'id = "a"'): "members: expected two or more names, each once",
     GOOD.replace('id = "b", ', ""): "members: expected id",
     GOOD.replace('id = "b"', 'name = "b"'): "members: expected one of id",
+    GOOD.replace('id = "b"', 'id = "b", id = "c"'): "a key, each one once",
     GOOD.replace('"b"', '"\\x62"'): "an escape that TOML knows",
     GOOD.replace('"b"', '"\\U00110000"'): "a character that exists",
     GOOD.replace('sha256 = "', 'sha256 = "zz'): "64 hexadecimal digits",
@@ -404,11 +405,12 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="No space left"):
-        write_lock(file, {})
-    assert file.read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == [NAME]
+    for step in ("fsync", "replace"):
+        with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+            patched.setattr(os, step, fail)
+            write_lock(file, {})
+        assert file.read_text() == "old"
+        assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
 
 _KILLED = """
@@ -417,6 +419,7 @@ from pathlib import Path
 from tieaudit.locked import write_lock, read_lock
 path = Path(sys.argv[1])
 both = [read_lock(Path(name)) for name in sys.argv[2:4]]
+write_lock(path, both[0])
 print("ready", flush=True)
 while True:
     for models in both:
@@ -438,13 +441,13 @@ def test_killed_at_any_moment_the_lock_is_the_old_or_the_new_one(tmp_path: Path)
         process = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
-        time.sleep(0.05 + 0.2 * rng.random())
+        until = time.monotonic() + 0.05 + 0.2 * rng.random()
+        while time.monotonic() < until:
+            seen.add((tmp_path / NAME).read_bytes())
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
-        if (tmp_path / NAME).exists():
-            seen.add((tmp_path / NAME).read_bytes())
-    assert seen
+        seen.add((tmp_path / NAME).read_bytes())
     assert seen <= set(texts)
 
 
@@ -522,11 +525,20 @@ def test_the_lock_lies_beside_the_nearest_settings(repository: Path, monkeypatch
     assert list(read_lock(repository.parent / "other.lock")) == ["repository/chat"]
 
 
-def test_variants_of_one_export_are_locked_apart(repository: Path) -> None:
-    shutil.copy(repository / "exported" / "model.onnx", repository / "exported" / "model_fp16.onnx")
-    done = tieaudit("lock")
+def test_variants_of_one_export_are_locked_apart(fixtures_dir: Path, tmp_path: Path) -> None:
+    one, parts = tmp_path / "one", tmp_path / "parts"
+    one.mkdir()
+    parts.mkdir()
+    for name in ("model.onnx", "model_fp16.onnx"):
+        shutil.copy(fixtures_dir / "gpt_decoder" / "tied.onnx", one / name)
+    for file in (fixtures_dir / "bart_seq2seq" / "parts_lost").iterdir():
+        shutil.copy(file, parts / file.name)
+        shutil.copy(file, parts / f"{file.stem}_fp16.onnx")
+    done = tieaudit("lock", one, parts, "--to", tmp_path / NAME)
     assert done.exit_code == 0, done.output
-    assert list(read_lock(repository / NAME)) == ["chat", "exported/model.onnx", "exported/model_fp16.onnx"]
+    assert list(read_lock(tmp_path / NAME)) == [
+        "one/model.onnx", "one/model_fp16.onnx", "parts", "parts/decoder_model_fp16.onnx",
+    ]  # fmt: skip
 
 
 def test_an_unreadable_model_locks_nothing(repository: Path) -> None:
