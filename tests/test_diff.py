@@ -225,6 +225,19 @@ def test_a_role_decides_where_one_weight_alone_has_it() -> None:
     assert between(before, again) == {"kept": 1}
 
 
+def test_a_table_that_is_its_own_head_is_followed_to_a_head_of_its_own() -> None:
+    before = toy({"emb": W}, uses=[("emb", "Gather"), ("emb", "Transpose MatMul")], format="onnx")
+    # the tempting wrong answer: emb is the table, which is one tensor after, too
+    assert between(before, toy({EMBED: OTHER, HEAD: ramp(64, 8, seed=5)})) == {"lost": 1}
+
+
+def test_a_role_that_two_weights_have_decides_nothing() -> None:
+    before = toy({"a": W, "b": None}, declared=[("a", "b")], roles_by_class={"a": "token_embedding"})
+    two = {"x": "token_embedding", "y": "token_embedding"}
+    after = toy({"x": OTHER, "y": ramp(64, 8, seed=5)}, roles_by_class=two)
+    assert between(before, after) == {"cannot tell": 1}
+
+
 def test_what_has_no_counterpart_is_said_and_never_called_kept() -> None:
     before = tied("a", "b")
     assert between(before, toy({"x": ramp(10, 3)})) == {"cannot tell": 1}

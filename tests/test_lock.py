@@ -177,6 +177,11 @@ def test_one_name_new_is_a_rename_only_while_the_old_one_is_not_there() -> None:
     assert kinds(TIED, stays) == ["lost", "members"]
 
 
+def test_names_that_are_still_there_untied_are_lost_whatever_else_has_their_value() -> None:
+    after = toy({EMBED: OTHER, HEAD: ramp(64, 8, seed=2), "x": W, "y": None}, declared=[("x", "y")])
+    assert kinds(TIED, after) == ["lost", "gained"]
+
+
 def test_renamed_and_retrained_at_once_is_no_loss_where_the_roles_say_which_tie_it_is() -> None:
     after = toy({"transformer.wte.weight": OTHER, "embed_out.weight": None},
                 declared=[("transformer.wte.weight", "embed_out.weight")])  # fmt: skip
@@ -220,11 +225,15 @@ def test_a_stored_tensor_that_serves_fewer_operations_beside_its_copy_has_lost_a
     assert kinds(after, before) == ["gained"]
     assert kinds(before, toy({"w": W}, uses=[("w", "Gather"), ("w", "MatMul")], format="onnx")) == ["members"]
     assert kinds(before, toy({"w": W}, uses=[("w", "Gather")], format="onnx")) == ["lost"]
+    three = toy({"w": W}, uses=[("w", "Gather"), ("w", "Gemm"), ("w", "MatMul")], format="onnx")
+    assert kinds(three, before) == ["lost"]
+    assert kinds(before, three) == ["members"]
 
 
 def test_constants_and_buffers_are_not_locked() -> None:
     zeros = np.zeros((64, 8), "float32")
     assert sealed(toy({"a": zeros, "b": zeros.copy()}, format="onnx")) == ()
+    assert sealed(toy({"a": zeros, "b": None}, declared=[("a", "b")])) == ()
     assert sealed(toy({"a": W, "b": W.copy()}, format="onnx", buffers=["a", "b"])) == ()
     assert len(sealed(toy({"a": W, "b": W.copy()}, format="onnx"))) == 1
 
@@ -305,6 +314,7 @@ BROKEN = {
     GOOD.replace('id = "b"', 'id = "a"'): "members: expected two or more names, each once",
     GOOD.replace('id = "b", ', ""): "members: expected id",
     GOOD.replace('id = "b"', 'name = "b"'): "members: expected one of id",
+    GOOD.replace('id = "b"', 'id = "b", id = "c"'): "a key, each one once",
     GOOD.replace('"b"', '"\\x62"'): "an escape that TOML knows",
     GOOD.replace('"b"', '"\\U00110000"'): "a character that exists",
     GOOD.replace('sha256 = "', 'sha256 = "zz'): "64 hexadecimal digits",
@@ -395,11 +405,13 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="No space left"):
-        write_lock(file, {})
-    assert file.read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == [NAME]
+    for step in ("fsync", "replace"):
+        with monkeypatch.context() as patched:
+            patched.setattr(os, step, fail)
+            with pytest.raises(OSError, match="No space left"):
+                write_lock(file, {})
+        assert file.read_text() == "old"
+        assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
 
 _KILLED = """
@@ -408,6 +420,7 @@ from pathlib import Path
 from tieaudit.locked import write_lock, read_lock
 path = Path(sys.argv[1])
 both = [read_lock(Path(name)) for name in sys.argv[2:4]]
+write_lock(path, both[0])
 print("ready", flush=True)
 while True:
     for models in both:
@@ -429,13 +442,13 @@ def test_killed_at_any_moment_the_lock_is_the_old_or_the_new_one(tmp_path: Path)
         process = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
-        time.sleep(0.05 + 0.2 * rng.random())
+        until = time.monotonic() + 0.05 + 0.2 * rng.random()
+        while time.monotonic() < until:
+            seen.add((tmp_path / NAME).read_bytes())
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
-        if (tmp_path / NAME).exists():
-            seen.add((tmp_path / NAME).read_bytes())
-    assert seen
+        seen.add((tmp_path / NAME).read_bytes())
     assert seen <= set(texts)
 
 
@@ -513,11 +526,20 @@ def test_the_lock_lies_beside_the_nearest_settings(repository: Path, monkeypatch
     assert list(read_lock(repository.parent / "other.lock")) == ["repository/chat"]
 
 
-def test_variants_of_one_export_are_locked_apart(repository: Path) -> None:
-    shutil.copy(repository / "exported" / "model.onnx", repository / "exported" / "model_fp16.onnx")
-    done = tieaudit("lock")
+def test_variants_of_one_export_are_locked_apart(fixtures_dir: Path, tmp_path: Path) -> None:
+    one, parts = tmp_path / "one", tmp_path / "parts"
+    one.mkdir()
+    parts.mkdir()
+    for name in ("model.onnx", "model_fp16.onnx"):
+        shutil.copy(fixtures_dir / "gpt_decoder" / "tied.onnx", one / name)
+    for file in (fixtures_dir / "bart_seq2seq" / "parts_lost").iterdir():
+        shutil.copy(file, parts / file.name)
+        shutil.copy(file, parts / f"{file.stem}_fp16.onnx")
+    done = tieaudit("lock", one, parts, "--to", tmp_path / NAME)
     assert done.exit_code == 0, done.output
-    assert list(read_lock(repository / NAME)) == ["chat", "exported/model.onnx", "exported/model_fp16.onnx"]
+    assert list(read_lock(tmp_path / NAME)) == [
+        "one/model.onnx", "one/model_fp16.onnx", "parts", "parts/decoder_model_fp16.onnx",
+    ]  # fmt: skip
 
 
 def test_an_unreadable_model_locks_nothing(repository: Path) -> None:
