@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from gate_models import OTHER, W, folder, old, save
 
-from tieaudit import cached, gate, govern
+from tieaudit import cached, gate
 from tieaudit.cached import FOLDER, Cache, checked_of, document_of, environment
 from tieaudit.checked import Checked, Judged, Place
 from tieaudit.patrol import Patrolled, Wanted, patrol
@@ -28,8 +28,6 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(**wanted: object) -> Patrolled:
-    for reader in (govern._read, govern._upwards):  # as a new process would
-        reader.cache_clear()
     return patrol(Wanted(n_jobs=1, **wanted))  # type: ignore[arg-type]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tieaudit import outcome
+from tieaudit import evidence
 from tieaudit.cost import Cost, costs, differs
 from tieaudit.machine import forget_peak, peak_since, repeated, resident_bytes
 
@@ -33,7 +33,7 @@ def cost(*seconds: float, n_bytes: int = 1 << 20, peak: int = 1 << 25, on_gpu: b
 
 
 def test_a_difference_within_the_spread_is_printed_as_none() -> None:
-    lines = outcome._fact_lines(costs(cost(0.001, 0.002, 0.003), cost(0.0011, 0.0019, 0.0031)), packs=False)
+    lines = evidence.fact_lines(costs(cost(0.001, 0.002, 0.003), cost(0.0011, 0.0019, 0.0031)), packs=False)
     assert lines[-1] == (
         "  time per run on A Chip: no measurable difference: 2 ms (middle half of 3 runs 1.5 … 2.5) before, "
         "1.9 ms (middle half of 3 runs 1.5 … 2.5) after"
@@ -41,7 +41,7 @@ def test_a_difference_within_the_spread_is_printed_as_none() -> None:
 
 
 def test_a_real_difference_has_an_arrow_and_its_spread() -> None:
-    lines = outcome._fact_lines(costs(cost(0.004, 0.004, 0.004), cost(0.002, 0.002, 0.002)), packs=False)
+    lines = evidence.fact_lines(costs(cost(0.004, 0.004, 0.004), cost(0.002, 0.002, 0.002)), packs=False)
     assert lines[-1] == (
         "  time per run on A Chip: 4 ms (middle half of 3 runs 4 … 4) → 2 ms (middle half of 3 runs 2 … 2)"
     )
@@ -50,15 +50,15 @@ def test_a_real_difference_has_an_arrow_and_its_spread() -> None:
 def test_device_memory_is_named_with_its_device_and_small_growth_of_a_process_is_not_shown() -> None:
     facts: dict[str, Any] = {"on_cuda": costs(cost(1.0, on_gpu=True), cost(1.0, peak=1 << 24, on_gpu=True))}
     assert facts["on_cuda"]["n_bytes_device_peak_before"] == 1 << 25
-    assert "  device memory at most (A Chip): 33.6 MB → 16.8 MB" in outcome._fact_lines(facts, packs=False)
-    small = outcome._fact_lines(costs(cost(1.0, peak=1 << 20), cost(1.0, peak=1 << 10)), packs=False)
+    assert "  device memory at most (A Chip): 33.6 MB → 16.8 MB" in evidence.fact_lines(facts, packs=False)
+    small = evidence.fact_lines(costs(cost(1.0, peak=1 << 20), cost(1.0, peak=1 << 10)), packs=False)
     assert not any("memory of the process" in line for line in small)
-    large = outcome._fact_lines(costs(cost(1.0), cost(1.0)), packs=False)
+    large = evidence.fact_lines(costs(cost(1.0), cost(1.0)), packs=False)
     assert any("memory of the process at most" in line for line in large)
 
 
 def test_a_loose_operation_is_named_in_the_text() -> None:
-    (line,) = outcome._fact_lines({"not_deterministic": ["cumsum_cuda_kernel"]}, packs=False)
+    (line,) = evidence.fact_lines({"not_deterministic": ["cumsum_cuda_kernel"]}, packs=False)
     assert line.startswith("  no deterministic algorithm in PyTorch for cumsum_cuda_kernel")
 
 

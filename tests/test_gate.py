@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from gate_models import OTHER, H, W, folder, save
 
-from tieaudit import govern
 from tieaudit.checked import Checked, Judged, Place, Run
 from tieaudit.errors import CorruptFile, UsageError
 from tieaudit.gate import exit_code
@@ -28,13 +27,8 @@ SUMMARY = Summary(1, 1, 1, 4, 0)
 
 
 @pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for reader in (govern._read, govern._upwards):
-        reader.cache_clear()
-    yield
-    for reader in (govern._read, govern._upwards):
-        reader.cache_clear()
 
 
 def said(subject: Subject, terms: Terms, home: Path) -> Checked:
@@ -46,8 +40,6 @@ def codes(checked: Checked) -> list[str]:
 
 
 def run(**wanted: object) -> Patrolled:
-    for reader in (govern._read, govern._upwards):  # as a new process would
-        reader.cache_clear()
     return patrol(Wanted(no_cache=True, **wanted))  # type: ignore[arg-type]
 
 

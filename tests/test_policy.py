@@ -19,8 +19,7 @@ Write = Callable[..., Path]
 
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
-    for reader in (govern._read, govern._upwards):
-        reader.cache_clear()
+    govern.forget()
 
 
 @pytest.fixture

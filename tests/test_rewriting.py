@@ -18,7 +18,7 @@ import tiny_onnx
 from click.testing import CliRunner, Result
 from onnx import helper, numpy_helper
 
-from tieaudit import outcome
+from tieaudit import evidence
 from tieaudit.cli import main
 from tieaudit.formats.safetensors.write import NewEntry, write_safetensors
 from tieaudit.load import load_one
@@ -258,5 +258,5 @@ def test_a_scheme_that_finds_nothing_beside_another_one_says_so(tmp_path: Path) 
 
 def test_prepacking_is_named_only_where_a_matrix_became_one() -> None:
     facts = {"n_bytes_resident_before": 100, "n_bytes_resident_after": 200}
-    assert "prepacking" in "".join(outcome._fact_lines(facts, packs=True))
-    assert "prepacking" not in "".join(outcome._fact_lines(facts, packs=False))
+    assert "prepacking" in "".join(evidence.fact_lines(facts, packs=True))
+    assert "prepacking" not in "".join(evidence.fact_lines(facts, packs=False))

@@ -71,7 +71,7 @@ def policy_for(path: Path, given: Path | None = None) -> Policy:
     """The policy that rules `path`: the nearest file upwards from it, or the one that is `given`.
 
     UsageError for a file that cannot be read, is no TOML, or says something that no policy can say. Without a file:
-    the defaults, for the working directory. Cost: files are read once per run.
+    the defaults, for the working directory. Cost: files are read once, until `forget`.
     """
     if given is not None:
         if not given.is_file():
@@ -81,16 +81,22 @@ def policy_for(path: Path, given: Path | None = None) -> Policy:
             raise UsageError(f"{given}: expected a table [tool.tieaudit], found none")
         return found
     start = path.absolute()
-    return _upwards(start if start.is_dir() else start.parent)
+    return _upwards(start if start.is_dir() else start.parent) or Policy(str(Path.cwd()))
+
+
+def forget() -> None:
+    """Read policies anew from here on: each run sees the files as they are."""
+    _upwards.cache_clear()
+    _read.cache_clear()
 
 
 @cache
-def _upwards(folder: Path) -> Policy:
+def _upwards(folder: Path) -> Policy | None:
     for name in (OWN, SHARED):
         file = folder / name
         if file.is_file() and (found := _read(file)) is not None:
             return found
-    return Policy(str(Path.cwd())) if folder.parent == folder else _upwards(folder.parent)
+    return None if folder.parent == folder else _upwards(folder.parent)
 
 
 @cache

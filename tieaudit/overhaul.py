@@ -22,6 +22,7 @@ from tieaudit.preview import preview, shown
 from tieaudit.printable import counted, printable, size
 from tieaudit.scan import look
 from tieaudit.verdict import Report
+from tieaudit.whereabouts import shown as shown_path
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,9 @@ def overhaul(
                 there = {(finding.code, frozenset(finding.ids)) for finding in done.remaining}
                 prints = [one for one in model.findings if (one.finding.code, frozenset(one.finding.ids)) not in there]
                 fixed |= {(model.path, one.fingerprint) for one in prints}
-                said += _told(model, done, len(prints))
+                said += _told(model, done, len(prints), gate.base)
+                left = [one for one in made.left if (one.finding.code, frozenset(one.finding.ids)) in there]
+                made = replace(made, left=tuple(left))
             said += [] if fixing.only_show else _left(model, made)
         except (TieAuditError, OSError, RecursionError, MemoryError) as error:
             failed = True
@@ -141,7 +144,7 @@ def _place(fixing: Fixing, source: Source, named: Sequence[Path]) -> Path | None
     return place_in(fixing.destination, source.path, max(above, key=lambda path: len(path.parts), default=Path.cwd()))
 
 
-def _told(model: Checked, done: Mended, n_gone: int) -> list[str]:
+def _told(model: Checked, done: Mended, n_gone: int, base: Path) -> list[str]:
     if done.done is None:
         return []
     codes = ", ".join(dict.fromkeys(finding.code for finding in done.fixed))
@@ -149,13 +152,13 @@ def _told(model: Checked, done: Mended, n_gone: int) -> list[str]:
     levels = [level.name for level in done.done.proof.levels if level.outcome == "held"]
     proof = " and ".join([", ".join(levels[:-1]), levels[-1]] if len(levels) > 1 else levels)
     saved = done.done.plan.n_bytes_saved
-    where = printable(str(done.done.delivered.path), None)
+    where = printable(shown_path(done.done.delivered.path, base), None)
     line = f"mended {printable(model.path, None)}: {codes or 'nothing'}"
     line += f"; {size(saved)} less" if saved > 0 else ""
     line += f"; proof held: {proof}" if proof else ""
     line += f"; written to {where}" if where != printable(model.path, None) else ""
     new = [f"  new since: {finding.code} {printable(finding.message, 300)}" for finding in done.new]
-    return [line, f"  receipt: {printable(str(done.done.delivered.receipt), None)}", *new]
+    return [line, f"  receipt: {printable(shown_path(done.done.delivered.receipt, base), None)}", *new]
 
 
 def _left(model: Checked, made: Mending) -> list[str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from tieaudit.cached import FOLDER, Cache, now_ns
 from tieaudit.checked import Checked, Run
-from tieaudit.govern import policy_for
+from tieaudit.govern import forget, policy_for
 from tieaudit.policy import Policy, Section
 from tieaudit.printable import counted, printable
 from tieaudit.remembered import Memory, Remembered, memory
@@ -74,6 +74,7 @@ def patrol(wanted: Wanted, progress: Progress = lambda path, n: None) -> Patroll
     the last run with the same arguments, else that of a scan of each model of which the cache does not know the answer.
     """
     begun = now_ns()
+    forget()
     ruling = policy_for(Path.cwd(), wanted.config)
     before = _memory(wanted, ruling, begun)
     known = before.recall() if before is not None else None

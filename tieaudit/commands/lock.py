@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,8 +31,8 @@ _N_MOST = 20
     "--to",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="The lock file. Default: tieaudit.lock beside the nearest tieaudit.toml, or pyproject.toml with "
-    "[tool.tieaudit]; else in the current folder.",
+    help="The lock file. Default: tieaudit.lock beside the policy (the nearest tieaudit.toml, or pyproject.toml with "
+    "[tool.tieaudit]); else in the current folder.",
 )
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 if the lock file would change.")
 def lock(paths: tuple[str, ...], to: Path | None, check: bool) -> None:
@@ -68,11 +68,14 @@ def lock(paths: tuple[str, ...], to: Path | None, check: bool) -> None:
 def _locked(paths: Sequence[str], file: Path, before: Mapping[str, Locked]) -> tuple[dict[str, Locked], list[str]]:
     """Every model that is to be locked, and lines about what changed. UnreadableModel after saying what is unreadable:
     half a lock would call the rest lost."""
-    from tieaudit.load import locate
+    from tieaudit.govern import policy_for
     from tieaudit.locked import changes, lock_of
+    from tieaudit.repository import gather
     from tieaudit.scan import look
 
-    sources, errors = locate(paths or [str(file.parent)])
+    policy = policy_for(file.parent)
+    gathered = gather(paths, root=file.parent, exclude=policy.exclude, respect_gitignore=policy.respect_gitignore)
+    sources, errors = gathered.sources, list(gathered.errors)
     found: dict[str, Locked] = {}
     told: list[str] = []
     for source in sources:
@@ -107,41 +110,12 @@ def _told(one: Locked, found: Sequence[Change]) -> list[str]:
 
 
 def _file_for(paths: Sequence[str]) -> Path:
-    """The lock file of these models: beside the nearest configuration above what they have in common."""
-    from tieaudit.locked import NAME
+    """The lock file of these models: where the policy that rules all of them says."""
+    from tieaudit.govern import forget, policy_for
 
+    forget()
     here = Path.cwd()
     known = [os.path.realpath(path) for path in paths if os.path.lexists(path)]
-    start = Path(os.path.commonpath(known)) if known else here
-    for folder in _upwards(start if start.is_dir() else start.parent):
-        if _configured(folder):
-            return _shortened(folder, here) / NAME
-    return Path(NAME)
-
-
-def _upwards(folder: Path) -> Iterator[Path]:
-    yield folder
-    yield from folder.parents
-
-
-def _shortened(folder: Path, here: Path) -> Path:
-    """As seen from the current folder, where it lies inside."""
-    return folder.relative_to(here) if folder.is_relative_to(here) else folder
-
-
-def _configured(folder: Path) -> bool:
-    """Whether this folder's settings are tieaudit's."""
-    if (folder / "tieaudit.toml").is_file():
-        return True
-    project = folder / "pyproject.toml"
-    if not project.is_file():
-        return False
-    import tomllib
-
-    try:
-        with project.open("rb") as file:
-            return "tieaudit" in tomllib.load(file).get("tool", {})
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"{project}: expected TOML: {error}") from error
-    except OSError as error:
-        raise UsageError(f"{project}: cannot be read: {error.strerror}") from error
+    policy = policy_for(Path(os.path.commonpath(known)) if known else here)
+    file = Path(policy.root, policy.lock)
+    return file.relative_to(here) if file.is_relative_to(here) else file
