@@ -76,12 +76,12 @@ class Cache:
         """
         if checked.crashed or checked.unreadable or not checked.weights_here:
             return
-        rows = []
-        for file in dict.fromkeys(files):
-            row = _row(file, since_ns)
-            if row is None:
-                return
-            rows.append(row)
+        try:
+            rows = [_row(file, since_ns) for file in dict.fromkeys(files)]
+        except OSError:  # it went away meanwhile, or somebody else keeps it
+            return
+        if None in rows:
+            return
         folders = sorted({str(file) for file in files if file.is_dir()})
         document = {
             "format": _FORMAT,

@@ -66,7 +66,7 @@ def judged(subject: Subject, terms: Terms, base: Path, shown_as: str, *, of_the_
         n_suppressed=len(report.findings) - len(kept) + len(report.cannot_tell) - len(unsure),
         unreadable=bool(subject.found.unreadable),
         n_bytes_read=subject.found.n_bytes_read,
-        weights_here=not model.metadata.get("weights", "").startswith("not here"),
+        weights_here=model.weights_here,
     )
 
 

@@ -22,8 +22,9 @@ def place_of(model: Model, finding: Finding, base: Path) -> Place:
 
     Cost: one read of the configuration where the finding names a setting; nothing otherwise.
     """
-    name, colon, key = str(finding.evidence.get("condition", "")).partition(":")
-    if colon and key:
+    name, _, key = str(finding.evidence.get("condition", "")).partition(":")
+    name, key = str(finding.evidence.get("file", name)), str(finding.evidence.get("key", key))
+    if name and key:
         file = _beside(model, name)
         if file is not None:
             return Place(shown(file, base), _line(file, key))

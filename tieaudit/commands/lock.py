@@ -76,6 +76,8 @@ def _locked(paths: Sequence[str], file: Path, before: Mapping[str, Locked]) -> t
     policy = policy_for(file.parent)
     gathered = gather(paths, root=file.parent, exclude=policy.exclude, respect_gitignore=policy.respect_gitignore)
     sources, errors = gathered.sources, list(gathered.errors)
+    if not sources and not errors and not before:
+        raise TieAuditError(f"{file.parent}: no model in this folder", hint="name the models, or their folder")
     found: dict[str, Locked] = {}
     told: list[str] = []
     for source in sources:
