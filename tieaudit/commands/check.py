@@ -123,8 +123,9 @@ def check(paths: tuple[str, ...], **chosen: Any) -> None:
         print_result(_text(found.run, chosen["format_name"], chosen["statistics"]))
         for note in found.notes:
             say(printable(note, N_MOST_MESSAGE))
-    for _, message in found.run.errors:
-        say(f"error: {printable(message, N_MOST_MESSAGE)}")
+    if chosen["format_name"] != "text":  # which lists them itself
+        for _, message in found.run.errors:
+            say(f"error: {printable(message, N_MOST_MESSAGE)}")
     code = found.exit_code
     sys.exit(0 if code == 1 and chosen["exit_zero"] else code)
 
