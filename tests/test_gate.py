@@ -333,7 +333,7 @@ def test_the_formats_of_the_help_are_those_that_show_a_run_and_others_may_join()
         (["--format", "sariff"], "did you mean sarif?"),
         (["--report", "markdwn=x"], "did you mean markdown?"),
         (["--report", "sarif"], "expected FORMAT=FILE"),
-        (["--select", "TIE1O1"], "did you mean TIE101?"),
+        (["--select", "broken-tye"], "did you mean broken-tie?"),
         (["--expect", "thre-way"], "did you mean three-way?"),
         (["--fix"], "expected --to DIR or --in-place with --fix"),
         (["--fix", "--to", "a", "--in-place"], "one of them"),
