@@ -220,7 +220,11 @@ def _with_stale(run: Run, policies: dict[Source, Policy], gathered: Gathered, ba
         relative = shown(source.path, Path(policy.root))
         ruled.setdefault(policy.file, (policy, []))[1].append(relative)
         keys[relative] = shown(source.path, base)
-    said = [of_the_policy(policy, found, base) for policy, found in stale(run, ruled.values(), keys)]
+    found_on: dict[str, set[str]] = {}
+    for model in run.models:
+        for one in model.findings:
+            found_on.setdefault(one.finding.code, set()).update(one.finding.ids)
+    said = [of_the_policy(policy, found, base, found_on) for policy, found in stale(run, ruled.values(), keys)]
     return replace(run, models=(*run.models, *(one for one in said if one is not None)))
 
 

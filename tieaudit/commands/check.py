@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tieaudit.console import Command, counting, print_result, say
+from tieaudit.console import Command, OneOf, counting, print_result, say
 from tieaudit.errors import UsageError
 from tieaudit.printable import N_MOST_MESSAGE, printable
 
@@ -44,7 +44,7 @@ Examples:
 @click.option(
     "--format",
     "format_name",
-    type=click.Choice(FORMATS),
+    type=OneOf(FORMATS),
     default="text",
     show_default=True,
     help="How to print the result.",
@@ -118,15 +118,23 @@ def check(paths: tuple[str, ...], **chosen: Any) -> None:
     for name, file in files.items():
         _write(found.run, name, file)
     if fixing is not None and fixing.only_show:
+        _complain_of(found.run)
         print_result("\n\n".join(found.notes) or "nothing to fix")
     else:
-        print_result(_text(found.run, chosen["format_name"], chosen["statistics"]))
-        for note in found.notes:
+        for note in found.notes:  # before the result: the verdict is the last line on the screen
             say(printable(note, N_MOST_MESSAGE))
-    for _, message in found.run.errors:
-        say(f"error: {printable(message, N_MOST_MESSAGE)}")
+        if chosen["format_name"] != "text":  # which says the same to the same reader
+            _complain_of(found.run)
+        print_result(_text(found.run, chosen["format_name"], chosen["statistics"]))
     code = found.exit_code
     sys.exit(0 if code == 1 and chosen["exit_zero"] else code)
+
+
+def _complain_of(run: Run) -> None:
+    """What could not be read, on standard error: for a person who reads the log of a job that prints for a machine."""
+    for path, message in run.errors:
+        place = "" if path in message else f"{path}: "
+        say(f"error: {printable(place + message, N_MOST_MESSAGE)}")
 
 
 def _fixing(chosen: Mapping[str, Any]) -> Fixing | None:
@@ -160,7 +168,10 @@ def _words(texts: Sequence[str]) -> list[str]:
 def _report_file(text: str) -> tuple[str, Path]:
     name, equals, file = text.partition("=")
     if not equals or not file or name not in FORMATS:
-        raise UsageError(f"--report {text}: expected FORMAT=FILE with one of {', '.join(FORMATS)}")
+        from tieaudit.registry import nearest
+
+        what = f"--report {text}: expected FORMAT=FILE with one of {', '.join(FORMATS)}"
+        raise UsageError(what, hint=nearest(name, FORMATS) if file else "")
     return name, Path(file)
 
 

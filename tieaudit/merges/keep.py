@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from tieaudit.errors import RewriteRefused
 from tieaudit.merges import Merge, Merged, Sites
+from tieaudit.registry import nearest
 
+_WORDS = ("head", "embedding", "first", "last")
 _ROLES = {"head": "output_head", "embedding": "token_embedding"}
 
 
@@ -21,7 +23,7 @@ def _merge(sites: Sites, argument: str) -> Merged:
         )
         raise RewriteRefused(
             f"--merge keep:{argument}: none of {', '.join(sites.ids)} {what}",
-            hint="keep:head, keep:embedding, keep:first, keep:last, or keep: and the id of one of them",
+            hint=nearest(argument, (*_WORDS, *sites.ids)) or f"one of {', '.join(_WORDS)}, or the id of one of them",
         )
     return Merged(sites.tables[index].rows, keeps=index)
 

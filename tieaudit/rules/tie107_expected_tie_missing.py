@@ -80,12 +80,13 @@ def check(subject: Subject) -> Iterator[Finding | CannotTell]:
         name, _, argument = asked.partition(":")
         scheme = choose(discover("schemes", Scheme), name, "scheme")
         proposals = list(scheme.propose(subject, argument))
-        candidates = [one for one in proposals if isinstance(one, Candidate)]
+        # a pair whose shapes differ is shown, and never written: whether it was one tensor cannot be told
+        candidates = [one for one in proposals if isinstance(one, Candidate) and one.action != "fit"]
         missing = [one for one in candidates if not _one(subject, one)]
         for candidate in missing:
             yield _finding(subject, asked, candidate)
         if not candidates:
-            refusals = [one.because for one in proposals if not isinstance(one, Candidate)]
+            refusals = [one.because for one in proposals]
             if refusals or not _any_tie(subject):
                 because = refusals[0] if refusals else "nothing in this model is tied, and nothing fits"
                 yield CannotTell(f"whether the expected tie {asked} is there: {because}")
