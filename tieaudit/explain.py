@@ -17,6 +17,7 @@ from tieaudit.rules import HEADINGS as HEADINGS
 from tieaudit.rules import Rule
 from tieaudit.rules import sections as sections
 from tieaudit.schemes import Scheme
+from tieaudit.verdict import Demands
 
 
 def explain(name: str) -> str:
@@ -78,6 +79,15 @@ def rule_page(rule: Rule) -> str:
     lines = [f"{rule.code} {rule.name} ({rule.severity}, since {rule.since})", ""]
     lines += [inspect.cleandoc(rule.page), "", f"Threshold: {threshold(rule)}"]
     return "\n".join(lines) + "\n"
+
+
+def policy_of(demands: Demands) -> str:
+    """The lines of a policy file that demand this; empty for nothing."""
+    quoted = ", ".join(f'"{name}"' for name in demands.expect)
+    lines = [f"expect = [{quoted}]"] if demands.expect else []
+    limits = {"max-duplicate-bytes": demands.max_duplicate_bytes, "max-parameters": demands.max_parameters}
+    lines += [f"{key} = {most}" for key, most in limits.items() if most is not None]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def threshold(rule: Rule) -> str:

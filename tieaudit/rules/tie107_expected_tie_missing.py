@@ -22,14 +22,14 @@ def _examples() -> Examples:
     io = Demands(expect=("io",))
     return Examples(
         bad=[
+            toy({embed: w, head: w.T.copy()}, uses=[(embed, "Gather"), (head, "MatMul")], format="onnx", demands=io),
             toy({embed: w, head: ramp(64, 8, seed=1)}, declared=[claim(embed, head, active=False)], demands=io),
             toy({embed: w, head: w.copy()}, declared=[claim(embed, head, active=False)], demands=io),
-            toy({embed: w, head: w.T.copy()}, uses=[(embed, "Gather"), (head, "MatMul")], format="onnx", demands=io),
         ],
         good=[
+            toy({embed: w}, uses=[(embed, "Gather"), (embed, "Gemm")], format="onnx", demands=io),
             toy({embed: w, head: None}, declared=[(embed, head)], demands=io),
             toy({embed: w, head: w.copy()}, declared=[(embed, head)], demands=io),
-            toy({embed: w}, uses=[(embed, "Gather"), (embed, "Gemm")], format="onnx", demands=io),
             toy({embed: w, head: ramp(64, 8, seed=1)}),
         ],
         unsure=[

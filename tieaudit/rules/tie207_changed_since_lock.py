@@ -22,8 +22,8 @@ def _examples() -> Examples:
 
     return Examples(
         bad=[
-            toy({"wte.weight": w, head: None}, declared=[("wte.weight", head)], locked=tied),
             toy({embed: w, head: None}, declared=[(embed, head)], locked=untied),
+            toy({"wte.weight": w, head: None}, declared=[("wte.weight", head)], locked=tied),
             toy({embed: w, head: None, "tail": None}, declared=[(embed, head, "tail")], locked=tied),
         ],
         good=[

@@ -9,13 +9,11 @@ from tieaudit.verdict import CannotTell, Demands, Finding, Fix, Subject
 
 
 def _examples() -> Examples:
-    from tieaudit.toy import ramp, toy
+    from tieaudit.toy import toy
 
-    said = "TIE101 lm_head.weight hides no finding: `lm_head.weight was trained apart on purpose`"
-    return Examples(
-        bad=[toy({"model.embed_tokens.weight": ramp(64, 8)}, demands=Demands(stale=(said,)))],
-        good=[toy({"model.embed_tokens.weight": ramp(64, 8)})],
-    )
+    said = "the suppression of TIE101 on lm_head.weight hides nothing any more (trained apart on purpose)"
+    file = {"path": "tieaudit.toml", "format": "policy"}
+    return Examples(bad=[toy({}, **file, demands=Demands(stale=(said,)))], good=[toy({}, **file)])
 
 
 @rule(
