@@ -374,10 +374,9 @@ def page() -> str:
     lines = [
         "# The policy",
         "",
-        "`tieaudit check` and `tieaudit lock` read `tieaudit.toml`, or the table `[tool.tieaudit]` of `pyproject.toml`,",
-        "from the nearest folder upwards from each model. That file rules the model, whole: nothing is inherited from one",
-        "further up ([why](decisions/policy.md)). Unknown keys are refused. Where `check` has an option of a key's name,",
-        "the option has the last word.",
+        "`tieaudit check` and `tieaudit lock` read `tieaudit.toml`, or the table `[tool.tieaudit]` of `pyproject.toml`",
+        "from the nearest folder upwards from each model, and from nowhere else ([why](decisions/policy.md)).",
+        "Unknown keys are refused. Where `check` has an option of a key's name, the option has the last word.",
         "",
         "```toml",
         *EXAMPLE.splitlines(),
@@ -393,7 +392,7 @@ def page() -> str:
     lines += [f"| `{key.name}` | {key.takes} | {key.meaning} |" for key in _OF_A_SUPPRESSION]
     lines += [
         "",
-        "Codes: [rules](rules/README.md). Sizes: [thresholds](thresholds.md). What is searched, and what excluded means:",
+        "Codes: [rules](rules/README.md). Sizes: [thresholds](thresholds.md). What is searched:",
         "[repositories](repositories.md). A repository set up from nothing: [in CI](ci.md).",
     ]
     return "\n".join(lines) + "\n"

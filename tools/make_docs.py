@@ -163,6 +163,25 @@ def formats() -> str:
 def command_line() -> str:
     """The help of every command, as the command line prints it."""
     lines = [NOTE, "", "# Command line", ""]
+    lines += [
+        "Results go to standard output; progress, notes and errors to standard error. Progress is shown on a terminal",
+        "only, and so are colours, which `NO_COLOR` switches off. On a terminal lines are as wide as it is, elsewhere",
+        "100 characters; names and commands are never broken. `TIEAUDIT_TRACEBACK=1` shows where an unexpected error",
+        "came from.",
+        "",
+        "## Completion in the shell",
+        "",
+        "Commands, options and their choices, codes of rules, schemes, merge policies:",
+        "",
+        "| shell | a line for | the line |",
+        "|---|---|---|",
+        '| bash 4.4 | `~/.bashrc` | `eval "$(_TIEAUDIT_COMPLETE=bash_source tieaudit)"` |',
+        '| zsh | `~/.zshrc` | `eval "$(_TIEAUDIT_COMPLETE=zsh_source tieaudit)"` |',
+        "| fish | `~/.config/fish/completions/tieaudit.fish` | `_TIEAUDIT_COMPLETE=fish_source tieaudit \\| source` |",
+        "",
+        "## tieaudit",
+        "",
+    ]
     top = click.Context(
         cli, info_name="tieaudit", terminal_width=WIDTH, max_content_width=WIDTH, **cli.context_settings
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tieaudit.commands import names_of
 from tieaudit.console import Command, OneOf, counting, print_result, say
 from tieaudit.errors import UsageError
 from tieaudit.printable import N_MOST_MESSAGE, printable
@@ -36,10 +37,24 @@ Examples:
     metavar="FILE",
     help="The policy, for all models. Default: the nearest tieaudit.toml or pyproject.toml upwards from each.",
 )
-@click.option("--select", multiple=True, metavar="CODES", help="Rules to run instead of the policy's: TIE101,TIE2 …")
-@click.option("--extend-select", multiple=True, metavar="CODES", help="Rules to run besides.")
-@click.option("--ignore", multiple=True, metavar="CODES", help="Rules not to run.")
-@click.option("--expect", multiple=True, metavar="SCHEME", help="Ties that must be there: io, three-way …")
+@click.option(
+    "--select",
+    multiple=True,
+    metavar="CODES",
+    shell_complete=names_of("rules"),
+    help="Rules to run instead of the policy's: TIE101,TIE2 …",
+)
+@click.option(
+    "--extend-select", multiple=True, metavar="CODES", shell_complete=names_of("rules"), help="Rules to run besides."
+)
+@click.option("--ignore", multiple=True, metavar="CODES", shell_complete=names_of("rules"), help="Rules not to run.")
+@click.option(
+    "--expect",
+    multiple=True,
+    metavar="SCHEME",
+    shell_complete=names_of("schemes"),
+    help="Ties that must be there: io, three-way …",
+)
 @click.option("--since", metavar="REV", help="Only models of which git says that a file changed since REV.")
 @click.option(
     "--format",

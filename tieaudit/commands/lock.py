@@ -36,7 +36,7 @@ _N_MOST = 20
 )
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 if the lock file would change.")
 def lock(paths: tuple[str, ...], to: Path | None, check: bool) -> None:
-    """Write what is tied in each model to tieaudit.lock, and say what changed since.
+    """Write to tieaudit.lock what is tied, and say what changed since.
 
     Without PATH: every model below the lock file's folder; models that are gone leave the lock. With PATH: these
     models only, the others stay in the lock as they are.

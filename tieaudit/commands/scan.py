@@ -43,7 +43,7 @@ Examples:
 def scan(
     paths: tuple[str, ...], key: str, inputs: Path | None, damage: bool, deep: bool, device: str, format_name: str
 ) -> None:
-    """What is there: weights, roles, ties of every origin, candidates, findings.
+    """What is there: weights, roles, ties of every origin, findings.
 
     PATH is a model file, a folder, or a glob; a shard or a config.json means its model.
 

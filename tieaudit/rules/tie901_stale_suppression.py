@@ -12,8 +12,11 @@ def _examples() -> Examples:
     from tieaudit.toy import toy
 
     said = "the suppression of TIE101 on lm_head.weight hides nothing any more (trained apart on purpose)"
-    file = {"path": "tieaudit.toml", "format": "policy"}
-    return Examples(bad=[toy({}, **file, demands=Demands(stale=(said,)))], good=[toy({}, **file)])
+    file, policy = "tieaudit.toml", "policy"
+    return Examples(
+        bad=[toy({}, path=file, format=policy, demands=Demands(stale=(said,)))],
+        good=[toy({}, path=file, format=policy)],
+    )
 
 
 @rule(
