@@ -164,6 +164,14 @@ def test_the_policy_on_its_page_says_what_its_comments_say(tmp_path: Path) -> No
     assert [one.weight for one in usual.suppressions] == [H]
 
 
+def test_every_page_is_reached_from_the_front_page_of_its_folder() -> None:
+    for folder in ("", "decisions"):
+        front = (ROOT / "docs" / folder / "README.md").read_text()
+        pages_there = {path.name for path in (ROOT / "docs" / folder).glob("*.md")} - {"README.md"}
+        assert {name for name in pages_there if f"({name})" not in front} == set()
+        assert len(pages_there) > 15
+
+
 def test_links_between_pages_lead_somewhere() -> None:
     broken = []
     for page in (ROOT / "docs").rglob("*.md"):
