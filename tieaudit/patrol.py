@@ -240,7 +240,9 @@ def _with_baseline(run: Run, wanted: Wanted, ruling: Policy) -> tuple[Run, tuple
     if wanted.write_baseline:
         file = named or Path(ruling.root, BASELINE)
         n = write_baseline(file, ((key_of(base / model.path, file), model) for model in run.models))
-        return run, (f"wrote {counted(n, 'known finding')} to {shown(file, base)}",)
+        note = f"wrote {counted(n, 'known finding')} to {shown(file, base)}"
+        unnamed = f'; to have it read, say baseline = "{BASELINE}" in the policy' if named is None else ""
+        return run, (note + unnamed,)
     if named is None:
         return run, ()
     known = read_baseline(named)
