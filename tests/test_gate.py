@@ -240,8 +240,12 @@ def test_a_change_that_touches_no_model_and_a_file_that_is_none_are_no_failure()
 def test_a_baseline_keeps_what_is_known_and_lets_new_findings_count(tmp_path: Path) -> None:
     save(tmp_path / "w.safetensors", {"a": W, "b": W.copy()})
     written = run(write_baseline=True)
-    assert (written.exit_code, written.notes) == (0, ("wrote 1 known finding to tieaudit-baseline.json",))
-    (tmp_path / "tieaudit.toml").write_text('baseline = "tieaudit-baseline.json"')
+    setting = 'baseline = "tieaudit-baseline.json"'
+    note = "wrote 1 known finding to tieaudit-baseline.json"
+    assert (written.exit_code, written.notes) == (0, (f"{note}; to have it read, say {setting} in the policy",))
+    assert run().exit_code == 1  # nobody said that it is to be read
+    (tmp_path / "tieaudit.toml").write_text(setting)
+    assert run(write_baseline=True).notes == (note,)
     known = run()
     assert (known.exit_code, [len(model.known) for model in known.run.models], known.notes) == (0, [1], ())
     save(tmp_path / "w.safetensors", {"c": OTHER, "d": OTHER.copy(), "b": W, "a": W.copy()})  # in another order

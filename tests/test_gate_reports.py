@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from gate_readers import READERS, command_in, github, gitlab, junit, markdown, rendered, sarif
-from gate_runs import BROKEN, MIXED, RUNS, E, judged, many, model
+from gate_runs import BROKEN, BY_HAND, MIXED, RUNS, E, judged, many, model
 
 from tieaudit.audit import rules
 from tieaudit.checked import Checked, Judged, Place, Run
@@ -111,6 +111,26 @@ def test_a_clean_run_is_a_line_for_each_model_while_they_are_few_and_one_for_all
     many_models = Run(tuple(model(f"m/{i}") for i in range(6)))
     assert shown("text", many_models).splitlines()[:2] == ["6 models without findings", ""]
     assert len(shown("text", many_models).splitlines()) == 3
+
+
+def test_what_cannot_be_told_of_many_models_is_said_once_and_before_any_finding() -> None:
+    unsure = [model(f"m/{i}", cannot_tell=(CannotTell("whether io is there", (), "TIE107"),)) for i in range(7)]
+    other = model("m/8", cannot_tell=(CannotTell("of another thing", (), "TIE107"),))
+    text = shown("text", Run((model("a", BROKEN), *unsure, other)))
+    assert text.splitlines()[:3] == [
+        "7 models",
+        "  m/0, m/1, m/2, m/3, m/4 and 2 more",  # 7 - 5
+        "  cannot tell TIE107 whether io is there",
+    ]
+    assert text.count("whether io is there") == 1
+    assert text.index("of another thing") < text.index("TIE101 broken-tie")
+    assert text.splitlines()[-1].endswith("1 finding · 8 cannot tell · 0 crashed")
+
+
+def test_how_many_findings_have_a_safe_fix_is_said_above_the_verdict_and_nothing_where_none_has() -> None:
+    text = shown("text", Run((model("a", BROKEN, BY_HAND),)))
+    assert text.splitlines()[-3] == "1 finding with a safe fix: --diff shows it, --fix makes it"
+    assert "safe fix" not in shown("text", Run((model("a", BY_HAND),)))
 
 
 def test_what_hides_findings_of_a_model_is_said_also_where_none_is_left() -> None:

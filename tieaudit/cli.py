@@ -18,19 +18,28 @@ from tieaudit.commands.scan import scan
 from tieaudit.commands.verify import verify
 from tieaudit.console import Commands
 
+_EPILOG = """\b
+Examples:
+  tieaudit scan model.onnx
+  tieaudit check models/ --diff
+"""
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+
+@click.group(cls=Commands, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="tieaudit")
 def main() -> None:
     """Tell the truth about weight tying.
 
     \b
     scan says which weights of a model are tied, which claim to be, and which once were.
-    apply writes the repaired model, verify proves that nothing else changed.
+    check is the gate for CI: rules and a policy over all models of a repository.
+    plan says what could be done, apply writes the repaired model, verify compares two models.
     lock keeps what is tied in a file, diff tells which ties two models do not share.
+    explain prints the page of a rule, a scheme or a merge policy.
 
     Reads ONNX files, safetensors files, PyTorch checkpoints, exported programs (.pt2), live modules
-    (package.module:factory) and Hugging Face folders. Nothing is ever written in place.
+    (package.module:factory) and Hugging Face folders. A model is only read: what is written goes beside it, under a
+    new name. The one exception has to be asked for: check --fix --in-place.
     """
 
 

@@ -26,6 +26,20 @@ TRACEBACK_VARIABLE = "TIEAUDIT_TRACEBACK"
 _ARGUMENTS = "tieaudit.arguments"
 
 
+class OneOf(click.Choice[str]):
+    """A choice of words; of a misspelt one the nearest is named."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The word, as it is spelt here; UsageError for another one."""
+        if value in self.choices:
+            return str(value)
+        from tieaudit.registry import nearest
+
+        option = f"{param.opts[0]}: " if param is not None else ""
+        known = ", ".join(self.choices)
+        raise UsageError(f"{option}expected one of {known}, found {value!r}", hint=nearest(str(value), self.choices))
+
+
 class Command(click.Command):
     """A command whose help needs no reader."""
 
@@ -126,9 +140,12 @@ def _help_for_nobody() -> Iterator[None]:
 
 
 def print_result(text: str) -> None:
-    """Print a result. A reader that has gone (`| head`) changes nothing about the exit code; a full disk does."""
+    """Print a result, which ends in one line break whether its text does or not.
+
+    A reader that has gone (`| head`) changes nothing about the exit code; a full disk does.
+    """
     try:
-        click.echo(text, color=True)
+        click.echo(text, nl=not text.endswith("\n"), color=True)
     except OSError as error:
         _hush(sys.stdout)
         if not isinstance(error, BrokenPipeError):

@@ -8,36 +8,42 @@ from functools import partial
 
 from tieaudit.audit import rules
 from tieaudit.config import DEFAULTS, rows
+from tieaudit.errors import UsageError
 from tieaudit.merges import NO_CALIBRATION, Merge
 from tieaudit.printable import size
-from tieaudit.registry import choose, discover
+from tieaudit.registry import discover, nearest
 from tieaudit.relations import Relation
 from tieaudit.rules import HEADINGS as HEADINGS
 from tieaudit.rules import Rule
 from tieaudit.rules import sections as sections
 from tieaudit.schemes import Scheme
+from tieaudit.verdict import Demands
 
 
 def explain(name: str) -> str:
-    """The page called `name`: a rule's code or name, a scheme, a merge or a relation.
+    """The page called `name`: a rule's code or name, a scheme, a merge or a relation; the lines of a family of rules.
 
     A name that several sets use gives all its pages. UsageError with the nearest spelling if nothing is called so.
     """
     known = pages()
     wanted = name.strip()
+    family = wanted.upper()
+    if family.startswith("TIE") and family not in known and any(code.startswith(family) for code in rules()):
+        return "\n".join(["rules", *_rule_lines(family)]) + "\n"
     if wanted not in known and wanted.partition(":")[0] in known:
         wanted = wanted.partition(":")[0]  # cycle:3 is explained by cycle
     if wanted.upper() in known:
         wanted = wanted.upper()
-    return "\n".join(page() for page in choose(known, wanted, "rule, scheme, merge or relation"))
+    if wanted not in known:
+        question = nearest(wanted, known) or nearest(wanted.upper(), known)
+        hint = question or "`tieaudit explain` lists what there is"
+        raise UsageError(f"no rule, scheme, merge policy or relation is called {wanted!r}", hint=hint)
+    return "\n".join(page() for page in known[wanted])
 
 
 def index() -> str:
     """Everything that has a page, a line each."""
-    lines = ["rules"]
-    lines += [
-        f"  {code}  {rule.name}: {inspect.cleandoc(rule.page).partition(chr(10))[0]}" for code, rule in rules().items()
-    ]
+    lines = ["rules", *_rule_lines("")]
     for title, members in (
         ("schemes", discover("schemes", Scheme)),
         ("merge policies", discover("merges", Merge)),
@@ -45,6 +51,12 @@ def index() -> str:
     ):
         lines += ["", title, *(f"  {name}: {member.summary}" for name, member in members.items())]
     return "\n".join(lines)
+
+
+def _rule_lines(family: str) -> list[str]:
+    """A line for each rule whose code begins so."""
+    first = {code: inspect.cleandoc(rule.page).partition("\n")[0] for code, rule in rules().items()}
+    return [f"  {code}  {rules()[code].name}: {line}" for code, line in first.items() if code.startswith(family)]
 
 
 def pages() -> dict[str, list[Callable[[], str]]]:
@@ -67,6 +79,15 @@ def rule_page(rule: Rule) -> str:
     lines = [f"{rule.code} {rule.name} ({rule.severity}, since {rule.since})", ""]
     lines += [inspect.cleandoc(rule.page), "", f"Threshold: {threshold(rule)}"]
     return "\n".join(lines) + "\n"
+
+
+def policy_of(demands: Demands) -> str:
+    """The lines of a policy file that demand this; empty for nothing."""
+    quoted = ", ".join(f'"{name}"' for name in demands.expect)
+    lines = [f"expect = [{quoted}]"] if demands.expect else []
+    limits = {"max-duplicate-bytes": demands.max_duplicate_bytes, "max-parameters": demands.max_parameters}
+    lines += [f"{key} = {most}" for key, most in limits.items() if most is not None]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def threshold(rule: Rule) -> str:

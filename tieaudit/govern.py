@@ -346,14 +346,41 @@ _OF_A_SUPPRESSION = (
 _OF_THE_RUN = ("exclude", "respect_gitignore", "fail_on", "strict", "baseline", "lock")
 
 
+EXAMPLE = """\
+expect = ["io"]                  # head and embedding are one tensor, in every model
+max-duplicate-bytes = "1 MB"
+ignore = ["TIE205"]              # masks may be stored twice
+exclude = ["vendor/"]
+
+[severity]
+TIE103 = "info"
+
+[thresholds]
+min-n-bytes = 4_096
+
+[per-path."experiments/**"]      # the last section that matches a model wins, key by key
+expect = []
+
+[[suppress]]
+code = "TIE101"
+weight = "lm_head.weight"
+reason = "trained apart since the fine-tuning of March"
+"""
+"""A policy as the page shows it."""
+
+
 def page() -> str:
     """The documentation page of the policy's keys, as Markdown."""
     lines = [
         "# The policy",
         "",
-        "`tieaudit check` reads `tieaudit.toml`, or the table `[tool.tieaudit]` of `pyproject.toml`, from the nearest",
-        "folder upwards from each model. Unknown keys are refused. Every key has its meaning without quotes in a",
-        "command line option of the same name where there is one; the option has the last word.",
+        "`tieaudit check` and `tieaudit lock` read `tieaudit.toml`, or the table `[tool.tieaudit]` of `pyproject.toml`",
+        "from the nearest folder upwards from each model, and from nowhere else ([why](decisions/policy.md)).",
+        "Unknown keys are refused. Where `check` has an option of a key's name, the option has the last word.",
+        "",
+        "```toml",
+        *EXAMPLE.splitlines(),
+        "```",
         "",
         "| key | holds | meaning | in a per-path section |",
         "|---|---|---|---|",
@@ -363,4 +390,9 @@ def page() -> str:
     lines += ["", "A suppression (`[[suppress]]`, in pyproject.toml `[[tool.tieaudit.suppress]]`) has these keys:", ""]
     lines += ["| key | holds | meaning |", "|---|---|---|"]
     lines += [f"| `{key.name}` | {key.takes} | {key.meaning} |" for key in _OF_A_SUPPRESSION]
+    lines += [
+        "",
+        "Codes: [rules](rules/README.md). Sizes: [thresholds](thresholds.md). What is searched:",
+        "[repositories](repositories.md). A repository set up from nothing: [in CI](ci.md).",
+    ]
     return "\n".join(lines) + "\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from tieaudit.audit import audit, rules
 from tieaudit.checked import OF_THE_POLICY, RANK, Checked, Judged, Place
 from tieaudit.model import Model
 from tieaudit.policy import Policy, Suppression, Terms
+from tieaudit.registry import nearest
 from tieaudit.rules import Rule
 from tieaudit.scan import look
 from tieaudit.sealed import Locked
@@ -90,13 +91,18 @@ def weights_elsewhere(shown_as: str, format_name: str, because: str) -> Checked:
     return Checked(shown_as, format_name, cannot_tell=(CannotTell(because, code="TIE902"),), weights_here=False)
 
 
-def of_the_policy(policy: Policy, stale: Mapping[str, Suppression], base: Path) -> Checked | None:
-    """What is to be said of the policy's own file: suppressions that hide nothing; None if nothing is."""
+def of_the_policy(
+    policy: Policy, stale: Mapping[str, Suppression], base: Path, found_on: Mapping[str, Collection[str]]
+) -> Checked | None:
+    """What is to be said of the policy's own file: suppressions that hide nothing; None if nothing is.
+
+    `found_on`: code → ids of the weights of which findings are left, so that a misspelt one is told from a stale one.
+    """
     terms = policy.terms("")
     if not stale or not policy.file or not chosen(terms, of_the_policy=True):
         return None
     file = shown(Path(policy.file), base)
-    said = {_sentence(one): one for one in stale.values()}
+    said = {_sentence(one, found_on.get(one.code, ())): one for one in stale.values()}
     model = Model(policy.file, "policy", (), ())
     subject = Subject(model, Found(()), {}, Demands(stale=tuple(said)))
     found = judged(subject, replace(terms, suppressions=()), base, file, of_the_policy=True)
@@ -106,6 +112,8 @@ def of_the_policy(policy: Policy, stale: Mapping[str, Suppression], base: Path) 
     return replace(found, findings=placed, summary=None)
 
 
-def _sentence(one: Suppression) -> str:
+def _sentence(one: Suppression, found_on: Collection[str]) -> str:
     where = f" in {one.path}" if one.path else ""
-    return f"the suppression of {one.code} on {one.weight}{where} hides nothing any more ({one.reason})"
+    question = nearest(one.weight, found_on)
+    meant = f"; {question}" if question and one.weight not in found_on else ""
+    return f"the suppression of {one.code} on {one.weight}{where} hides nothing any more ({one.reason}){meant}"

@@ -229,7 +229,11 @@ def _with_stale(run: Run, policies: dict[Source, Policy], gathered: Gathered, ga
         relative = shown(path, Path(policy.root))
         ruled.setdefault(policy.file, (policy, []))[1].append(relative)
         keys[relative] = shown(path, gate.base)
-    said = [of_the_policy(policy, found, gate.base) for policy, found in stale(run, ruled.values(), keys)]
+    found_on: dict[str, set[str]] = {}
+    for model in run.models:
+        for one in model.findings:
+            found_on.setdefault(one.finding.code, set()).update(one.finding.ids)
+    said = [of_the_policy(policy, found, gate.base, found_on) for policy, found in stale(run, ruled.values(), keys)]
     return replace(run, models=(*run.models, *(one for one in said if one is not None)))
 
 
@@ -245,7 +249,9 @@ def _with_baseline(run: Run, wanted: Wanted, ruling: Policy) -> tuple[Run, tuple
     if wanted.write_baseline:
         file = named or Path(ruling.root, BASELINE)
         n = write_baseline(file, ((key_of(base / model.path, file), model) for model in run.models))
-        return run, (f"wrote {counted(n, 'known finding')} to {shown(file, base)}",)
+        note = f"wrote {counted(n, 'known finding')} to {shown(file, base)}"
+        unnamed = f'; to have it read, say baseline = "{BASELINE}" in the policy' if named is None else ""
+        return run, (note + unnamed,)
     if named is None:
         return run, ()
     known = read_baseline(named)

@@ -163,5 +163,7 @@ def shown(found: Preview) -> str:
         lines.append(f"writes {files}{saves}; every other file stays as it is")
     else:
         lines.append("nothing to write")
-    lines += [f"stays: {code} {listed(ids)}: {printable(because, 600)}" for code, ids, because in found.not_mended]
+    for code, ids, because in found.not_mended:
+        what = f"{code} {listed(ids)}" if ids else code
+        lines.append(f"stays: {what}: {printable(because, 600)}")
     return "\n".join(lines)

@@ -127,8 +127,13 @@ def choose(members: dict[str, Kind], name: str, what: str) -> Kind:
     """The member called `name`; UsageError with the nearest spelling otherwise."""
     if name in members:
         return members[name]
+    hint = nearest(name, members) or f"one of: {', '.join(sorted(members))}"
+    raise UsageError(f"no {what} is called {name!r}", hint=hint)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The question whether another spelling was meant; empty if nothing is spelt like it."""
     import difflib
 
-    near = difflib.get_close_matches(name, members, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"one of: {', '.join(sorted(members))}"
-    raise UsageError(f"no {what} is called {name!r}", hint=hint)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else ""

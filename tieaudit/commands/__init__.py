@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tieaudit.console import OneOf
 from tieaudit.errors import UsageError
 
 if TYPE_CHECKING:  # --help and --version answer at once: what reads models is imported by the commands that need it
@@ -21,14 +22,33 @@ if TYPE_CHECKING:  # --help and --version answer at once: what reads models is i
     from tieaudit.verdict import Finding, Subject
 
 
+def names_of(package: str) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """What a shell offers for the name of a scheme, a merge policy or a rule (its code)."""
+
+    def begun_with(context: click.Context, parameter: click.Parameter, begun: str) -> list[str]:
+        from tieaudit.audit import rules
+        from tieaudit.merges import Merge
+        from tieaudit.registry import discover
+        from tieaudit.schemes import Scheme
+
+        if package == "rules":
+            known: list[str] = [*rules()]
+        else:
+            known = [*(discover("schemes", Scheme) if package == "schemes" else discover("merges", Merge))]
+        return [name for name in known if name.upper().startswith(begun.upper())]
+
+    return begun_with
+
+
 def plan_options(command: Callable[..., None]) -> Callable[..., None]:
     options = [
-        click.option("--scheme", "schemes", multiple=True, metavar="S",
+        click.option("--scheme", "schemes", multiple=True, metavar="S", shell_complete=names_of("schemes"),
                      help="dedup (default), io, untie or declare; repeat for several, left to right."),
         click.option("--target", metavar="T", help="Be safe for ort-cpu, ort-cuda, transformers-5 or transformers-4."),
         click.option("--allow-lossy", is_flag=True, help="Tie weights that differ. Changes what the model computes."),
-        click.option("--merge", metavar="M", help="Values of a lossy tie: keep:head, mean … (see explain)."),
-        click.option("--transposed-as", type=click.Choice(["auto", "gemm", "gather", "fused"]), default="auto",
+        click.option("--merge", metavar="M", shell_complete=names_of("merges"),
+                     help="Values of a lossy tie: keep:head, mean … (see explain)."),
+        click.option("--transposed-as", type=OneOf(["auto", "gemm", "gather", "fused"]), default="auto",
                      show_default=True, help="How an ONNX graph reads a tied matrix transposed."),
         click.option("--share-files/--no-share-files", default=None,
                      help="Whether ONNX files of a folder keep equal weights in one common data file: all of them, or "
@@ -38,7 +58,7 @@ def plan_options(command: Callable[..., None]) -> Callable[..., None]:
                      "for the policies that need it: frequency, regmean, gauss-newton, auto."),
         click.option("--tokenizer", type=click.Path(path_type=Path), metavar="DIR",
                      help="Folder of the tokenizer for a text. Default: the model's own folder."),
-        click.option("--optimizer", type=click.Choice(["adjust", "keep"]), default="adjust", show_default=True,
+        click.option("--optimizer", type=OneOf(["adjust", "keep"]), default="adjust", show_default=True,
                      help="The optimizer's state in a checkpoint that is tied: as the tied model's, or as it is."),
     ]  # fmt: skip
     for option in reversed(options):
@@ -50,7 +70,7 @@ def format_option(names: Sequence[str]) -> Callable[[Callable[..., None]], Calla
     return click.option(
         "--format",
         "format_name",
-        type=click.Choice(names),
+        type=OneOf(names),
         default="text",
         show_default=True,
         help="How to print the result.",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tieaudit.commands import calibration, choices, format_option, key_option, left, plan_options
-from tieaudit.console import Command, not_negative, print_result, spinner
+from tieaudit.console import Command, OneOf, not_negative, print_result, spinner
 from tieaudit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,12 +35,12 @@ Examples:
     type=click.Path(path_type=Path),
     help="Where to write; must not exist. Without it, print the plan.",
 )
-@click.option("--container", "kind", type=click.Choice(["safetensors", "torch"]),
+@click.option("--container", "kind", type=OneOf(["safetensors", "torch"]),
               help="Write the weights as safetensors or as PyTorch does (in a folder: pytorch_model.bin), ties kept. "
               "Without --scheme nothing else is done. Default: what the name of --to says.")  # fmt: skip
-@click.option("--require", type=click.Choice(["structural", "regional", "end-to-end"]),
+@click.option("--require", type=OneOf(["structural", "regional", "end-to-end"]),
               help="Least level of proof for delivery. Default: regional; structural for bare tensors.")  # fmt: skip
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+@click.option("--device", type=OneOf(["auto", "cpu", "cuda"]), default="auto", show_default=True,
               help="Where to run the proof, and the model on calibration data.")  # fmt: skip
 @click.option("--inputs", type=click.Path(path_type=Path),
               help="Inputs for the proof, an .npz; default: generated from the signature.")  # fmt: skip

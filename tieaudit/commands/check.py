@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tieaudit.console import Command, counting, print_result, say
+from tieaudit.commands import names_of
+from tieaudit.console import Command, OneOf, counting, print_result, say
 from tieaudit.errors import UsageError
 from tieaudit.printable import N_MOST_MESSAGE, printable
 
@@ -46,10 +47,24 @@ Examples:
     metavar="FILE",
     help="The policy, for all models. Default: the nearest tieaudit.toml or pyproject.toml upwards from each.",
 )
-@click.option("--select", multiple=True, metavar="CODES", help="Rules to run instead of the policy's: TIE101,TIE2 …")
-@click.option("--extend-select", multiple=True, metavar="CODES", help="Rules to run besides.")
-@click.option("--ignore", multiple=True, metavar="CODES", help="Rules not to run.")
-@click.option("--expect", multiple=True, metavar="SCHEME", help="Ties that must be there: io, three-way …")
+@click.option(
+    "--select",
+    multiple=True,
+    metavar="CODES",
+    shell_complete=names_of("rules"),
+    help="Rules to run instead of the policy's: TIE101,TIE2 …",
+)
+@click.option(
+    "--extend-select", multiple=True, metavar="CODES", shell_complete=names_of("rules"), help="Rules to run besides."
+)
+@click.option("--ignore", multiple=True, metavar="CODES", shell_complete=names_of("rules"), help="Rules not to run.")
+@click.option(
+    "--expect",
+    multiple=True,
+    metavar="SCHEME",
+    shell_complete=names_of("schemes"),
+    help="Ties that must be there: io, three-way …",
+)
 @click.option("--since", metavar="REV", help="Only models of which git says that a file changed since REV.")
 @click.option(
     "--format",
@@ -128,16 +143,23 @@ def check(paths: tuple[str, ...], **chosen: Any) -> None:
     for name, file in files.items():
         _write(found.run, name, file)
     if fixing is not None and fixing.only_show:
+        _complain_of(found.run)
         print_result("\n\n".join(found.notes) or "nothing to fix")
     else:
-        print_result(_text(found.run, chosen["format_name"], chosen["statistics"]))
-        for note in found.notes:
+        for note in found.notes:  # before the result: the verdict is the last line on the screen
             say(printable(note, N_MOST_MESSAGE))
-    if chosen["format_name"] != "text":  # which lists them itself
-        for _, message in found.run.errors:
-            say(f"error: {printable(message, N_MOST_MESSAGE)}")
+        if chosen["format_name"] != "text":  # which says the same to the same reader
+            _complain_of(found.run)
+        print_result(_text(found.run, chosen["format_name"], chosen["statistics"]))
     code = found.exit_code
     sys.exit(0 if code == 1 and chosen["exit_zero"] else code)
+
+
+def _complain_of(run: Run) -> None:
+    """What could not be read, on standard error: for a person who reads the log of a job that prints for a machine."""
+    for path, message in run.errors:
+        place = "" if path in message else f"{path}: "
+        say(f"error: {printable(place + message, N_MOST_MESSAGE)}")
 
 
 def _fixing(chosen: Mapping[str, Any]) -> Fixing | None:

@@ -23,6 +23,7 @@ Examples:
   tieaudit lock ./my-model-folder --check
 """
 _N_MOST = 20
+_N_MOST_UNTIED = 5
 
 
 @click.command(cls=Command, epilog=_EPILOG)
@@ -36,7 +37,7 @@ _N_MOST = 20
 )
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 if the lock file would change.")
 def lock(paths: tuple[str, ...], to: Path | None, check: bool) -> None:
-    """Write what is tied in each model to tieaudit.lock, and say what changed since.
+    """Write to tieaudit.lock what is tied, and say what changed since.
 
     Without PATH: every model below the lock file's folder; models that are gone leave the lock. With PATH: these
     models only, the others stay in the lock as they are.
@@ -80,6 +81,7 @@ def _locked(paths: Sequence[str], file: Path, before: Mapping[str, Locked]) -> t
         raise TieAuditError(f"{file.parent}: no model in this folder", hint="name the models, or their folder")
     found: dict[str, Locked] = {}
     told: list[str] = []
+    new: list[Locked] = []
     for source in sources:
         try:
             with progress(source.path.name) as shown:
@@ -93,16 +95,25 @@ def _locked(paths: Sequence[str], file: Path, before: Mapping[str, Locked]) -> t
         found[one.path] = one
         old = before.get(one.path)
         present = frozenset(subject.model.by_id)
-        told += _new(one) if old is None else _told(one, changes(old, one, present))
+        if old is None:
+            new.append(one)
+        told += [] if old is None else _told(one, changes(old, one, present))
     for _, message in errors[:-1]:
         say(f"error: {printable(message, N_MOST_MESSAGE)}")
     if errors:
         raise TieAuditError(errors[-1][1], hint="nothing was written")
-    return found, told
+    return found, [*_new(new), *told]
 
 
-def _new(one: Locked) -> list[str]:
-    return [printable(one.path), f"  new: {counted(len(one.ties), 'tie')}"]
+def _new(new: Sequence[Locked]) -> list[str]:
+    """What is locked for the first time; models in which nothing is tied are named while they are few."""
+    untied = [one for one in new if not one.ties]
+    many = len(untied) > _N_MOST_UNTIED
+    lines = [f"{len(untied):,} new models without ties"] if many else []
+    for one in new:
+        if one.ties or not many:
+            lines += [printable(one.path), f"  new: {counted(len(one.ties), 'tie')}"]
+    return lines
 
 
 def _told(one: Locked, found: Sequence[Change]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tieaudit.commands import calibration, choices, format_option, key_option, left, plan_options
-from tieaudit.console import Command, print_result
+from tieaudit.console import Command, OneOf, print_result
 from tieaudit.errors import MissingPackage, UsageError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ Examples:
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE",
               help="Draw size against damage into a .png or .svg that must not exist (needs matplotlib).")  # fmt: skip
 @click.option("--deep", is_flag=True, help="Read all of the weights that are compared, not a sample.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+@click.option("--device", type=OneOf(["auto", "cpu", "cuda"]), default="auto", show_default=True,
               help="Where to compare weights, and to run the model on calibration data.")  # fmt: skip
 @key_option
 @format_option(["text", "json"])

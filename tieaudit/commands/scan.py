@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tieaudit.commands import format_option, key_option, screen
-from tieaudit.console import Command, print_result, progress, say
+from tieaudit.console import Command, OneOf, print_result, progress, say
 from tieaudit.errors import TieAuditError, UsageError, in_one_line
 from tieaudit.printable import N_MOST_MESSAGE, printable
 
@@ -37,13 +37,13 @@ Examples:
 @click.option("--damage", is_flag=True,
               help="How alike the weights of each candidate are that changes values, from a sample.")  # fmt: skip
 @click.option("--deep", is_flag=True, help="With --damage: read all of the weights that are compared, not a sample.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+@click.option("--device", type=OneOf(["auto", "cpu", "cuda"]), default="auto", show_default=True,
               help="With --damage: where to compare them.")  # fmt: skip
 @format_option(["text", "json"])
 def scan(
     paths: tuple[str, ...], key: str, inputs: Path | None, damage: bool, deep: bool, device: str, format_name: str
 ) -> None:
-    """What is there: weights, roles, ties of every origin, candidates, findings.
+    """What is there: weights, roles, ties of every origin, findings.
 
     PATH is a model file, a folder, or a glob; a shard or a config.json means its model.
 
@@ -63,10 +63,10 @@ def scan(
                 reports.append(look_at(source.load(key, inputs), progress=shown, **how))
         except (TieAuditError, OSError, RecursionError, MemoryError) as error:  # also a file that went away meanwhile
             errors.append((str(source.path), str(in_one_line(error, str(source.path)))))
-    if reports or format_name != "text":
-        print_result(_report(format_name)(reports, errors, screen()))
     for _, message in errors:
         say(f"error: {printable(message, N_MOST_MESSAGE)}")
+    if reports or format_name != "text":
+        print_result(_report(format_name)(reports, errors, screen()))
     if errors or not reports or any(report.crashed or report.subject.found.unreadable for report in reports):
         sys.exit(2)
 

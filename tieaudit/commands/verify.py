@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from tieaudit.commands import format_option, key_option
-from tieaudit.console import Command, not_negative, print_result, spinner
+from tieaudit.console import Command, OneOf, not_negative, print_result, spinner
 from tieaudit.errors import UsageError
 
 _EPILOG = """\b
@@ -24,7 +24,7 @@ Examples:
 @click.command(cls=Command, epilog=_EPILOG)
 @click.argument("before", required=False)
 @click.argument("after", required=False)
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+@click.option("--device", type=OneOf(["auto", "cpu", "cuda"]), default="auto", show_default=True,
               help="Where to run.")  # fmt: skip
 @click.option(
     "--inputs", type=click.Path(path_type=Path), help="Inputs as an .npz; default: generated from the signature."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tieaudit.errors import RewriteRefused
 from tieaudit.merges import Merge, Merged, Sites
+from tieaudit.registry import nearest
 
 _ROLES = {"head": "output_head", "embedding": "token_embedding"}
 
@@ -19,8 +20,9 @@ def _merge(sites: Sites, argument: str) -> Merged:
         what = (
             f"is a {_ROLES[argument]}" if argument in _ROLES else f"is called {argument}" if argument else "was named"
         )
+        question = nearest(argument, ("head", "embedding", "first", "last", *sites.ids))
         raise RewriteRefused(
-            f"--merge keep:{argument}: none of {', '.join(sites.ids)} {what}",
+            f"--merge keep:{argument}: none of {', '.join(sites.ids)} {what}" + (f"; {question}" if question else ""),
             hint="keep:head, keep:embedding, keep:first, keep:last, or keep: and the id of one of them",
         )
     return Merged(sites.tables[index].rows, keeps=index)

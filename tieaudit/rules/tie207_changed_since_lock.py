@@ -22,8 +22,8 @@ def _examples() -> Examples:
 
     return Examples(
         bad=[
-            toy({"wte.weight": w, head: None}, declared=[("wte.weight", head)], locked=tied),
             toy({embed: w, head: None}, declared=[(embed, head)], locked=untied),
+            toy({"wte.weight": w, head: None}, declared=[("wte.weight", head)], locked=tied),
             toy({embed: w, head: None, "tail": None}, declared=[(embed, head, "tail")], locked=tied),
         ],
         good=[
@@ -40,7 +40,7 @@ def _examples() -> Examples:
     "TIE207",
     "changed-since-lock",
     severity="warning",
-    since="0.1",
+    since="0.2",
     examples=_examples,
 )
 def check(subject: Subject) -> Iterator[Finding | CannotTell]:

@@ -9,12 +9,13 @@ from tieaudit.verdict import CannotTell, Demands, Finding, Fix, Subject
 
 
 def _examples() -> Examples:
-    from tieaudit.toy import ramp, toy
+    from tieaudit.toy import toy
 
-    said = "TIE101 lm_head.weight hides no finding: `lm_head.weight was trained apart on purpose`"
+    said = "the suppression of TIE101 on lm_head.weight hides nothing any more (trained apart on purpose)"
+    file, policy = "tieaudit.toml", "policy"
     return Examples(
-        bad=[toy({"model.embed_tokens.weight": ramp(64, 8)}, demands=Demands(stale=(said,)))],
-        good=[toy({"model.embed_tokens.weight": ramp(64, 8)})],
+        bad=[toy({}, path=file, format=policy, demands=Demands(stale=(said,)))],
+        good=[toy({}, path=file, format=policy)],
     )
 
 

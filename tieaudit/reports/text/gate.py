@@ -1,12 +1,13 @@
-"""What a run of the gate found, for people: models with findings one by one, the others in a line, totals last."""
+"""What a run of the gate found, for people. What matters most stands last, where the eye is when the prompt is back:
+first what is quiet, skipped or cannot be told, then findings model by model, what could not be read, and the totals."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from tieaudit.audit import rules as known_rules
 from tieaudit.checked import Checked, Judged, Run
-from tieaudit.printable import columns, counted, printable, size
+from tieaudit.printable import columns, counted, listed, printable, size
 from tieaudit.reports.text.page import LONGEST, Page, more, page_of, printed, reasons
 from tieaudit.tally import RuleTally, by_rule, not_read, quiet, tally, where
 from tieaudit.verdict import CannotTell, Crashed
@@ -22,24 +23,51 @@ def of_run(run: Run, settings: Mapping[str, object]) -> str:
     Cost: linear in what is said; nothing is said twice.
     """
     page = page_of(settings)
-    lines: list[str] = []
-    for model in run.models:
-        if not quiet(model):
-            lines += [*_model(model, page), ""]
-    unread = not_read(run)
     looked_at = [model for model in run.models if model.summary is not None and not model.unreadable]
-    lines += _quiet([model for model in looked_at if quiet(model)], page)
-    if unread:
-        lines += [page.paint("Not read", "title"), *reasons(unread, page), ""]
+    lines = _quiet([model for model in looked_at if quiet(model)], page)
     if run.skipped:
         lines += [page.paint("Skipped", "title"), *reasons(run.skipped[:_N_MOST_SKIPPED], page)]
         lines += [*more(len(run.skipped) - _N_MOST_SKIPPED, "  "), ""]
+    loud = [model for model in run.models if not quiet(model)]
+    lines += _alike([model for model in loud if _only_unsure(model)], page)
+    for model in loud:
+        if not _only_unsure(model):
+            lines += [*_model(model, page), ""]
+    if unread := not_read(run):
+        lines += [page.paint("Not read", "title"), *reasons(unread, page), ""]
     if settings.get("statistics"):
         lines += _statistics(by_rule(run), page)
-    counts = tally(run)
-    if counts.n_silenced:
-        lines += [f"{counted(counts.n_silenced, 'finding')} under the size thresholds (docs/thresholds.md)", ""]
-    return printed([*lines, counts.verdict])
+    notes = list(_notes(run))
+    return printed([*lines, *notes, *([""] if notes else []), tally(run).verdict])
+
+
+def _notes(run: Run) -> Iterator[str]:
+    """What a reader may want to know before the verdict."""
+    if n_silenced := tally(run).n_silenced:
+        yield f"{counted(n_silenced, 'finding')} under the size thresholds (docs/thresholds.md)"
+    fixes = [one.finding.fix for model in run.models for one in model.findings]
+    if n_safe := sum(fix is not None and fix.safety == "safe" for fix in fixes):
+        yield f"{counted(n_safe, 'finding')} with a safe fix: --diff shows it, --fix makes it"
+
+
+def _only_unsure(model: Checked) -> bool:
+    return not model.findings and not model.crashed and not model.unreadable
+
+
+def _alike(models: Sequence[Checked], page: Page) -> list[str]:
+    """Models of which the same cannot be told: said once, for what a policy asks of a whole repository."""
+    groups: dict[tuple[object, ...], list[Checked]] = {}
+    for model in models:
+        said = tuple((one.code, one.because) for one in model.cannot_tell)
+        groups.setdefault((said, model.weights_here, _hidden(model)), []).append(model)
+    lines: list[str] = []
+    for alike in groups.values():
+        title, *lines_of = _model(alike[0], page)
+        if len(alike) > 1:
+            title = page.paint(f"{len(alike):,} models", "title") + _hidden(alike[0])
+            lines_of = [*page.wrap(listed(tuple(model.path for model in alike), _N_MOST_QUIET), "  "), *lines_of]
+        lines += [title, *lines_of, ""]
+    return lines
 
 
 def _quiet(models: Sequence[Checked], page: Page) -> list[str]:
