@@ -12,6 +12,7 @@ from pathlib import Path
 from tieaudit.checked import Checked, Judged
 from tieaudit.errors import CorruptFile, UsageError
 from tieaudit.replacing import replace_text
+from tieaudit.whole import read_whole
 
 SCHEMA = "tieaudit/baseline/1"
 MAX_BYTES = 256_000_000
@@ -22,9 +23,7 @@ Known = Mapping[tuple[str, str], int]
 def read_baseline(path: Path) -> Known:
     """The findings of a baseline file. UsageError if it cannot be read, CorruptFile if it is another file."""
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise CorruptFile(f"{path}: expected a baseline of at most {MAX_BYTES:,} bytes, found a larger file")
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(read_whole(path, MAX_BYTES).decode("utf-8"))
     except OSError as error:
         hint = "write one with --write-baseline"
         raise UsageError(f"{path}: the baseline cannot be read: {error.strerror}", hint=hint) from error

@@ -25,6 +25,7 @@ from tieaudit.plain import plain
 from tieaudit.replacing import replace_text
 from tieaudit.storage import BLOCK_BYTES
 from tieaudit.verdict import CannotTell, Finding, Fix, Summary
+from tieaudit.whole import read_whole
 
 FOLDER = ".tieaudit_cache"
 N_MOST_HASHED = 32 * 2**20
@@ -56,9 +57,7 @@ class Cache:
         """
         path = self.entry(asked)
         try:
-            if path.stat().st_size > _MAX_ENTRY_BYTES:
-                return None
-            document = json.loads(path.read_bytes())
+            document = json.loads(read_whole(path, _MAX_ENTRY_BYTES))
             if document["format"] != _FORMAT or document["asked"] != asked:
                 return None
             if not all(_unchanged(*row) for row in document["files"]):
@@ -111,6 +110,14 @@ def question(path: str, shown_as: str, format_name: str, files: Sequence[Path], 
     """
     names = [str(file) for file in files]
     return repr((path, shown_as, format_name, names, *said))
+
+
+def content_of(name: str) -> str:
+    """Digest of a small file that a question is about; empty if it cannot be read."""
+    try:
+        return hashlib.sha256(read_whole(name, N_MOST_HASHED)).hexdigest()
+    except (OSError, ValueError):
+        return ""
 
 
 def _row(file: Path, since_ns: int) -> tuple[str, int, list[int] | None, str] | None:

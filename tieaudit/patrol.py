@@ -7,7 +7,7 @@ rest only where something has to be read.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,6 +61,8 @@ class Patrolled:
     exit_code: int
     notes: tuple[str, ...] = ()
     """Sentences for people, that are no part of the result."""
+    consulted: frozenset[str] = frozenset()
+    """Files, there or not, on which it rests besides policies and models."""
 
 
 Progress = Callable[[str, int], None]
@@ -83,7 +85,7 @@ def patrol(wanted: Wanted, progress: Progress = lambda path, n: None) -> Patroll
     found = _looked(wanted, ruling, progress)
     if before is not None:
         remembered = Remembered(found.run, found.exit_code, found.notes)
-        before.keep(remembered, _roots(wanted), _memory(wanted, ruling, begun))
+        before.keep(remembered, _memory(wanted, ruling, begun), found.consulted)
     return found
 
 
@@ -147,7 +149,13 @@ def _looked(wanted: Wanted, ruling: Policy, progress: Progress) -> Patrolled:
         notes = (*notes, *locks.gone(base))
     if code == 2 and not run.models and not run.errors:
         notes = (*notes, f"error: no model was found in {' '.join(wanted.paths) or base}")
-    return Patrolled(run, code, notes)
+    return Patrolled(run, code, notes, locks.files | _consulted(wanted, policies.values()))
+
+
+def _consulted(wanted: Wanted, policies: Iterable[Policy]) -> frozenset[str]:
+    return frozenset(
+        file for policy in {one.file: one for one in policies}.values() for file in policy.consults(wanted.asked)
+    )
 
 
 def _interrupted(wanted: Wanted) -> tuple[str, ...]:
@@ -258,6 +266,11 @@ class _Locks:
     def __init__(self) -> None:
         self._read: dict[Path, dict[str, Locked]] = {}
         self._asked: set[tuple[Path, str]] = set()
+
+    @property
+    def files(self) -> frozenset[str]:
+        """The lock files that were asked for, there or not."""
+        return frozenset(map(str, self._read))
 
     def of(self, policy: Policy, source: Source) -> Locked | None:
         """What is locked of a model: under the name of its first file where it is a variant, else under its own."""
