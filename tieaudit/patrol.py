@@ -126,7 +126,7 @@ def _looked(wanted: Wanted, ruling: Policy, progress: Progress) -> Patrolled:
     run = gate.check(gathered.sources, lambda path: progress(path, len(gathered.sources)))
     run = replace(run, errors=(*gathered.errors, *run.errors), skipped=gathered.skipped, root=str(base))
     run = _with_stale(run, policies, gathered, base)
-    run, said = _with_baseline(run, wanted, ruling)
+    run, said = _with_baseline(run, wanted, ruling, gathered.complete)
     notes = (*notes, *said)
     failed = False
     if wanted.fixing is not None:
@@ -236,14 +236,20 @@ def _baseline(wanted: Wanted, ruling: Policy) -> Path | None:
     return wanted.baseline or (Path(ruling.root, ruling.baseline) if ruling.baseline else None)
 
 
-def _with_baseline(run: Run, wanted: Wanted, ruling: Policy) -> tuple[Run, tuple[str, ...]]:
+def _with_baseline(run: Run, wanted: Wanted, ruling: Policy, complete: bool) -> tuple[Run, tuple[str, ...]]:
     """Known findings set apart, or written."""
     from tieaudit.baseline import apart, key_of, read_baseline, write_baseline
 
     base, named = Path(run.root), _baseline(wanted, ruling)
     if wanted.write_baseline:
         file = named or Path(ruling.root, BASELINE)
-        n = write_baseline(file, ((key_of(base / model.path, file), model) for model in run.models))
+        keyed = [(key_of(base / model.path, file), model) for model in run.models]
+        seen = {key for key, model in keyed if model.weights_here and not model.unreadable}
+        unseen = {key_of(base / path, file) for path, _ in run.errors} | ({key for key, _ in keyed} - seen)
+        whole = complete and not unseen
+        n = write_baseline(
+            file, keyed, None if whole else lambda key: key in unseen or not complete and key not in seen
+        )
         return run, (f"wrote {counted(n, 'known finding')} to {shown(file, base)}",)
     if named is None:
         return run, ()

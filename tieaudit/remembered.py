@@ -64,7 +64,10 @@ class Memory:
                 return None
             if not all(_stamp(name) == known for name, known in document["besides"]):
                 return None
-            return Remembered(_run_of(document["run"]), int(document["exit_code"]), tuple(document["notes"]))
+            code, notes = document["exit_code"], tuple(document["notes"])
+            if code not in (0, 1, 2) or not all(isinstance(note, str) for note in notes):
+                return None
+            return Remembered(_run_of(document["run"]), code, notes)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tieaudit.console import Command, counting, print_result, say
+from tieaudit.console import Command, counting, print_lines, print_result, say
 from tieaudit.errors import UsageError
 from tieaudit.printable import N_MOST_MESSAGE, printable
 
@@ -98,7 +99,7 @@ def check(paths: tuple[str, ...], **chosen: Any) -> None:
     """
     from tieaudit.patrol import Wanted, patrol
 
-    files = dict(_report_file(text) for text in chosen["reports"])
+    files = [_report_file(text) for text in chosen["reports"]]
     fixing = _fixing(chosen)
     wanted = Wanted(
         paths=paths,
@@ -115,10 +116,10 @@ def check(paths: tuple[str, ...], **chosen: Any) -> None:
     )
     with counting("checking") as shown:
         found = patrol(wanted, shown)
-    for name, file in files.items():
+    for name, file in files:
         _write(found.run, name, file)
     if fixing is not None and fixing.only_show:
-        print_result("\n\n".join(found.notes) or "nothing to fix")
+        print_lines("\n\n".join(found.notes) or "nothing to fix")
     else:
         print_result(_text(found.run, chosen["format_name"], chosen["statistics"]))
         for note in found.notes:
@@ -161,6 +162,8 @@ def _report_file(text: str) -> tuple[str, Path]:
     name, equals, file = text.partition("=")
     if not equals or not file or name not in FORMATS:
         raise UsageError(f"--report {text}: expected FORMAT=FILE with one of {', '.join(FORMATS)}")
+    if not os.path.isdir(os.path.dirname(file) or "."):  # said now, not after the run
+        raise UsageError(f"--report {text}: expected a folder that is there, found no {os.path.dirname(file)}")
     return name, Path(file)
 
 
@@ -176,8 +179,9 @@ def _text(run: Run, name: str, statistics: bool) -> str:
 
 def _write(run: Run, name: str, file: Path) -> None:
     from tieaudit.registry import choose, discover
-    from tieaudit.replacing import replace_text
+    from tieaudit.replacing import flows, replace_text, write_on
     from tieaudit.reports import ReportFormat
 
     shown = choose(discover("reports", ReportFormat), name, "report format")
-    replace_text(file, shown.of_run(run, {"color": False, "width": 100, "statistics": True}))
+    text = shown.of_run(run, {"color": False, "width": 100, "statistics": True})
+    (write_on if flows(file) else replace_text)(file, text)
