@@ -246,3 +246,133 @@ def test_a_run_that_is_killed_spoils_no_answer(tmp_path: Path) -> None:
 
     assert said(warm.stdout) == said(clean.stdout)
     assert len(answers()) == 60
+
+
+def edit(path: Path, text: str) -> Callable[[], object]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return lambda: path.write_text(text)
+
+
+def flip(path: Path) -> Callable[[], object]:
+    """One bit of a file changed."""
+    return lambda: path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+
+
+def exported(home: Path, data: str) -> Path:
+    """An ONNX file with two equal tensors in a data file of this name."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    (home / data).parent.mkdir(parents=True, exist_ok=True)
+    tensors = [numpy_helper.from_array(values, name) for name, values in (("a", W), ("b", W.copy()))]
+    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, [64, 8])
+    graph = helper.make_graph([helper.make_node("Add", ["a", "b"], ["y"])], "g", [], [out], tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    onnx.save(
+        model, home / "m.onnx", save_as_external_data=True, location=data, size_threshold=0, convert_attribute=False
+    )
+    return home / data
+
+
+def _git(home: Path, *words: str) -> None:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    subprocess.run(["git", *identity, *words], cwd=home, check=True, capture_output=True)
+
+
+Case = Callable[[Path], tuple[Path, tuple[str, ...], Callable[[], object]]]
+"""A folder to be filled → (working directory, paths of the run, a change that makes another answer right)."""
+
+
+def in_a_folder_called_venv(home: Path) -> tuple[Path, tuple[str, ...], Callable[[], object]]:
+    file = save(home / "venv/a.safetensors", {"a": W, "b": OTHER})
+    return home, (), lambda: save(file, {"a": W, "b": W.copy()})
+
+
+def a_folder_that_becomes_a_virtual_environment(home: Path) -> tuple[Path, tuple[str, ...], Callable[[], object]]:
+    save(home / "env/a.safetensors", {"a": W, "b": W.copy()})
+    return home, (), lambda: (home / "env/conda-meta").mkdir()
+
+
+def what_the_repository_excludes(home: Path) -> tuple[Path, tuple[str, ...], Callable[[], object]]:
+    _git(home, "init", "-q")
+    return home, (), edit(home / ".git/info/exclude", "bad.safetensors\n")
+
+
+def what_the_repository_of_a_worktree_excludes(home: Path) -> tuple[Path, tuple[str, ...], Callable[[], object]]:
+    (home / "main").mkdir()
+    _git(home / "main", "init", "-q")
+    _git(home / "main", "commit", "-q", "--allow-empty", "-m", "first")
+    _git(home / "main", "worktree", "add", "-q", "../tree")
+    save(home / "tree/bad.safetensors", {"a": W, "b": W.copy()})
+    return home / "tree", (), edit(home / "main/.git/info/exclude", "bad.safetensors\n")
+
+
+def a_repository_that_ends(home: Path) -> tuple[Path, tuple[str, ...], Callable[[], object]]:
+    save(home / "models/bad.safetensors", {"a": W, "b": W.copy()})
+    (home / ".git").mkdir()
+    (home / ".gitignore").write_text("models/bad.safetensors\n")
+    return home, ("models",), lambda: (home / ".git").rmdir()
+
+
+def the_policy_of_the_working_directory(home: Path) -> tuple[Path, tuple[str, ...], Callable[[], object]]:
+    edit(home / "here/tieaudit.toml", "fail-on = 'error'\n")()
+    return home / "here", ("../there",), edit(home / "here/tieaudit.toml", "fail-on = 'info'\n")
+
+
+def the_lock_of_another_policy(home: Path) -> tuple[Path, tuple[str, ...], Callable[[], object]]:
+    edit(home / "there/tieaudit.toml", "lock = '../far/ties'\n")()
+    gone = 'version = 1\n[model."gone"]\nformat = "onnx"\nn_bytes = 0\nn_bytes_duplicate = 0\nties = []\n'
+    (home / "here").mkdir()
+    return home / "here", ("../there",), edit(home / "far/ties", gone)
+
+
+def data_called_like_a_text(home: Path) -> tuple[Path, tuple[str, ...], Callable[[], object]]:
+    return home, (), flip(exported(home, "weights.txt"))
+
+
+def data_where_no_model_is_looked_for(home: Path) -> tuple[Path, tuple[str, ...], Callable[[], object]]:
+    return home, (), flip(exported(home, "node_modules/weights.bin"))
+
+
+def the_groups_of_a_scheme(home: Path) -> tuple[Path, tuple[str, ...], Callable[[], object]]:
+    edit(home / "tieaudit.toml", "expect = ['custom:groups/ties.txt']\n")()
+    edit(home / "groups/ties.txt", "[[group]]\nmatch = ['none', 'such']\n")()
+    return home, ("there",), edit(home / "groups/ties.txt", "[[group]]\nmatch = ['a', 'b']\n")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        in_a_folder_called_venv,
+        a_folder_that_becomes_a_virtual_environment,
+        what_the_repository_excludes,
+        what_the_repository_of_a_worktree_excludes,
+        a_repository_that_ends,
+        the_policy_of_the_working_directory,
+        the_lock_of_another_policy,
+        data_called_like_a_text,
+        data_where_no_model_is_looked_for,
+        the_groups_of_a_scheme,
+    ],
+    ids=lambda case: case.__name__,
+)
+def test_whatever_a_run_rests_on_changes_its_answer_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case
+) -> None:
+    save(tmp_path / "bad.safetensors", {"a": W, "b": W.copy()})
+    save(tmp_path / "there/bad.safetensors", {"a": W, "b": W.copy()})
+    home, paths, change = case(tmp_path)
+    monkeypatch.chdir(home)
+    time.sleep(0.1)  # what changed less than 50 ms ago is not trusted, and nothing would be remembered
+    run(paths=paths)
+    before = said(run(paths=paths))
+    change()
+    after = said(run(paths=paths))
+    assert after == said(run(paths=paths, no_cache=True))
+    assert after != before
+
+
+def said(found: Patrolled) -> object:
+    """All that a run says, whichever way it came to it."""
+    models = [replace(one, cached=False, n_bytes_read=0, files=()) for one in found.run.models]
+    return models, found.run.errors, found.exit_code, found.notes

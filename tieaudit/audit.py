@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from tieaudit.config import DEFAULTS, Settings
-from tieaudit.errors import PluginError
+from tieaudit.errors import PluginError, UsageError
 from tieaudit.registry import discover
 from tieaudit.rules import Rule
 from tieaudit.summary import summary
@@ -78,6 +78,8 @@ def _run(rule: Rule, subject: Subject) -> tuple[list[Finding | CannotTell], Cras
             if not isinstance(item, Finding | CannotTell):
                 raise PluginError(f"{rule.code} {rule.name}: expected a Finding or CannotTell, found {item!r}")
             said.append(item)
+    except UsageError:  # the fault of who expects a scheme with an argument that is none, not of the rule
+        raise
     except Exception as error:  # a rule may be third-party code; whatever it raises is shown, never swallowed
         reason = f"{type(error).__name__}: {error}"
         return said, Crashed(rule.code, reason, traceback.format_exc())

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tieaudit.checked import Checked, Judged
 from tieaudit.errors import CorruptFile, UsageError
 from tieaudit.replacing import replace_text
+from tieaudit.whole import read_whole
 
 SCHEMA = "tieaudit/baseline/1"
 MAX_BYTES = 256_000_000
@@ -21,10 +23,12 @@ Known = Mapping[tuple[str, str], int]
 
 def read_baseline(path: Path) -> Known:
     """The findings of a baseline file. UsageError if it cannot be read, CorruptFile if it is another file."""
+    return Counter((entry["path"], entry["fingerprint"]) for entry in _entries(path))
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise CorruptFile(f"{path}: expected a baseline of at most {MAX_BYTES:,} bytes, found a larger file")
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(read_whole(path, MAX_BYTES).decode("utf-8"))
     except OSError as error:
         hint = "write one with --write-baseline"
         raise UsageError(f"{path}: the baseline cannot be read: {error.strerror}", hint=hint) from error
@@ -33,13 +37,11 @@ def read_baseline(path: Path) -> Known:
     entries = document.get("findings") if isinstance(document, dict) and document.get("schema") == SCHEMA else None
     if not isinstance(entries, list):
         raise CorruptFile(f"{path}: expected a baseline of tieaudit ({SCHEMA}), found another JSON file")
-    found: Counter[tuple[str, str]] = Counter()
     for index, entry in enumerate(entries):
         key = (entry.get("path"), entry.get("fingerprint")) if isinstance(entry, dict) else (None, None)
         if not all(isinstance(part, str) for part in key):
             raise CorruptFile(f"{path}: findings[{index}]: expected a path and a fingerprint, found {entry!r:.80}")
-        found[key] += 1  # type: ignore[index]
-    return found
+    return entries
 
 
 def apart(model: Checked, key: str, known: Known) -> Checked:
@@ -56,12 +58,15 @@ def apart(model: Checked, key: str, known: Known) -> Checked:
     return replace(model, findings=tuple(new), known=tuple(old))
 
 
-def write_baseline(path: Path, models: Iterable[tuple[str, Checked]]) -> int:
+def write_baseline(path: Path, models: Iterable[tuple[str, Checked]], keep: Callable[[str], bool] | None = None) -> int:
     """Write all findings of these models, (key, model), as the baseline; how many there are. Atomic.
 
-    Sorted and one finding a line, so that a review shows what came and went.
+    `keep`: which models, by key, keep what the baseline holds of them, because nobody looked. Sorted and one finding a
+    line, so that a review shows what came and went.
     """
-    rows = sorted(
+    before = _entries(path) if keep is not None and os.path.lexists(path) else []
+    kept = [json.dumps(entry) for entry in before if keep is not None and keep(entry["path"])]
+    rows = [
         json.dumps(
             {
                 "path": key,
@@ -73,7 +78,9 @@ def write_baseline(path: Path, models: Iterable[tuple[str, Checked]]) -> int:
         )
         for key, model in models
         for one in (*model.findings, *model.known)
-    )
+    ]
+    known = frozenset(kept)
+    rows = sorted([*(row for row in rows if row not in known), *kept])
     lines = ",\n  ".join(rows)
     inside = f"\n  {lines}\n " if rows else ""
     replace_text(path, f'{{"schema": "{SCHEMA}",\n "findings": [{inside}]}}\n')

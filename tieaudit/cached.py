@@ -12,19 +12,21 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from dataclasses import fields as fields_of
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from tieaudit.checked import Checked, Judged, Place
+from tieaudit.checked import RANK, Checked, Judged, Place
 from tieaudit.errors import UsageError
 from tieaudit.plain import plain
 from tieaudit.replacing import replace_text
 from tieaudit.storage import BLOCK_BYTES
 from tieaudit.verdict import CannotTell, Finding, Fix, Summary
+from tieaudit.whole import read_whole
 
 FOLDER = ".tieaudit_cache"
 N_MOST_HASHED = 32 * 2**20
@@ -56,9 +58,7 @@ class Cache:
         """
         path = self.entry(asked)
         try:
-            if path.stat().st_size > _MAX_ENTRY_BYTES:
-                return None
-            document = json.loads(path.read_bytes())
+            document = json.loads(read_whole(path, _MAX_ENTRY_BYTES))
             if document["format"] != _FORMAT or document["asked"] != asked:
                 return None
             if not all(_unchanged(*row) for row in document["files"]):
@@ -111,6 +111,14 @@ def question(path: str, shown_as: str, format_name: str, files: Sequence[Path], 
     """
     names = [str(file) for file in files]
     return repr((path, shown_as, format_name, names, *said))
+
+
+def content_of(name: str) -> str:
+    """Digest of a small file that a question is about; empty if it cannot be read."""
+    try:
+        return hashlib.sha256(read_whole(name, N_MOST_HASHED)).hexdigest()
+    except (OSError, ValueError):
+        return ""
 
 
 def _row(file: Path, since_ns: int) -> tuple[str, int, list[int] | None, str] | None:
@@ -209,20 +217,52 @@ def checked_of(document: Mapping[str, Any]) -> Checked:
     fields["findings"] = tuple(_judged(one) for one in document["findings"])
     fields["known"] = tuple(_judged(one) for one in document["known"])
     fields["cannot_tell"] = tuple(
-        CannotTell(str(one["because"]), tuple(one["ids"]), str(one["code"])) for one in document["cannot_tell"]
+        _typed(CannotTell(one["because"], tuple(one["ids"]), one["code"])) for one in document["cannot_tell"]
     )
     fields["crashed"] = ()
     fields["used"], fields["files"] = tuple(document["used"]), tuple(document["files"])
-    fields["summary"] = Summary(**document["summary"]) if document["summary"] is not None else None
+    fields["summary"] = _typed(Summary(**document["summary"])) if document["summary"] is not None else None
     fields["cached"] = True
-    return Checked(**fields)
+    return _typed(Checked(**fields))
 
 
 def _judged(one: Mapping[str, Any]) -> Judged:
     fields = dict(one["finding"])
     fields["ids"] = tuple(fields["ids"])
-    fields["fix"] = Fix(**fields["fix"]) if fields["fix"] is not None else None
-    return Judged(Finding(**fields), Place(**one["place"]), str(one["fingerprint"]))
+    fields["fix"] = _typed(Fix(**fields["fix"])) if fields["fix"] is not None else None
+    return Judged(_typed(Finding(**fields)), _typed(Place(**one["place"])), str(one["fingerprint"]))
+
+
+def _count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+_KINDS: Mapping[str, Callable[[object], bool]] = {
+    "str": lambda value: isinstance(value, str),
+    "int": _count,
+    "int | None": lambda value: value is None or _count(value),
+    "bool": lambda value: isinstance(value, bool),
+    "tuple[str, ...]": lambda value: isinstance(value, tuple) and all(isinstance(one, str) for one in value),
+    "Mapping[str, object]": lambda value: isinstance(value, dict),
+    "Severity": lambda value: isinstance(value, str) and value in RANK,
+    "Literal['safe', 'unsafe', 'manual']": lambda value: value in ("safe", "unsafe", "manual"),
+}
+"""Plain fields of an answer, by their annotation, and what they may hold. Every number is a count."""
+Noun = TypeVar("Noun", Checked, CannotTell, Finding, Fix, Place, Summary)
+
+
+def _typed(noun: Noun) -> Noun:
+    """What was read, if its plain fields hold what they are for; TypeError otherwise."""
+    kind_of: Any = type(noun)
+    for name, kind in _plain_fields(kind_of):
+        if not kind(getattr(noun, name)):
+            raise TypeError(f"{name}: {getattr(noun, name)!r:.80}")
+    return noun
+
+
+@cache
+def _plain_fields(kind: type[Any]) -> tuple[tuple[str, Callable[[object], bool]], ...]:
+    return tuple((one.name, _KINDS[str(one.type)]) for one in fields_of(kind) if one.type in _KINDS)
 
 
 def now_ns() -> int:

@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from tieaudit.errors import TieAuditError, UsageError, in_one_line
-from tieaudit.printable import N_MOST_MESSAGE, printable
+from tieaudit.printable import N_MOST_MESSAGE, inert, printable
 
 EXIT_INTERRUPTED = 130
 """128 + SIGINT, as shells have it: no command's own verdict."""
@@ -118,7 +118,7 @@ def complain(error: TieAuditError) -> None:
 def say(line: str) -> None:
     """One line on stderr; whether anybody reads it changes nothing about the exit code."""
     try:
-        click.echo(line, err=True)
+        click.echo(inert(line), err=True)  # the log of a CI service has both streams
     except OSError:
         _hush(sys.stderr)
 
@@ -151,6 +151,11 @@ def print_result(text: str) -> None:
         if not isinstance(error, BrokenPipeError):
             message = f"standard output: the result cannot be printed: {error.strerror}"
             raise TieAuditError(message, hint="all else was done; what was delivered stays") from error
+
+
+def print_lines(text: str) -> None:
+    """Print a result for people, in which no CI service finds a command, whatever names it shows."""
+    print_result("\n".join(map(inert, text.split("\n"))))
 
 
 def on_terminal(stream: Any) -> bool:

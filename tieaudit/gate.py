@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tieaudit.cached import Cache, now_ns, question
+from tieaudit.cached import Cache, content_of, now_ns, question
 from tieaudit.checked import RANK, Checked, Run
 from tieaudit.errors import TieAuditError, WeightsNotHere, in_one_line
 from tieaudit.formats import Format
@@ -37,7 +37,7 @@ class Job:
     @property
     def asked(self) -> str:
         """The question to which the cache may know the answer."""
-        said = (self.terms, self.locked)
+        said = (self.terms, self.locked, *((name, content_of(name)) for name in self.terms.consults))
         return question(str(self.path), self.shown_as, self.format_name, self.files, said)
 
 

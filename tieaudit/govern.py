@@ -6,6 +6,7 @@ would be a gate that is open without anybody knowing.
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 from tieaudit.config import rows
 from tieaudit.errors import UsageError
 from tieaudit.policy import Policy, Section, Suppression
+from tieaudit.whole import read_whole
 
 OWN = "tieaudit.toml"
 SHARED = "pyproject.toml"
@@ -74,38 +76,40 @@ def policy_for(path: Path, given: Path | None = None) -> Policy:
     the defaults, for the working directory. Cost: files are read once, until `forget`.
     """
     if given is not None:
-        if not given.is_file():
+        if not os.path.isfile(given):
             raise UsageError(f"{given}: expected a policy file, found none")
         found = _read(given.absolute())
         if found is None:
             raise UsageError(f"{given}: expected a table [tool.tieaudit], found none")
         return found
-    start = path.absolute()
+    start = Path(os.path.abspath(path))  # what is above `a/..` is not above `a`
     return _upwards(start if start.is_dir() else start.parent) or Policy(str(Path.cwd()))
 
 
 def forget() -> None:
     """Read policies anew from here on: each run sees the files as they are."""
-    _upwards.cache_clear()
+    _here.cache_clear()
     _read.cache_clear()
 
 
-@cache
 def _upwards(folder: Path) -> Policy | None:
-    for name in (OWN, SHARED):
-        file = folder / name
-        if file.is_file() and (found := _read(file)) is not None:
-            return found
-    return None if folder.parent == folder else _upwards(folder.parent)
+    return next((found for place in (folder, *folder.parents) if (found := _here(place)) is not None), None)
+
+
+@cache
+def _here(folder: Path) -> Policy | None:
+    """The policy in a folder. A file of our own name that is none is refused: passed over, it would open the gate."""
+    if os.path.lexists(own := folder / OWN):
+        return _read(own)
+    shared = folder / SHARED
+    return _read(shared) if shared.is_file() else None
 
 
 @cache
 def _read(file: Path) -> Policy | None:
     """The policy in a file; None for a pyproject.toml that says nothing of tieaudit."""
     try:
-        if file.stat().st_size > MAX_BYTES:
-            raise UsageError(f"{file}: expected a policy of at most {MAX_BYTES:,} bytes, found a larger file")
-        text = file.read_bytes().decode("utf-8")
+        text = read_whole(file, MAX_BYTES).decode("utf-8-sig")  # some editors begin a file with a mark
         content: Any = tomllib.loads(text)
     except OSError as error:
         raise UsageError(f"{file}: cannot be read: {error.strerror}") from error

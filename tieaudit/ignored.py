@@ -59,7 +59,7 @@ def outer_layers(folder: Path) -> tuple[str, Layers]:
     if top is None:
         return "", ()
     layers: Layers = ()
-    if (lines := _lines(_exclude_file(top / ".git"))) is not None:
+    if (lines := _lines(exclude_file(top / ".git"))) is not None:
         layers = ((0, _readable(tuple(lines))),)
     prefix, here = "", top
     for part in home.relative_to(top).parts:
@@ -112,7 +112,7 @@ def _lines(path: Path | None) -> list[str] | None:
     return os.fsdecode(path.read_bytes()).splitlines()
 
 
-def _exclude_file(git: Path) -> Path | None:
+def exclude_file(git: Path) -> Path | None:
     """`info/exclude` of a repository; of a linked worktree or a submodule, where its `.git` file leads."""
     if git.is_dir():
         return git / "info" / "exclude"

@@ -23,6 +23,7 @@ from tieaudit.sealing import sealed
 from tieaudit.since import tie_changes
 from tieaudit.summary import summary
 from tieaudit.verdict import Subject
+from tieaudit.whole import read_whole
 
 NAME = "tieaudit.lock"
 VERSION = 1
@@ -176,14 +177,9 @@ def read_lock(path: Path) -> dict[str, Locked]:
     Cost: linear in its size, which is limited. Nothing that it names is opened.
     """
     try:
-        with path.open("rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise UsageError(f"{path}: expected a lock file, found a folder, a device or a pipe")
-            data = file.read(MAX_LOCK_BYTES + 1)
+        data = read_whole(path, MAX_LOCK_BYTES)
     except OSError as error:
         raise UsageError(f"{path}: the lock file cannot be read: {error.strerror}") from error
-    if len(data) > MAX_LOCK_BYTES:
-        raise UsageError(f"{path}: expected a lock file of at most {MAX_LOCK_BYTES:,} bytes, found more")
     try:
         text = data.decode()
     except UnicodeDecodeError as error:

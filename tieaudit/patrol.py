@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,6 +62,8 @@ class Patrolled:
     exit_code: int
     notes: tuple[str, ...] = ()
     """Sentences for people, that are no part of the result."""
+    consulted: frozenset[str] = frozenset()
+    """Files, there or not, on which it rests besides policies and models."""
 
 
 Progress = Callable[[str, int], None]
@@ -84,7 +86,7 @@ def patrol(wanted: Wanted, progress: Progress = lambda path, n: None) -> Patroll
     found = _looked(wanted, ruling, progress)
     if before is not None:
         remembered = Remembered(found.run, found.exit_code, found.notes)
-        before.keep(remembered, _roots(wanted), _memory(wanted, ruling, begun))
+        before.keep(remembered, _memory(wanted, ruling, begun), found.consulted)
     return found
 
 
@@ -126,7 +128,7 @@ def _looked(wanted: Wanted, ruling: Policy, progress: Progress) -> Patrolled:
     run = gate.check(gathered.sources, lambda path: progress(path, len(gathered.sources)))
     run = replace(run, errors=(*gathered.errors, *run.errors), skipped=gathered.skipped, root=str(base))
     run = _with_stale(run, policies, gathered, gate)
-    run, said = _with_baseline(run, wanted, ruling)
+    run, said = _with_baseline(run, wanted, ruling, gathered.complete)
     notes = (*notes, *said)
     failed = False
     if wanted.fixing is not None:
@@ -149,7 +151,13 @@ def _looked(wanted: Wanted, ruling: Policy, progress: Progress) -> Patrolled:
         notes = (*notes, *locks.gone(base))
     if code == 2 and not run.models and not run.errors:
         notes = (*notes, f"error: no model was found in {' '.join(wanted.paths) or base}")
-    return Patrolled(run, code, notes)
+    return Patrolled(run, code, notes, locks.files | _consulted(wanted, policies.values()))
+
+
+def _consulted(wanted: Wanted, policies: Iterable[Policy]) -> frozenset[str]:
+    return frozenset(
+        file for policy in {one.file: one for one in policies}.values() for file in policy.consults(wanted.asked)
+    )
 
 
 def _interrupted(wanted: Wanted) -> tuple[str, ...]:
@@ -241,14 +249,20 @@ def _baseline(wanted: Wanted, ruling: Policy) -> Path | None:
     return wanted.baseline or (Path(ruling.root, ruling.baseline) if ruling.baseline else None)
 
 
-def _with_baseline(run: Run, wanted: Wanted, ruling: Policy) -> tuple[Run, tuple[str, ...]]:
+def _with_baseline(run: Run, wanted: Wanted, ruling: Policy, complete: bool) -> tuple[Run, tuple[str, ...]]:
     """Known findings set apart, or written."""
     from tieaudit.baseline import apart, key_of, read_baseline, write_baseline
 
     base, named = Path(run.root), _baseline(wanted, ruling)
     if wanted.write_baseline:
         file = named or Path(ruling.root, BASELINE)
-        n = write_baseline(file, ((key_of(base / model.path, file), model) for model in run.models))
+        keyed = [(key_of(base / model.path, file), model) for model in run.models]
+        seen = {key for key, model in keyed if model.weights_here and not model.unreadable}
+        unseen = {key_of(base / path, file) for path, _ in run.errors} | ({key for key, _ in keyed} - seen)
+        whole = complete and not unseen
+        n = write_baseline(
+            file, keyed, None if whole else lambda key: key in unseen or not complete and key not in seen
+        )
         note = f"wrote {counted(n, 'known finding')} to {shown(file, base)}"
         unnamed = f'; to have it read, say baseline = "{BASELINE}" in the policy' if named is None else ""
         return run, (note + unnamed,)
@@ -273,6 +287,11 @@ class _Locks:
     def __init__(self) -> None:
         self._read: dict[Path, dict[str, Locked]] = {}
         self._asked: set[tuple[Path, str]] = set()
+
+    @property
+    def files(self) -> frozenset[str]:
+        """The lock files that were asked for, there or not."""
+        return frozenset(map(str, self._read))
 
     def of(self, policy: Policy, source: Source) -> Locked | None:
         """What is locked of a model: under the name of its first file where it is a variant, else under its own."""

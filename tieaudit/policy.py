@@ -39,6 +39,11 @@ class Suppression:
         return code == self.code and any(id == self.weight or fnmatchcase(id, pattern) for id in ids)
 
 
+def files_in(schemes: Iterable[str]) -> tuple[str, ...]:
+    """What schemes are given behind a colon, each once."""
+    return tuple(dict.fromkeys(given for _, _, given in (name.partition(":") for name in schemes) if given))
+
+
 @dataclass(frozen=True)
 class Terms:
     """What a policy says about one model: its sections put together."""
@@ -50,6 +55,11 @@ class Terms:
     settings: Settings = DEFAULTS
     demands: Demands = NO_DEMANDS
     suppressions: tuple[Suppression, ...] = ()
+
+    @property
+    def consults(self) -> tuple[str, ...]:
+        """Files, there or not, that the expected schemes are given: `custom:ties.toml`."""
+        return files_in(self.demands.expect)
 
     def selects(self, code: str, name: str) -> bool:
         """Whether a rule runs: the most exact word decides, and of two equally exact ones `ignore`."""
@@ -135,6 +145,15 @@ class Policy:
         for section in (self.everywhere, *sections, *((asked,) if asked is not None else ())):
             terms = section.over(terms)
         return replace(terms, suppressions=tuple(one for one in self.suppressions if self.concerns(one, path)))
+
+    def consults(self, asked: Section | None = None) -> tuple[str, ...]:
+        """Files, there or not, that some expected scheme is given, for whichever models."""
+        sections = (
+            self.everywhere,
+            *(section for _, section in self.per_path),
+            *((asked,) if asked is not None else ()),
+        )
+        return files_in(name for section in sections for name in section.expect or ())
 
     @staticmethod
     def concerns(suppression: Suppression, path: str) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +18,20 @@ from typing import Any
 from tieaudit.cached import FOLDER, checked_of, document_of, environment, ignored, settled
 from tieaudit.checked import Run
 from tieaudit.errors import UsageError
+from tieaudit.ignored import exclude_file
 from tieaudit.replacing import replace_text
+from tieaudit.whole import read_whole
 
 N_MOST_ENTRIES = 300_000
 """Files below the paths up to which summing up is worth it."""
-NEVER = frozenset({".git", ".hg", ".svn", "node_modules", "__pycache__", ".venv", "venv", FOLDER})
+NEVER = frozenset({".git", ".hg", ".svn", "node_modules", "__pycache__", ".venv", FOLDER})
 """Folders that no run looks into."""
 _NAMES_ONLY = (".md", ".txt", ".log", ".sarif", ".xml", ".html", ".py", ".sh", ".csv", ".png", ".jpg", ".svg")
-"""What no loader reads: its name may matter (a folder's listing is part of a model), its content does not."""
-_UPWARDS = ("tieaudit.toml", "pyproject.toml", ".gitignore", ".git/info/exclude")
-"""Files above the paths that steer a run."""
+"""What is mostly no model's: its name may matter (a folder's listing is part of a model), its content only where a
+model names it as its data."""
+_UPWARDS = ("tieaudit.toml", "pyproject.toml", ".gitignore")
+"""Files in and above the paths and the working directory that steer a run."""
+_MAX_BYTES = 256_000_000
 _FORMAT = "tieaudit/run/1"
 
 
@@ -47,32 +51,41 @@ class Memory:
     file: Path
     folder: Path
     state: str
+    walked: frozenset[str]
+    """Folders whose files are summed up in the state."""
+    since_ns: int
+    """When the run began."""
 
     def recall(self) -> Remembered | None:
         """The run, if everything it rests on looks as it did; None otherwise."""
         try:
-            document = json.loads(self.file.read_bytes())
+            document = json.loads(read_whole(self.file, _MAX_BYTES))
             if document["format"] != _FORMAT or document["state"] != self.state:
                 return None
             if not all(_stamp(name) == known for name, known in document["besides"]):
                 return None
-            return Remembered(_run_of(document["run"]), int(document["exit_code"]), tuple(document["notes"]))
+            code, notes = document["exit_code"], tuple(document["notes"])
+            if code not in (0, 1, 2) or not all(isinstance(note, str) for note in notes):
+                return None
+            return Remembered(_run_of(document["run"]), code, notes)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
 
-    def keep(self, found: Remembered, roots: Sequence[Path], again: Memory | None) -> None:
-        """Keep a run over `roots`, if nothing moved while it was made (`again`: the state after it).
+    def keep(self, found: Remembered, again: Memory | None, consulted: Iterable[str] = ()) -> None:
+        """Keep a run, if nothing moved while it was made (`again`: the state after it).
 
-        Not one with errors, crashes or unreadable bytes: those are tried again.
+        `consulted`: other files that it asked for, there or not: locks, groups of a scheme. Not a run with errors,
+        crashes or unreadable bytes: those are tried again.
         """
         run = found.run
         if again is None or again.state != self.state or run.errors:
             return
         if any(model.crashed or model.unreadable for model in run.models):
             return
-        inside = tuple(f"{root}{os.sep}" for root in roots)
-        files = {name for model in run.models for name in model.files}
-        besides = sorted(name for name in files if not os.path.abspath(name).startswith(inside))
+        files = {name for model in run.models for name in model.files if not self._sums_up(name)}
+        besides = sorted({*files, *consulted})
+        if not all(_lies_still(name, self.since_ns) for name in besides):
+            return
         document = {
             "format": _FORMAT,
             "state": self.state,
@@ -86,6 +99,10 @@ class Memory:
             ignored(self.folder)
             replace_text(self.file, json.dumps(document), durable=False)
 
+    def _sums_up(self, name: str) -> bool:
+        """Whether the state tells if the content of a file changed."""
+        return os.path.dirname(os.path.abspath(name)) in self.walked and not name.endswith(_NAMES_ONLY)
+
 
 def memory(folder: Path, asked: str, roots: Sequence[Path], files: Sequence[Path], since_ns: int) -> Memory | None:
     """The memory of a run; None where its paths hold too much, or something changed a moment ago.
@@ -95,35 +112,51 @@ def memory(folder: Path, asked: str, roots: Sequence[Path], files: Sequence[Path
     """
     running = hashlib.sha256()
     n_left = N_MOST_ENTRIES
+    walked: set[str] = set()
     try:
         for root in roots:
-            for row, found in _below(root):
+            for row, found in _below(root, walked):
                 n_left -= 1
                 if n_left < 0 or found is not None and not settled(found, since_ns):
                     return None
                 running.update(row)
-        for file in [*files, *(place / name for root in roots for place in root.parents for name in _UPWARDS)]:
-            running.update(json.dumps(_stamp(str(file))).encode())
+        for name in [*map(str, files), *_steering(roots)]:
+            if not _lies_still(name, since_ns):
+                return None
+            running.update(json.dumps([name, _stamp(name)]).encode())
     except OSError:
         return None
     name = hashlib.sha256(f"{os.getcwd()}\0{asked}".encode("utf-8", "surrogatepass")).hexdigest()
-    return Memory(folder / environment() / "runs" / f"{name}.json", folder, running.hexdigest())
+    file = folder / environment() / "runs" / f"{name}.json"
+    return Memory(file, folder, running.hexdigest(), frozenset(walked), since_ns)
 
 
-def _below(root: Path) -> Iterator[tuple[bytes, os.stat_result | None]]:
+def _steering(roots: Sequence[Path]) -> Iterator[str]:
+    """Files that may rule these paths or the working directory, or have git ignore something, there or not."""
+    for place in dict.fromkeys(place for root in [*roots, Path.cwd()] for place in (root, *root.parents)):
+        yield from (str(place / name) for name in _UPWARDS)
+        git = place / ".git"
+        if os.path.lexists(git):  # whether there is a repository matters, its own times do not
+            yield str(exclude_file(git))
+
+
+def _below(root: Path, walked: set[str]) -> Iterator[tuple[bytes, os.stat_result | None]]:
     """(bytes that tell a file from any other, its stat where the content matters) of everything below, in order.
 
-    Of a file those beside it: which of them are one model with it depends on what else lies there.
+    Of a file those beside it: which of them are one model with it depends on what else lies there. `walked` gets the
+    folders that were looked into.
     """
     deep = os.path.isdir(root)
     waiting = [os.fspath(root if deep else root.parent)]
     while waiting:
         folder = waiting.pop()
+        walked.add(folder)
         with os.scandir(folder) as entries:
             listed = sorted(entries, key=lambda entry: entry.name)
         for entry in listed:
             if entry.is_dir(follow_symlinks=False):
                 if deep and entry.name not in NEVER:
+                    yield b"\0/" + os.fsencode(entry.path), None  # an empty one may mark what is no place for models
                     waiting.append(entry.path)
                 continue
             name = os.fsencode(entry.path)
@@ -145,9 +178,17 @@ def _row(name: bytes, found: os.stat_result) -> bytes:
 def _stamp(name: str) -> list[int] | None:
     try:
         found = os.stat(name)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: no name that a file can have
         return None
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+def _lies_still(name: str, since_ns: int) -> bool:
+    """Whether a file that is read from `since_ns` on is the one that `_stamp` will know; also one that is not there."""
+    try:
+        return settled(os.stat(name), since_ns)
+    except (OSError, ValueError):
+        return True
 
 
 def _document(run: Run) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tieaudit.commands import names_of
-from tieaudit.console import Command, OneOf, counting, print_result, say
+from tieaudit.console import Command, counting, print_lines, print_result, say
 from tieaudit.errors import UsageError
 from tieaudit.printable import N_MOST_MESSAGE, printable
 
@@ -123,7 +124,7 @@ def check(paths: tuple[str, ...], **chosen: Any) -> None:
     """
     from tieaudit.patrol import Wanted, patrol
 
-    files = dict(_report_file(text) for text in chosen["reports"])
+    files = [_report_file(text) for text in chosen["reports"]]
     fixing = _fixing(chosen)
     wanted = Wanted(
         paths=paths,
@@ -140,11 +141,11 @@ def check(paths: tuple[str, ...], **chosen: Any) -> None:
     )
     with counting("checking") as shown:
         found = patrol(wanted, shown)
-    for name, file in files.items():
+    for name, file in files:
         _write(found.run, name, file)
     if fixing is not None and fixing.only_show:
         _complain_of(found.run)
-        print_result("\n\n".join(found.notes) or "nothing to fix")
+        print_lines("\n\n".join(found.notes) or "nothing to fix")
     else:
         for note in found.notes:  # before the result: the verdict is the last line on the screen
             say(printable(note, N_MOST_MESSAGE))
@@ -194,6 +195,8 @@ def _report_file(text: str) -> tuple[str, Path]:
     name, equals, file = text.partition("=")
     if not equals or not file:
         raise UsageError(f"--report {text}: expected FORMAT=FILE with one of {', '.join(FORMATS)}")
+    if not os.path.isdir(os.path.dirname(file) or "."):  # said now, not after the run
+        raise UsageError(f"--report {text}: expected a folder that is there, found no {os.path.dirname(file)}")
     return name if name in FORMATS else _format(name).name, Path(file)
 
 
@@ -205,9 +208,10 @@ def _text(run: Run, name: str, statistics: bool) -> str:
 
 
 def _write(run: Run, name: str, file: Path) -> None:
-    from tieaudit.replacing import replace_text
+    from tieaudit.replacing import flows, replace_text, write_on
 
-    replace_text(file, _format(name).of_run(run, {"color": False, "width": 100, "statistics": True}))
+    text = _format(name).of_run(run, {"color": False, "width": 100, "statistics": True})
+    (write_on if flows(file) else replace_text)(file, text)
 
 
 def _format(name: str) -> ReportFormat:

@@ -7,7 +7,7 @@ import sys
 import click
 
 from tieaudit.commands import format_option
-from tieaudit.console import Command, print_result, progress
+from tieaudit.console import Command, print_lines, print_result, progress
 
 _EPILOG = """\b
 Examples:
@@ -42,6 +42,8 @@ def diff(before: str, after: str, strict: bool, format_name: str) -> None:
         with progress(path) as shown:
             subjects.append(look(model, progress=shown))
     found = difference(*subjects)
-    print_result(differing(subjects[0].model, subjects[1].model, found, format_name))
+    (print_result if format_name == "json" else print_lines)(
+        differing(subjects[0].model, subjects[1].model, found, format_name)
+    )
     doubt = strict and found.of("cannot tell")
     sys.exit(2 if doubt else 1 if found.of("lost") else 0)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tieaudit.console import Command, print_result, progress, say
+from tieaudit.console import Command, print_lines, progress, say
 from tieaudit.errors import TieAuditError, UsageError, in_one_line
 from tieaudit.printable import N_MOST_MESSAGE, counted, printable
 
@@ -57,13 +57,13 @@ def lock(paths: tuple[str, ...], to: Path | None, check: bool) -> None:
     n_ties = sum(len(one.ties) for one in after.values())
     held = f"{counted(len(after), 'model')}, {counted(n_ties, 'tie')}"
     if check:
-        print_result("\n".join([*told, f"{printable(str(file))}: {held}; {'up to date' if same else 'would change'}"]))
+        print_lines("\n".join([*told, f"{printable(str(file))}: {held}; {'up to date' if same else 'would change'}"]))
         sys.exit(0 if same else 1)
     try:
         written = write_lock(file, after)
     except OSError as error:
         raise UsageError(f"{error.filename or file}: the lock cannot be written: {error.strerror}") from error
-    print_result("\n".join([*told, f"{printable(str(file))}: {held}; {'written' if written else 'up to date'}"]))
+    print_lines("\n".join([*told, f"{printable(str(file))}: {held}; {'written' if written else 'up to date'}"]))
 
 
 def _locked(paths: Sequence[str], file: Path, before: Mapping[str, Locked]) -> tuple[dict[str, Locked], list[str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 from tieaudit.errors import UsageError
@@ -13,7 +12,9 @@ from tieaudit.model import Member, Weight
 from tieaudit.schemes import Scheme
 from tieaudit.tables import seen_as
 from tieaudit.verdict import Candidate, Refusal, Subject
+from tieaudit.whole import read_whole
 
+_MAX_BYTES = 4_000_000
 _KEYS = ("match", "role", "layers", "each")
 _LISTS: dict[str, type] = {"match": str, "layers": int}
 """Keys that take a list, and of what."""
@@ -67,7 +68,7 @@ def _read(argument: str) -> list[dict[str, Any]]:
     if not argument:
         raise UsageError("--scheme custom: expected the path of a TOML file behind a colon", hint="custom:ties.toml")
     try:
-        held = tomllib.loads(Path(argument).read_text(encoding="utf-8"))
+        held = tomllib.loads(read_whole(argument, _MAX_BYTES).decode("utf-8"))
     except OSError as error:
         raise UsageError(f"{argument}: cannot be read: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
