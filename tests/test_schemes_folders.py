@@ -19,7 +19,6 @@ from tieaudit import regional, structural  # noqa: E402
 from tieaudit.change import Equalise, Share, Written  # noqa: E402
 from tieaudit.errors import RewriteRefused  # noqa: E402
 from tieaudit.load import load_one  # noqa: E402
-from tieaudit.rewrite import rewrite  # noqa: E402
 from tieaudit.scan import scan  # noqa: E402
 
 N_LAYERS, D, F, V = 4, 8, 12, 20
@@ -206,7 +205,8 @@ def test_equal_tensors_are_left_alone_where_nothing_would_be_saved(tmp_path: Pat
     plan = tieaudit.plan(tmp_path / "model.safetensors", scheme="dedup", allow_lossy=True)
     assert not plan.edits
     assert all("no class that would restore" in refusal.because for refusal in plan.refusals)
-    assert len(plan.refusals) == len(LEAVES)
+    (refusal,) = plan.refusals  # one reason, told once for all of them
+    assert len(refusal.ids) == 2 * len(LEAVES)
 
 
 def test_the_proof_compares_every_name_with_the_planned_value(tmp_path: Path) -> None:
@@ -318,19 +318,6 @@ def test_a_folder_in_the_other_container_gets_equal_values_too(tmp_path: Path) -
     places = {found[f"model.layers.{n}.mlp.up_proj.weight"].untyped_storage().data_ptr() for n in range(N_LAYERS)}
     assert len(places) == N_LAYERS  # one storage would be two parameters over one memory, moved twice by an optimizer
     assert {type(edit) for edit in done.plan.edits} == {Equalise}
-
-
-def test_equal_values_stay_apart_when_their_folder_becomes_pickles_later(tmp_path: Path) -> None:
-    llama(tmp_path / "model")
-    plan = tieaudit.plan(tmp_path / "model", scheme="ffn", allow_lossy=True)
-    (tmp_path / "tied").mkdir()
-    rewrite(load_one(tmp_path / "model"), plan, tmp_path / "tied")
-    done = tieaudit.apply(tmp_path / "tied", to=tmp_path / "pickled", container="torch", require="structural")
-    assert not any(isinstance(edit, Share) for edit in done.plan.edits)
-    found = torch.load(tmp_path / "pickled" / "pytorch_model.bin")
-    ups = [found[f"model.layers.{n}.mlp.up_proj.weight"] for n in range(N_LAYERS)]
-    assert all(torch.equal(one, ups[0]) for one in ups)
-    assert len({one.untyped_storage().data_ptr() for one in ups}) == N_LAYERS  # not two parameters over one memory
 
 
 def test_unequal_layers_are_refused_without_leave(tmp_path: Path) -> None:

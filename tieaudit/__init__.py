@@ -259,7 +259,7 @@ def render(report: Report, format: Literal["text", "json"] = "text") -> str:
 
     >>> import torch, tieaudit
     >>> print(tieaudit.render(tieaudit.scan(torch.nn.Linear(2, 2))).splitlines()[-1])
-    13 rules · 0 findings · 0 cannot tell · 0 crashed
+    20 rules · 0 findings · 0 cannot tell · 0 crashed
     """
     from tieaudit.config import Settings
     from tieaudit.registry import choose, discover

@@ -217,8 +217,8 @@ def _ties(subject: Subject) -> list[Tie]:
 def _restored(model: Model, declaration: Declaration) -> list[str]:
     """Members of a claim that a loader makes one anyway: the stored one, and the absent ones of its kind.
 
-    Of an alias map (which restores nothing by itself) also the stored ones that are equal, as they were one tensor; not
-    in a folder, whose class would make two parameters over one memory of them. Cost: reads those.
+    Of an alias map (which restores nothing by itself) also the stored ones that are equal, as they were one tensor.
+    Cost: reads those.
     """
     documented = declaration.documented
     if not declaration.active or not (declaration.restores or documented):
@@ -232,7 +232,7 @@ def _restored(model: Model, declaration: Declaration) -> list[str]:
     if unclear and len(equal) < len(stored) - 1:
         return []  # from which of them it would be restored depends on the loader
     absent = [one for id in declaration.members if (one := model.by_id[id]).absent and _alike(one, first)]
-    return [first.id, *(one.id for one in absent), *(one.id for one in equal if documented and model.format != _FOLDER)]
+    return [first.id, *(one.id for one in absent), *(one.id for one in equal if documented)]
 
 
 def _equal(one: Weight, other: Weight) -> bool:

@@ -118,7 +118,7 @@ class Names:
             kind = PLAIN[path.leaf]
         elif (
             weight.shape
-            and weight.shape[-1] in (self.vocabularies or {shape[0] for shape in self._token_shapes})
+            and weight.shape[-1] in (self.vocabularies or {shape[0] for shape in self._token_shapes if shape})
             and "predictions" in (*path.modules, path.leaf)
             or (
                 len(weight.shape) == 1

@@ -174,7 +174,7 @@ def test_the_name_of_a_file_is_text_in_every_command_and_on_a_terminal(
     path.write_bytes(b"nothing")
     checked(run("scan", path), 2)
     tiny_onnx.lost(path)
-    monkeypatch.setattr("tieaudit.commands.scan.on_terminal", lambda stream: True)
+    monkeypatch.setattr("tieaudit.console.on_terminal", lambda stream: True)
     assert run("scan", path).exit_code == 0  # the progress line must not take a name for markup
 
 
