@@ -88,7 +88,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy2(ROOT / name, target)
     (home / "bin").mkdir()
     os.symlink(shutil.which("python3.11") or sys.executable, home / "bin" / "python3")
-    for command in ("git init -q", "git add -A", "git commit -qm clone", "git tag v0.2.0"):
+    for command in ("git init -q", "git add -A", "git commit -qm clone", "git tag v0.1.0"):
         subprocess.run(command.split(), cwd=home / "tieaudit", env=environment(home), check=True)
     return home
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tieaudit.commands import names_of
-from tieaudit.console import Command, OneOf, counting, print_result, say
+from tieaudit.console import Command, counting, print_result, say
 from tieaudit.errors import UsageError
 from tieaudit.printable import N_MOST_MESSAGE, printable
 
@@ -18,9 +18,19 @@ if TYPE_CHECKING:
     from tieaudit.checked import Run
     from tieaudit.overhaul import Fixing
     from tieaudit.policy import Section
+    from tieaudit.reports import ReportFormat
 
 FORMATS = ("text", "github", "gitlab", "sarif", "junit", "json", "markdown")
-"""Report formats that show a run; a test compares them with the registry, which --help must not import."""
+"""Report formats of ours that show a run; a test compares them with the registry, which --help must not import."""
+
+
+class _Formats(click.Choice[str]):
+    """Our formats in the help, and besides them any that another package brings along."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return str(value) if value in FORMATS else _format(str(value)).name
+
+
 _EPILOG = """\b
 Examples:
   tieaudit check
@@ -59,7 +69,7 @@ Examples:
 @click.option(
     "--format",
     "format_name",
-    type=OneOf(FORMATS),
+    type=_Formats(FORMATS),
     default="text",
     show_default=True,
     help="How to print the result.",
@@ -182,28 +192,27 @@ def _words(texts: Sequence[str]) -> list[str]:
 
 def _report_file(text: str) -> tuple[str, Path]:
     name, equals, file = text.partition("=")
-    if not equals or not file or name not in FORMATS:
-        from tieaudit.registry import nearest
-
-        what = f"--report {text}: expected FORMAT=FILE with one of {', '.join(FORMATS)}"
-        raise UsageError(what, hint=nearest(name, FORMATS) if file else "")
-    return name, Path(file)
+    if not equals or not file:
+        raise UsageError(f"--report {text}: expected FORMAT=FILE with one of {', '.join(FORMATS)}")
+    return name if name in FORMATS else _format(name).name, Path(file)
 
 
 def _text(run: Run, name: str, statistics: bool) -> str:
     from tieaudit.commands import screen
-    from tieaudit.registry import choose, discover
-    from tieaudit.reports import ReportFormat
 
-    shown = choose(discover("reports", ReportFormat), name, "report format")
-    text: str = shown.of_run(run, {**screen(), "statistics": statistics})
+    text: str = _format(name).of_run(run, {**screen(), "statistics": statistics})
     return text
 
 
 def _write(run: Run, name: str, file: Path) -> None:
-    from tieaudit.registry import choose, discover
     from tieaudit.replacing import replace_text
+
+    replace_text(file, _format(name).of_run(run, {"color": False, "width": 100, "statistics": True}))
+
+
+def _format(name: str) -> ReportFormat:
+    from tieaudit.registry import named
     from tieaudit.reports import ReportFormat
 
-    shown = choose(discover("reports", ReportFormat), name, "report format")
-    replace_text(file, shown.of_run(run, {"color": False, "width": 100, "statistics": True}))
+    found: ReportFormat = named("reports", ReportFormat, name, "report format")
+    return found
