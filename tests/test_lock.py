@@ -583,3 +583,21 @@ def test_a_misspelt_command_is_told_the_nearest() -> None:
     done = tieaudit("lok")
     assert done.exit_code == 2
     assert "did you mean lock?" in done.stderr
+
+
+def test_new_models_without_ties_are_named_while_they_are_few_and_counted_when_they_are_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.numpy import save_file
+
+    monkeypatch.chdir(tmp_path)
+    for number in range(5):
+        save_file({"a": np.full((8, 8), number + 1.0) + np.arange(8)}, f"m{number}.safetensors")
+    few = tieaudit("lock", "--check")
+    assert few.output.count("  new: 0 ties\n") == 5
+    tied = np.arange(64.0).reshape(8, 8)
+    save_file({"a": tied, "b": tied}, "tied.safetensors")
+    save_file({"a": np.arange(64.0).reshape(8, 8) * 3}, "m5.safetensors")
+    many = tieaudit("lock", "--check")
+    assert many.output.splitlines()[:3] == ["6 new models without ties", "tied.safetensors", "  new: 1 tie"]
+    assert many.output.splitlines()[-1] == "tieaudit.lock: 7 models, 1 tie; would change"

@@ -35,7 +35,7 @@ def _examples() -> Examples:
     "TIE111",
     "flag-is-no-boolean",
     severity="error",
-    since="0.2",
+    since="0.1",
     examples=_examples,
 )
 def check(subject: Subject) -> Iterator[Finding | CannotTell]:

@@ -42,7 +42,7 @@ def _examples() -> Examples:
     "TIE206",
     "lost-since-lock",
     severity="error",
-    since="0.2",
+    since="0.1",
     examples=_examples,
 )
 def check(subject: Subject) -> Iterator[Finding | CannotTell]:

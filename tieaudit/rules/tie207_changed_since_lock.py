@@ -40,7 +40,7 @@ def _examples() -> Examples:
     "TIE207",
     "changed-since-lock",
     severity="warning",
-    since="0.2",
+    since="0.1",
     examples=_examples,
 )
 def check(subject: Subject) -> Iterator[Finding | CannotTell]:
