@@ -137,6 +137,19 @@ def one_shape(n_tensors: int, side: int = 64) -> list[Matrix]:
     return [Matrix(f"layers.{index}.weight", (side, side), 1000 + index) for index in range(n_tensors)]
 
 
+def _many(folder: Path, n_models: int = 2_000) -> None:
+    """Small models as a repository has them, in folders of fifty: safetensors and ONNX, every fifth with a copy."""
+    for index in range(n_models):
+        home = folder / f"{index // 50:03d}"
+        home.mkdir(exist_ok=True)
+        copy = 10 * index if index % 5 else 10 * index + 1
+        matrices = [Matrix("a.weight", (128, 16), 10 * index + 1), Matrix("b.weight", (128, 16), copy)]
+        if index % 2:
+            write_safetensors(home / f"{index}.safetensors", matrices)
+        else:
+            write_inline(home / f"{index}.onnx", matrices)
+
+
 Build = Callable[[Path], None]
 Contents = Callable[[], Sequence[Matrix]]
 
@@ -178,6 +191,7 @@ MODELS: dict[str, Build] = {
     if spelling != "external" or contents in ("tied", "distinct", "tenth")
 } | {
     "folder_tied": _llama_folder,
+    "folder_many": _many,
     "checkpoint_10k": _checkpoint(10_000),
     "checkpoint_30k": _checkpoint(30_000),
     "checkpoint_60k": _checkpoint(60_000),

@@ -27,6 +27,7 @@ from benchmarks.parts import (  # noqa: E402
     bytes_read,
     checkpoints,
     cold_start,
+    many_models,
     one_gigabyte,
     profiles,
     same_shape,
@@ -34,7 +35,8 @@ from benchmarks.parts import (  # noqa: E402
 from tieaudit import __version__  # noqa: E402
 
 PARTS = tuple(
-    module.PART for module in (one_gigabyte, bytes_read, same_shape, checkpoints, cold_start, applying, profiles)
+    module.PART
+    for module in (one_gigabyte, bytes_read, same_shape, checkpoints, cold_start, many_models, applying, profiles)
 )
 
 

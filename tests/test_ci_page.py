@@ -88,7 +88,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy2(ROOT / name, target)
     (home / "bin").mkdir()
     os.symlink(shutil.which("python3.11") or sys.executable, home / "bin" / "python3")
-    for command in ("git init -q", "git add -A", "git commit -qm clone", "git tag v0.2.0"):
+    for command in ("git init -q", "git add -A", "git commit -qm clone", "git tag v0.1.0"):
         subprocess.run(command.split(), cwd=home / "tieaudit", env=environment(home), check=True)
     return home
 
@@ -160,8 +160,9 @@ def _check_red(folder: Path) -> None:
     assert at["TIE107"]["artifactLocation"]["uri"] == "models/tiny.onnx"
     assert re.search(r"^::error file=models/tiny\.onnx,.*TIE107", texts["github"], re.MULTILINE)
     assert {entry["location"]["path"] for entry in json.loads(texts["gitlab"])} == {"models/tiny.onnx"}
-    failures = ElementTree.fromstring(texts["junit"]).findall(".//failure")
-    assert any("TIE107" in (failure.get("type") or "") + (failure.get("message") or "") for failure in failures)
+    cases = ElementTree.fromstring(texts["junit"]).findall(".//testcase")
+    failed = [case.get("name", "") for case in cases if case.find("failure") is not None]
+    assert any("TIE107" in name for name in failed)
 
 
 def _check_gitlab(workspace: Path) -> None:

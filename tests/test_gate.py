@@ -316,3 +316,38 @@ def test_the_claim_of_a_configuration_that_is_off_is_no_tie(tmp_path: Path) -> N
     fix = found.findings[0].finding.fix
     assert fix is not None
     assert fix.scheme in ("dedup", "")
+
+
+def test_the_formats_of_the_help_are_those_that_show_a_run_and_others_may_join() -> None:
+    from tieaudit.commands.check import FORMATS
+    from tieaudit.registry import discover
+    from tieaudit.reports import ReportFormat, no_runs
+
+    shown = {name for name, one in discover("reports", ReportFormat).items() if one.of_run is not no_runs}
+    assert set(FORMATS) == shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--format", "sariff"], "did you mean sarif?"),
+        (["--report", "markdwn=x"], "did you mean markdown?"),
+        (["--report", "sarif"], "expected FORMAT=FILE"),
+        (["--select", "broken-tye"], "did you mean broken-tie?"),
+        (["--expect", "thre-way"], "did you mean three-way?"),
+        (["--fix"], "expected --to DIR or --in-place with --fix"),
+        (["--fix", "--to", "a", "--in-place"], "one of them"),
+        (["--in-place"], "expected --fix with --in-place"),
+        (["--diff", "--to", "a"], "expected --diff without --to"),
+        (["--unsafe-fixes"], "expected --fix with --unsafe-fixes"),
+    ],
+)
+def test_what_is_misspelt_or_does_not_go_together_is_one_line(arguments: list[str], said: str) -> None:
+    from click.testing import CliRunner
+
+    from tieaudit.cli import main
+
+    done = CliRunner().invoke(main, ["check", *arguments])
+    assert done.exit_code == 2
+    assert said in done.output
+    assert "Traceback" not in done.output

@@ -55,13 +55,19 @@ class Gate:
     asked: Section | None = None
     """What the command line says over every policy."""
     n_jobs: int = 1
+    several: frozenset[Path] = frozenset()
+    """Folders that hold several models of one path, such as the precisions of an export: each is known by its file."""
     cache_of: Callable[[Policy], Cache | None] = lambda policy: None
     locked_of: Callable[[Policy, Source], Locked | None] = lambda policy, source: None
+
+    def known_by(self, source: Source) -> Path:
+        """The path by which reports, policies and baselines call a model."""
+        return source.files[0] if source.path in self.several and source.files else source.path
 
     def job(self, source: Source) -> Job:
         """What is to be done about one source. UsageError for a policy that cannot be read."""
         policy = self.policy_of(source.path)
-        relative = shown(source.path, Path(policy.root))
+        relative = shown(self.known_by(source), Path(policy.root))
         live = source.format.named is not None and source.format.named(str(source.path))
         return Job(
             source.path,
@@ -69,7 +75,7 @@ class Gate:
             source.files,
             policy.terms(relative, self.asked),
             self.base,
-            str(source.path) if live else shown(source.path, self.base),
+            str(source.path) if live else shown(self.known_by(source), self.base),
             None if live else self.cache_of(policy),
             self.locked_of(policy, source),
         )

@@ -96,7 +96,7 @@ def overhaul(
                 there = {(finding.code, frozenset(finding.ids)) for finding in done.remaining}
                 prints = [one for one in model.findings if (one.finding.code, frozenset(one.finding.ids)) not in there]
                 fixed |= {(model.path, one.fingerprint) for one in prints}
-                said += _told(model, done, len(prints), gate.base)
+                said += _told(model, done, [one.finding.code for one in prints], gate.base)
                 left = [one for one in made.left if (one.finding.code, frozenset(one.finding.ids)) in there]
                 made = replace(made, left=tuple(left))
             said += [] if fixing.only_show else _left(model, made)
@@ -144,11 +144,10 @@ def _place(fixing: Fixing, source: Source, named: Sequence[Path]) -> Path | None
     return place_in(fixing.destination, source.path, max(above, key=lambda path: len(path.parts), default=Path.cwd()))
 
 
-def _told(model: Checked, done: Mended, n_gone: int, base: Path) -> list[str]:
+def _told(model: Checked, done: Mended, gone: Sequence[str], base: Path) -> list[str]:
     if done.done is None:
         return []
-    codes = ", ".join(dict.fromkeys(finding.code for finding in done.fixed))
-    codes += f" and {counted(n_gone - len(done.fixed), 'finding')} besides" if n_gone > len(done.fixed) else ""
+    codes = ", ".join(sorted(set(gone)))
     levels = [level.name for level in done.done.proof.levels if level.outcome == "held"]
     proof = " and ".join([", ".join(levels[:-1]), levels[-1]] if len(levels) > 1 else levels)
     saved = done.done.plan.n_bytes_saved

@@ -7,6 +7,7 @@ rest only where something has to be read.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -120,12 +121,13 @@ def _looked(wanted: Wanted, ruling: Policy, progress: Progress) -> Patrolled:
         policy_of=lambda path: policy_for(path, wanted.config),
         asked=wanted.asked,
         n_jobs=wanted.n_jobs or min(_n_cores(), N_MOST_JOBS),
+        several=_several(gathered.sources),
         cache_of=lambda policy: None if wanted.no_cache else Cache(_cache_folder(wanted, policy)),
         locked_of=locks.of,
     )
     run = gate.check(gathered.sources, lambda path: progress(path, len(gathered.sources)))
     run = replace(run, errors=(*gathered.errors, *run.errors), skipped=gathered.skipped, root=str(base))
-    run = _with_stale(run, policies, gathered, base)
+    run = _with_stale(run, policies, gathered, gate)
     run, said = _with_baseline(run, wanted, ruling, gathered.complete)
     notes = (*notes, *said)
     failed = False
@@ -215,7 +217,13 @@ def _cache_folder(wanted: Wanted, policy: Policy) -> Path:
     return wanted.cache_dir or Path(policy.root) / FOLDER
 
 
-def _with_stale(run: Run, policies: dict[Source, Policy], gathered: Gathered, base: Path) -> Run:
+def _several(sources: Sequence[Source]) -> frozenset[Path]:
+    """Paths that name more than one of these models."""
+    counts = Counter(source.path for source in sources)
+    return frozenset(path for path, n in counts.items() if n > 1)
+
+
+def _with_stale(run: Run, policies: dict[Source, Policy], gathered: Gathered, gate: Gate) -> Run:
     """The run, with what is to be said of suppressions that hide nothing: only if it was about all models."""
     from tieaudit.gate import stale
     from tieaudit.judge import of_the_policy
@@ -225,10 +233,11 @@ def _with_stale(run: Run, policies: dict[Source, Policy], gathered: Gathered, ba
     ruled: dict[str, tuple[Policy, list[str]]] = {}
     keys: dict[str, str] = {}
     for source, policy in policies.items():
-        relative = shown(source.path, Path(policy.root))
+        path = gate.known_by(source)
+        relative = shown(path, Path(policy.root))
         ruled.setdefault(policy.file, (policy, []))[1].append(relative)
-        keys[relative] = shown(source.path, base)
-    said = [of_the_policy(policy, found, base) for policy, found in stale(run, ruled.values(), keys)]
+        keys[relative] = shown(path, gate.base)
+    said = [of_the_policy(policy, found, gate.base) for policy, found in stale(run, ruled.values(), keys)]
     return replace(run, models=(*run.models, *(one for one in said if one is not None)))
 
 

@@ -18,9 +18,19 @@ if TYPE_CHECKING:
     from tieaudit.checked import Run
     from tieaudit.overhaul import Fixing
     from tieaudit.policy import Section
+    from tieaudit.reports import ReportFormat
 
 FORMATS = ("text", "github", "gitlab", "sarif", "junit", "json", "markdown")
-"""Report formats that show a run; a test compares them with the registry, which --help must not import."""
+"""Report formats of ours that show a run; a test compares them with the registry, which --help must not import."""
+
+
+class _Formats(click.Choice[str]):
+    """Our formats in the help, and besides them any that another package brings along."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return str(value) if value in FORMATS else _format(str(value)).name
+
+
 _EPILOG = """\b
 Examples:
   tieaudit check
@@ -45,7 +55,7 @@ Examples:
 @click.option(
     "--format",
     "format_name",
-    type=click.Choice(FORMATS),
+    type=_Formats(FORMATS),
     default="text",
     show_default=True,
     help="How to print the result.",
@@ -116,17 +126,19 @@ def check(paths: tuple[str, ...], **chosen: Any) -> None:
     )
     with counting("checking") as shown:
         found = patrol(wanted, shown)
-    for name, file in files:
-        _write(found.run, name, file)
+    unwritten = [error for name, file in files if (error := _write(found.run, name, file)) is not None]
     if fixing is not None and fixing.only_show:
         print_lines("\n\n".join(found.notes) or "nothing to fix")
     else:
         print_result(_text(found.run, chosen["format_name"], chosen["statistics"]))
         for note in found.notes:
             say(printable(note, N_MOST_MESSAGE))
-    for _, message in found.run.errors:
-        say(f"error: {printable(message, N_MOST_MESSAGE)}")
-    code = found.exit_code
+    if chosen["format_name"] != "text":  # which lists them itself
+        for _, message in found.run.errors:
+            say(f"error: {printable(message, N_MOST_MESSAGE)}")
+    for error in unwritten:  # a full disk costs the report, not the result
+        say(f"error: {printable(error.message, N_MOST_MESSAGE)}")
+    code = max(found.exit_code, UsageError.exit_code if unwritten else 0)
     sys.exit(0 if code == 1 and chosen["exit_zero"] else code)
 
 
@@ -160,28 +172,35 @@ def _words(texts: Sequence[str]) -> list[str]:
 
 def _report_file(text: str) -> tuple[str, Path]:
     name, equals, file = text.partition("=")
-    if not equals or not file or name not in FORMATS:
+    if not equals or not file:
         raise UsageError(f"--report {text}: expected FORMAT=FILE with one of {', '.join(FORMATS)}")
     if not os.path.isdir(os.path.dirname(file) or "."):  # said now, not after the run
         raise UsageError(f"--report {text}: expected a folder that is there, found no {os.path.dirname(file)}")
-    return name, Path(file)
+    return name if name in FORMATS else _format(name).name, Path(file)
 
 
 def _text(run: Run, name: str, statistics: bool) -> str:
     from tieaudit.commands import screen
-    from tieaudit.registry import choose, discover
-    from tieaudit.reports import ReportFormat
 
-    shown = choose(discover("reports", ReportFormat), name, "report format")
-    text: str = shown.of_run(run, {**screen(), "statistics": statistics})
+    text: str = _format(name).of_run(run, {**screen(), "statistics": statistics})
     return text
 
 
-def _write(run: Run, name: str, file: Path) -> None:
-    from tieaudit.registry import choose, discover
+def _write(run: Run, name: str, file: Path) -> UsageError | None:
+    """Write a report; the error if that cannot be done."""
     from tieaudit.replacing import flows, replace_text, write_on
+
+    text = _format(name).of_run(run, {"color": False, "width": 100, "statistics": True})
+    try:
+        (write_on if flows(file) else replace_text)(file, text)
+    except UsageError as error:
+        return error
+    return None
+
+
+def _format(name: str) -> ReportFormat:
+    from tieaudit.registry import named
     from tieaudit.reports import ReportFormat
 
-    shown = choose(discover("reports", ReportFormat), name, "report format")
-    text = shown.of_run(run, {"color": False, "width": 100, "statistics": True})
-    (write_on if flows(file) else replace_text)(file, text)
+    found: ReportFormat = named("reports", ReportFormat, name, "report format")
+    return found

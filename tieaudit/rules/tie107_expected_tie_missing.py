@@ -43,7 +43,7 @@ def _examples() -> Examples:
     "TIE107",
     "expected-tie-missing",
     severity="error",
-    since="0.2",
+    since="0.1",
     examples=_examples,
 )
 def check(subject: Subject) -> Iterator[Finding | CannotTell]:

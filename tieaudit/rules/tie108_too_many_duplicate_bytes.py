@@ -29,7 +29,7 @@ def _examples() -> Examples:
     "TIE108",
     "too-many-duplicate-bytes",
     severity="error",
-    since="0.2",
+    since="0.1",
     examples=_examples,
 )
 def check(subject: Subject) -> Iterator[Finding | CannotTell]:

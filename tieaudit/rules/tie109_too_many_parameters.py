@@ -31,7 +31,7 @@ def _examples() -> Examples:
     "TIE109",
     "too-many-parameters",
     severity="error",
-    since="0.2",
+    since="0.1",
     examples=_examples,
 )
 def check(subject: Subject) -> Iterator[Finding | CannotTell]:

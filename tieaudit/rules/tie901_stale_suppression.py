@@ -22,7 +22,7 @@ def _examples() -> Examples:
     "TIE901",
     "stale-suppression",
     severity="warning",
-    since="0.2",
+    since="0.1",
     examples=_examples,
 )
 def check(subject: Subject) -> Iterator[Finding | CannotTell]:
