@@ -53,7 +53,7 @@ def test_what_is_no_file_is_refused_at_once_in_one_line(place: str, what: str) -
     words = [sys.executable, "-m", "tieaudit", "check", *(["--baseline", place] if place == "baseline" else [])]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)  # waits for no writer
     assert done.returncode == 2
-    assert place in done.stderr
+    assert place in done.stderr + done.stdout
     assert "fault" not in done.stderr + done.stdout
     assert "Traceback" not in done.stderr
 
@@ -90,7 +90,7 @@ def test_an_expected_scheme_that_cannot_be_is_the_user_s_error_and_no_crash(sche
     done = tieaudit("check")
     assert done.exit_code == 2
     assert "fault" not in done.stdout + done.stderr
-    assert "expected" in done.stderr or "cannot be read" in done.stderr
+    assert "expected" in done.output or "cannot be read" in done.output
 
 
 def test_two_reports_in_one_format_are_both_written() -> None:
@@ -118,6 +118,15 @@ def test_a_report_goes_through_a_pipe_and_a_device_and_replaces_neither() -> Non
     assert json.loads(out)["schema"] == "tieaudit/check/1"
     assert stat.S_ISFIFO(os.stat("pipe").st_mode)
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+def test_a_report_that_cannot_be_written_costs_exit_code_2_and_neither_the_result_nor_the_other_report() -> None:
+    bad()
+    done = tieaudit("check", "--report", "json=.", "--report", "sarif=there")
+    assert done.exit_code == 2
+    assert "TIE201" in done.stdout
+    assert ".: cannot be written" in done.stderr or ".: expected a file" in done.stderr
+    assert json.loads(Path("there").read_text())["version"] == "2.1.0"
 
 
 def test_a_baseline_is_never_written_in_the_place_of_a_pipe() -> None:

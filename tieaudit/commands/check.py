@@ -141,8 +141,7 @@ def check(paths: tuple[str, ...], **chosen: Any) -> None:
     )
     with counting("checking") as shown:
         found = patrol(wanted, shown)
-    for name, file in files:
-        _write(found.run, name, file)
+    unwritten = [error for name, file in files if (error := _write(found.run, name, file)) is not None]
     if fixing is not None and fixing.only_show:
         _complain_of(found.run)
         print_lines("\n\n".join(found.notes) or "nothing to fix")
@@ -152,7 +151,9 @@ def check(paths: tuple[str, ...], **chosen: Any) -> None:
         if chosen["format_name"] != "text":  # which says the same to the same reader
             _complain_of(found.run)
         print_result(_text(found.run, chosen["format_name"], chosen["statistics"]))
-    code = found.exit_code
+    for error in unwritten:  # a full disk costs the report, not the result
+        say(f"error: {printable(error.message, N_MOST_MESSAGE)}")
+    code = max(found.exit_code, UsageError.exit_code if unwritten else 0)
     sys.exit(0 if code == 1 and chosen["exit_zero"] else code)
 
 
@@ -207,11 +208,16 @@ def _text(run: Run, name: str, statistics: bool) -> str:
     return text
 
 
-def _write(run: Run, name: str, file: Path) -> None:
+def _write(run: Run, name: str, file: Path) -> UsageError | None:
+    """Write a report; the error if that cannot be done."""
     from tieaudit.replacing import flows, replace_text, write_on
 
     text = _format(name).of_run(run, {"color": False, "width": 100, "statistics": True})
-    (write_on if flows(file) else replace_text)(file, text)
+    try:
+        (write_on if flows(file) else replace_text)(file, text)
+    except UsageError as error:
+        return error
+    return None
 
 
 def _format(name: str) -> ReportFormat:
