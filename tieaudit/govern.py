@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,56 +16,12 @@ from typing import Any
 from tieaudit.config import rows
 from tieaudit.errors import UsageError
 from tieaudit.policy import Policy, Section, Suppression
+from tieaudit.spelling import Key, Where, count, flag, n_bytes, severity, table_of, text_of, texts, values_of
 from tieaudit.whole import read_whole
 
 OWN = "tieaudit.toml"
 SHARED = "pyproject.toml"
 MAX_BYTES = 4_000_000
-_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_SEVERITIES = ("error", "warning", "info")
-
-
-@dataclass(frozen=True)
-class Key:
-    """One key of a policy file."""
-
-    name: str
-    takes: str
-    """What it holds, for people."""
-    meaning: str
-    read: Callable[[Any, _Where], Any]
-    per_path: bool = True
-    """Whether a per-path section may have it."""
-
-
-@dataclass(frozen=True)
-class _Where:
-    """A place in a policy file, for messages."""
-
-    file: Path
-    text: str
-    key: str = ""
-
-    def at(self, key: str) -> _Where:
-        return _Where(self.file, self.text, f"{self.key}.{key}" if self.key else key)
-
-    @property
-    def line(self) -> int:
-        """Line of the first place that sets the last word of the key; 0 if it is spelt otherwise."""
-        word = self.key.rpartition(".")[2].strip('"')
-        for number, line in enumerate(self.text.splitlines(), start=1):
-            if line.strip().split("=")[0].strip().strip("\"'") == word or line.strip().strip("[] ").endswith(word):
-                return number
-        return 0
-
-    def refuse(self, expected: str, found: object, hint: str = "") -> UsageError:
-        place = f"{self.file}:{self.line}" if self.line else str(self.file)
-        return UsageError(f"{place}: {self.key}: expected {expected}, found {_shown(found)}", hint=hint)
-
-
-def _shown(found: object) -> str:
-    text = repr(found)
-    return text if len(text) <= 80 else text[:77] + "…"
 
 
 def policy_for(path: Path, given: Path | None = None) -> Policy:
@@ -115,18 +70,18 @@ def _read(file: Path) -> Policy | None:
         raise UsageError(f"{file}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # TOMLDecodeError is one, and says the line; so is UnicodeDecodeError
         raise UsageError(f"{file}: expected TOML, found an error: {error}") from None
-    where = _Where(file, text)
+    where = Where(file, text)
     if file.name == SHARED:
         tool = content.get("tool", {})
         content = tool.get("tieaudit") if isinstance(tool, Mapping) else None
         if content is None:
             return None
         where = where.at("tool.tieaudit")
-    return _policy(_table(content, where), where)
+    return _policy(table_of(content, where), where)
 
 
-def _policy(content: Mapping[str, Any], where: _Where) -> Policy:
-    values = _values(content, where, [*KEYS, *_TABLES])
+def _policy(content: Mapping[str, Any], where: Where) -> Policy:
+    values = values_of(content, where, [*KEYS, *_TABLES])
     suppressions = values.pop("suppress", ())
     per_path = values.pop("per-path", ())
     known = {name.replace("-", "_"): value for name, value in values.items()}
@@ -141,84 +96,19 @@ def _policy(content: Mapping[str, Any], where: _Where) -> Policy:
     )
 
 
-def _values(content: Mapping[str, Any], where: _Where, keys: Sequence[Key]) -> dict[str, Any]:
-    """Every key read by its row of the table; UsageError with the nearest spelling for one that has none."""
-    known = {key.name: key for key in keys}
-    values = {}
-    for name, value in content.items():
-        if name not in known:
-            import difflib
-
-            near = difflib.get_close_matches(name.replace("_", "-"), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"one of: {', '.join(sorted(known))}"
-            place = where.at(name)
-            line = f":{place.line}" if place.line else ""
-            raise UsageError(f"{where.file}{line}: {place.key} is no key of a policy", hint=hint)
-        values[name] = known[name].read(value, where.at(name))
-    return values
-
-
 def spoken(given: Mapping[str, Any]) -> Section:
     """What the command line says, by names of keys with underscores; checked as in a file."""
     content = {name.replace("_", "-"): value for name, value in given.items()}
-    values = _values(content, _Where(Path("command line"), ""), KEYS)
+    values = values_of(content, Where(Path("command line"), ""), KEYS)
     return Section(**{name.replace("-", "_"): value for name, value in values.items()})
 
 
-def _table(value: Any, where: _Where) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise where.refuse("a table", value)
-    return value
-
-
-def _texts(value: Any, where: _Where) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
-        raise where.refuse('a list of texts such as ["a", "b"]', value)
-    return tuple(value)
-
-
-def _text(value: Any, where: _Where) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise where.refuse("a text", value)
-    return value
-
-
-def _flag(value: Any, where: _Where) -> bool:
-    if not isinstance(value, bool):
-        raise where.refuse("true or false", value)
-    return value
-
-
-def _count(value: Any, where: _Where) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise where.refuse("a whole number of 0 or more", value)
-    return value
-
-
-def n_bytes(value: Any, where: _Where) -> int:
-    """A number of bytes, or a text such as "1.5 MB" in decimal units."""
-    if isinstance(value, str):
-        number, _, unit = value.strip().partition(" ")
-        try:
-            amount = float(number) * _UNITS[unit.strip()]
-            return _count(int(amount), where)
-        except (KeyError, ValueError, OverflowError):
-            raise where.refuse('bytes, or a text such as "1.5 MB" (B, kB, MB, GB, TB)', value) from None
-    return _count(value, where)
-
-
-def _severity(value: Any, where: _Where) -> str:
-    if value not in _SEVERITIES:
-        raise where.refuse(f"one of {', '.join(_SEVERITIES)}", value)
-    return str(value)
-
-
-def rule_words(value: Any, where: _Where) -> tuple[str, ...]:
+def rule_words(value: Any, where: Where) -> tuple[str, ...]:
     """Codes, families and names of rules, each checked to fit one."""
-    return tuple(_rule_word(word, where) for word in _texts(value, where))
+    return tuple(_rule_word(word, where) for word in texts(value, where))
 
 
-def _rule_word(word: str, where: _Where) -> str:
+def _rule_word(word: str, where: Where) -> str:
     from tieaudit.audit import rules
 
     known = rules()
@@ -234,11 +124,11 @@ def _rule_word(word: str, where: _Where) -> str:
     raise where.refuse("ALL, a code (TIE101), a family (TIE1) or a name of rules", word, hint)
 
 
-def schemes_expected(value: Any, where: _Where) -> tuple[str, ...]:
+def schemes_expected(value: Any, where: Where) -> tuple[str, ...]:
     """Schemes by name, each checked to be one that ties."""
     from tieaudit.propose import schemes
 
-    names = _texts(value, where)
+    names = texts(value, where)
     try:
         schemes(names)
     except UsageError as error:
@@ -251,31 +141,31 @@ def schemes_expected(value: Any, where: _Where) -> tuple[str, ...]:
 _NO_TIES = frozenset({"dedup", "untie", "declare"})
 
 
-def _severities(value: Any, where: _Where) -> dict[str, str]:
-    table = _table(value, where)
-    return {_rule_word(word, where.at(word)): _severity(level, where.at(word)) for word, level in table.items()}
+def _severities(value: Any, where: Where) -> dict[str, str]:
+    table = table_of(value, where)
+    return {_rule_word(word, where.at(word)): severity(level, where.at(word)) for word, level in table.items()}
 
 
-def _thresholds(value: Any, where: _Where) -> dict[str, int]:
+def _thresholds(value: Any, where: Where) -> dict[str, int]:
     read = [
-        Key(row.name.replace("_", "-"), "", "", n_bytes if row.unit == "bytes" else _count)
+        Key(row.name.replace("_", "-"), "", "", n_bytes if row.unit == "bytes" else count)
         for row in rows()
     ]  # fmt: skip
-    values = _values(_table(value, where), where, read)
+    values = values_of(table_of(value, where), where, read)
     return {name.replace("-", "_"): value for name, value in values.items()}
 
 
-def _sections(value: Any, where: _Where) -> tuple[tuple[str, Section], ...]:
+def _sections(value: Any, where: Where) -> tuple[tuple[str, Section], ...]:
     keys = [key for key in (*KEYS, *_TABLES) if key.per_path]
     found = []
-    for pattern, content in _table(value, where).items():
+    for pattern, content in table_of(value, where).items():
         here = where.at(f'"{pattern}"')
-        values = _values(_table(content, here), here, keys)
+        values = values_of(table_of(content, here), here, keys)
         found.append((pattern, Section(**{name.replace("-", "_"): item for name, item in values.items()})))
     return tuple(found)
 
 
-def _suppressions(value: Any, where: _Where) -> tuple[Suppression, ...]:
+def _suppressions(value: Any, where: Where) -> tuple[Suppression, ...]:
     if not isinstance(value, list):
         raise where.refuse("entries [[suppress]] with code, weight and reason", value)
     lines = [
@@ -286,12 +176,12 @@ def _suppressions(value: Any, where: _Where) -> tuple[Suppression, ...]:
     found = []
     for index, entry in enumerate(value):
         line = lines[index] if len(lines) == len(value) else where.line
-        found.append(_suppression(_table(entry, where), where.at(f"[{index}]"), line))
+        found.append(_suppression(table_of(entry, where), where.at(f"[{index}]"), line))
     return tuple(found)
 
 
-def _suppression(entry: Mapping[str, Any], where: _Where, line: int) -> Suppression:
-    values = _values(entry, where, _OF_A_SUPPRESSION)
+def _suppression(entry: Mapping[str, Any], where: Where, line: int) -> Suppression:
+    values = values_of(entry, where, _OF_A_SUPPRESSION)
     place = f"{where.file}:{line}" if line else str(where.file)
     for name in ("code", "weight", "reason"):
         if name not in values:
@@ -304,13 +194,13 @@ def _suppression(entry: Mapping[str, Any], where: _Where, line: int) -> Suppress
     return Suppression(values["code"], values["weight"], values["reason"], values.get("path", ""), line)
 
 
-def _code(value: Any, where: _Where) -> str:
+def _code(value: Any, where: Where) -> str:
     """One rule, by code or name; a family would be a blanket."""
     from tieaudit.audit import rules
     from tieaudit.registry import choose
 
     known = {**{code: code for code in rules()}, **{rule.name: code for code, rule in rules().items()}}
-    text = _text(value, where)
+    text = text_of(value, where)
     try:
         return choose(known, text.upper() if text.upper() in known else text, "rule")
     except UsageError as error:
@@ -323,14 +213,14 @@ KEYS = (
     Key("ignore", "codes", "rules that do not run; the more exact word wins, and of equal ones ignore", rule_words),
     Key("expect", "schemes", "ties that must be there: io, three-way, albert …", schemes_expected),
     Key("max-duplicate-bytes", "bytes", "the most that may be stored again, as a number or as \"1.5 MB\"", n_bytes),
-    Key("max-parameters", "count", "the most parameters that a model may have, each tie counted once", _count),
-    Key("exclude", "patterns", "paths that are not looked at, as in a .gitignore", _texts, per_path=False),
-    Key("respect-gitignore", "true or false", "leave out what git ignores (default true)", _flag, per_path=False),
-    Key("fail-on", "severity", "the least severity that fails the check (default info: every finding)", _severity,
+    Key("max-parameters", "count", "the most parameters that a model may have, each tie counted once", count),
+    Key("exclude", "patterns", "paths that are not looked at, as in a .gitignore", texts, per_path=False),
+    Key("respect-gitignore", "true or false", "leave out what git ignores (default true)", flag, per_path=False),
+    Key("fail-on", "severity", "the least severity that fails the check (default info: every finding)", severity,
         per_path=False),
-    Key("strict", "true or false", "what cannot be told is exit code 2, as with --strict", _flag, per_path=False),
-    Key("baseline", "file", "known findings, which do not count; see --write-baseline", _text, per_path=False),
-    Key("lock", "file", "the lock file (default tieaudit.lock)", _text, per_path=False),
+    Key("strict", "true or false", "what cannot be told is exit code 2, as with --strict", flag, per_path=False),
+    Key("baseline", "file", "known findings, which do not count; see --write-baseline", text_of, per_path=False),
+    Key("lock", "file", "the lock file (default tieaudit.lock)", text_of, per_path=False),
 )  # fmt: skip
 """The keys of `[tool.tieaudit]`, all of them."""
 _TABLES = (
@@ -343,9 +233,9 @@ _TABLES = (
 )  # fmt: skip
 _OF_A_SUPPRESSION = (
     Key("code", "code", "the rule", _code),
-    Key("weight", "id", "id of the weight, or a pattern", _text),
-    Key("reason", "text", "why this is right as it is", _text),
-    Key("path", "pattern", "models it speaks of", _text),
+    Key("weight", "id", "id of the weight, or a pattern", text_of),
+    Key("reason", "text", "why this is right as it is", text_of),
+    Key("path", "pattern", "models it speaks of", text_of),
 )
 _OF_THE_RUN = ("exclude", "respect_gitignore", "fail_on", "strict", "baseline", "lock")
 
