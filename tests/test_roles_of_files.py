@@ -160,3 +160,11 @@ def test_a_name_against_the_graph_is_told_apart_from_a_table_that_also_scores(tm
     role = roles(odd)["lm_head.weight"]
     assert (role.kind, role.against) == ("token_embedding", "output_head")
     assert "its name says output_head" in role.because
+
+
+def test_the_value_of_a_critic_or_a_quantiser_is_no_attention_s() -> None:
+    critic = {"value_net.0.weight": (8, 8), "value_net.0.bias": (8,), "action_net.weight": (3, 8)}
+    told = by_name(**critic, **{"quant.scaling.value": ()})
+    assert [kind for kind in told.values() if kind.startswith("attention")] == []
+    block = {f"h.0.attention.{part}.weight": (8, 8) for part in ("query", "key", "value")}
+    assert by_name(**block)["h.0.attention.value.weight"] == "attention_value"

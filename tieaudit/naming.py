@@ -196,6 +196,12 @@ class Names:
         return any(path.leaf in HEAD and path.end == "weight" for path in self.paths.values())
 
     @cached_property
+    def _asks(self) -> bool:
+        """Whether anything is called a query or a key: without one a value is no attention's."""
+        asked = ("attention_query", "attention_key", "attention_qkv", "attention_kv")
+        return any(PLAIN.get(path.leaf, "").startswith(asked) for path in self.paths.values())
+
+    @cached_property
     def _token_shapes(self) -> set[tuple[int, ...]]:
         return {weight.shape for weight in self.model.weights if self.paths[weight.id].leaf in TOKEN}
 
@@ -205,6 +211,8 @@ class Names:
             kind = "projection"
         if kind is None or "indexer" in path.around:
             return None
+        if kind == "attention_value" and (not weight.shape or not self._asks):
+            return None  # a critic's value, or a quantiser's
         if kind == "ffn_up" and leaf in ("up_proj", "c_fc", "fc_in", "lin1") and self._doubles(weight, path):
             return "ffn_gate_up"
         if leaf in ("key", "value", "query", "k", "q", "v", "receptance") and re.search(
