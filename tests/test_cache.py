@@ -376,3 +376,17 @@ def said(found: Patrolled) -> object:
     """All that a run says, whichever way it came to it."""
     models = [replace(one, cached=False, n_bytes_read=0, files=()) for one in found.run.models]
     return models, found.run.errors, found.exit_code, found.notes
+
+
+def test_reports_written_beside_the_models_make_nothing_new(tmp_path: Path, read: Callable[[], list[str]]) -> None:
+    save(tmp_path / "a.safetensors", {"a": W, "b": W.copy()})
+    time.sleep(0.1)  # what has just changed may change again
+    report = tmp_path / "ties.json"
+    for _ in range(2):
+        run(outputs=(str(report),))
+        report.write_text(str(time.time_ns()))
+    assert read() == ["a.safetensors"]
+    (kept,) = (Path(FOLDER) / environment() / "runs").glob("*.json")
+    before = kept.stat().st_mtime_ns
+    run(outputs=(str(report),))
+    assert kept.stat().st_mtime_ns == before  # it was read back, and not made again

@@ -244,3 +244,12 @@ def test_a_suppression_speaks_of_ids(weight: str, ids: list[str], hides: bool) -
 def test_the_page_names_every_key() -> None:
     page = govern.page()
     assert all(f"| `{key.name}` |" in page for key in (*govern.KEYS, *govern._TABLES, *govern._OF_A_SUPPRESSION))
+
+
+def test_groups_that_a_policy_names_lie_beside_it(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = write('expect = ["custom:ties.toml"]', folder="inner")
+    (home / "ties.toml").write_text('[[group]]\nrole = "ffn_up"\nlayers = [0, 1]\n')
+    monkeypatch.chdir(tmp_path)
+    assert policy_for(home).everywhere.expect == (f"custom:{Path('inner', 'ties.toml')}",)

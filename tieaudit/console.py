@@ -85,7 +85,7 @@ class Commands(click.Group):
             with _ended_in_order():
                 return super().invoke(ctx)
         except KeyboardInterrupt:
-            say("interrupted; nothing was delivered")
+            say("interrupted; nothing was left half done")
             sys.exit(EXIT_INTERRUPTED)
         except (click.ClickException, click.exceptions.Exit, click.Abort, TieAuditError):
             raise

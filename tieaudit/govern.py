@@ -135,7 +135,15 @@ def schemes_expected(value: Any, where: Where) -> tuple[str, ...]:
         raise where.refuse("names of schemes", list(names), error.hint or error.message) from None
     if wrong := [name for name in names if name.partition(":")[0] in _NO_TIES]:
         raise where.refuse("schemes that tie certain weights (io, three-way, albert …)", wrong[0])
-    return names
+    return tuple(_from_here(name, where.file) for name in names)
+
+
+def _from_here(name: str, policy: Path) -> str:
+    """A scheme whose argument is a file: what a policy names lies beside it, wherever the check is started."""
+    scheme, _, file = name.partition(":")
+    if scheme != "custom" or not file or not policy.is_absolute():
+        return name
+    return f"{scheme}:{os.path.relpath(policy.parent / file)}"
 
 
 _NO_TIES = frozenset({"dedup", "untie", "declare"})

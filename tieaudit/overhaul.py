@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from tieaudit.audit import audit
@@ -34,6 +35,8 @@ class Fixing:
     """Folder for the mended models; nothing is written without it, unless in place."""
     unsafe: bool = False
     only_show: bool = False
+    require: str | None = None
+    """The least level of proof; None: as `apply` has it."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,12 @@ def overhaul(
             if fixing.only_show:
                 said.append(shown(preview(made)))
             elif made.plan is not None:
-                done = mend(made, _place(fixing, source, named), again=lambda model, job=job: _look(model, job))  # type: ignore[misc]
+                done = mend(
+                    made,
+                    _place(fixing, source, named),
+                    require=fixing.require,
+                    again=partial(_look, job=job),
+                )
                 there = {(finding.code, frozenset(finding.ids)) for finding in done.remaining}
                 prints = [one for one in model.findings if (one.finding.code, frozenset(one.finding.ids)) not in there]
                 fixed |= {(model.path, one.fingerprint) for one in prints}

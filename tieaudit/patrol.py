@@ -50,6 +50,8 @@ class Wanted:
     n_jobs: int | None = None
     cache_dir: Path | None = None
     no_cache: bool = False
+    outputs: tuple[str, ...] = ()
+    """Files that the caller is going to write: nothing rests on them."""
     fixing: Fixing | None = None
     """What is done with findings that have a fix; None: nothing."""
 
@@ -100,7 +102,8 @@ def _memory(wanted: Wanted, ruling: Policy, begun: int) -> Memory | None:
     baseline = _baseline(wanted, ruling)
     steering = [Path(ruling.root, ruling.lock), *([baseline] if baseline is not None else [])]
     steering += [wanted.config] if wanted.config is not None else []
-    return memory(_cache_folder(wanted, ruling), asked, _roots(wanted), steering, begun)
+    written = frozenset(os.path.abspath(name) for name in wanted.outputs)
+    return memory(_cache_folder(wanted, ruling), asked, _roots(wanted), steering, begun, written)
 
 
 def _roots(wanted: Wanted) -> list[Path]:

@@ -104,18 +104,26 @@ class Memory:
         return os.path.dirname(os.path.abspath(name)) in self.walked and not name.endswith(_NAMES_ONLY)
 
 
-def memory(folder: Path, asked: str, roots: Sequence[Path], files: Sequence[Path], since_ns: int) -> Memory | None:
+def memory(
+    folder: Path,
+    asked: str,
+    roots: Sequence[Path],
+    files: Sequence[Path],
+    since_ns: int,
+    written: frozenset[str] = frozenset(),
+) -> Memory | None:
     """The memory of a run; None where its paths hold too much, or something changed a moment ago.
 
     `folder`: the cache; `asked`: all arguments; `roots`: absolute paths that are looked through; `files`: others that
-    steer the run (lock, baseline). Cost: one walk with a stat for each file.
+    steer the run (lock, baseline); `written`: reports of the run itself, which every run makes anew. Cost: one walk
+    with a stat for each file.
     """
     running = hashlib.sha256()
     n_left = N_MOST_ENTRIES
     walked: set[str] = set()
     try:
         for root in roots:
-            for row, found in _below(root, walked):
+            for row, found in _below(root, walked, written):
                 n_left -= 1
                 if n_left < 0 or found is not None and not settled(found, since_ns):
                     return None
@@ -140,7 +148,7 @@ def _steering(roots: Sequence[Path]) -> Iterator[str]:
             yield str(exclude_file(git))
 
 
-def _below(root: Path, walked: set[str]) -> Iterator[tuple[bytes, os.stat_result | None]]:
+def _below(root: Path, walked: set[str], written: frozenset[str]) -> Iterator[tuple[bytes, os.stat_result | None]]:
     """(bytes that tell a file from any other, its stat where the content matters) of everything below, in order.
 
     Of a file those beside it: which of them are one model with it depends on what else lies there. `walked` gets the
@@ -158,6 +166,8 @@ def _below(root: Path, walked: set[str]) -> Iterator[tuple[bytes, os.stat_result
                 if deep and entry.name not in NEVER:
                     yield b"\0/" + os.fsencode(entry.path), None  # an empty one may mark what is no place for models
                     waiting.append(entry.path)
+                continue
+            if entry.path in written:
                 continue
             name = os.fsencode(entry.path)
             if entry.name.endswith(_NAMES_ONLY):

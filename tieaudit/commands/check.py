@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tieaudit.commands import names_of
-from tieaudit.console import Command, counting, print_lines, print_result, say
+from tieaudit.console import Command, OneOf, counting, print_lines, print_result, say
 from tieaudit.errors import UsageError
 from tieaudit.printable import N_MOST_MESSAGE, printable
 
@@ -105,6 +105,8 @@ Examples:
     help="With --fix: write mended models there, beside nothing else; the tree below PATH is repeated.",
 )
 @click.option("--in-place", is_flag=True, help="With --fix: replace the models' own files, proved first, all or none.")
+@click.option("--require", type=OneOf(["structural", "regional", "end-to-end"]),
+              help="With --fix: least level of proof. Default: regional; structural for bare tensors.")  # fmt: skip
 @click.option("--exit-zero", is_flag=True, help="Findings are exit code 0. What could not be checked is still 2.")
 @click.option("--strict", is_flag=True, help="What a rule cannot tell is exit code 2.")
 @click.option(
@@ -137,6 +139,7 @@ def check(paths: tuple[str, ...], **chosen: Any) -> None:
         cache_dir=chosen["cache_dir"],
         no_cache=chosen["no_cache"],
         strict=chosen["strict"],
+        outputs=tuple(str(file) for _, file in files),
         fixing=fixing,
     )
     with counting("checking") as shown:
@@ -172,12 +175,14 @@ def _fixing(chosen: Mapping[str, Any]) -> Fixing | None:
     if chosen["fix"] and len(places) != 1 and not chosen["diff"]:
         raise UsageError("expected --to DIR or --in-place with --fix, one of them", hint="--diff shows the plan")
     if not chosen["fix"] and not chosen["diff"]:
-        if places or chosen["unsafe_fixes"]:
-            raise UsageError(f"expected --fix with {(*places, '--unsafe-fixes')[0]}")
+        alone = [f"--{name.replace('_', '-')}" for name in ("unsafe_fixes", "require") if chosen[name]]
+        if places or alone:
+            raise UsageError(f"expected --fix with {(*places, *alone)[0]}")
         return None
     from tieaudit.overhaul import Fixing
 
-    return Fixing(chosen["in_place"], chosen["destination"], chosen["unsafe_fixes"], chosen["diff"])
+    require = chosen["require"].replace("-", " ") if chosen["require"] else None
+    return Fixing(chosen["in_place"], chosen["destination"], chosen["unsafe_fixes"], chosen["diff"], require)
 
 
 def _asked(chosen: Mapping[str, Any]) -> Section | None:
