@@ -87,7 +87,7 @@ def test_explain_finds_a_rule_by_code_and_by_name_and_suggests_the_nearest() -> 
     assert explain("tie101") == explain("broken-tie")
     assert "Cannot tell when" in explain("TIE101")
     assert "Press & Wolf" in explain("io")
-    with pytest.raises(UsageError, match="no rule, scheme, merge or relation is called 'brokn-tie'") as caught:
+    with pytest.raises(UsageError, match="no rule, scheme, merge policy or relation is called 'brokn-tie'") as caught:
         explain("brokn-tie")
     assert caught.value.hint == "did you mean broken-tie?"
 

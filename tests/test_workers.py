@@ -36,14 +36,16 @@ def test_processes_are_replaced_after_a_while(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_who_stops_listening_leaves_no_process_behind() -> None:
+    others = set(multiprocessing.active_children())  # what earlier tests left is still on its way out
     running = spread(slow, [0, 1, 2, 3], 2, lost)
     begun = time.monotonic()
     with pytest.raises(GeneratorExit):
         _throw_at(running)
-    for child in multiprocessing.active_children():
-        child.join(5)
-    assert multiprocessing.active_children() == []
-    assert time.monotonic() - begun < 25
+    ours = [child for child in multiprocessing.active_children() if child not in others]
+    for child in ours:
+        child.join(20)
+    assert [child for child in ours if child.is_alive()] == []
+    assert time.monotonic() - begun < 28  # the work itself would take 60 s
 
 
 def _throw_at(running: object) -> None:
