@@ -139,10 +139,11 @@ def test_exactly_the_files_that_change_are_replaced(kind: str, fixtures_dir: Pat
     assert check_receipt(receipt) == []
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mode", ["kill", "fail"])
+@pytest.mark.parametrize(
+    ("mode", "kind"), [*(("kill", kind) for kind in KINDS), ("fail", "external"), ("fail", "shards")]
+)
 def test_hit_at_any_step_a_model_is_all_old_or_all_new(
-    kind: str, mode: str, fixtures_dir: Path, tmp_path: Path
+    mode: str, kind: str, fixtures_dir: Path, tmp_path: Path
 ) -> None:
     assert_all_or_none_under_fire(mode, kind, fixtures_dir, tmp_path)
 

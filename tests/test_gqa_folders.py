@@ -112,7 +112,7 @@ def test_shards_are_pooled_where_they_lie_and_the_index_says_the_new_size(tmp_pa
     assert {level.outcome for level in done.proof.levels} == {"held"}
 
 
-@pytest.mark.parametrize("name", ["Qwen2", "Olmo2"])
+@pytest.mark.parametrize("name", ["Olmo2"])  # biases or none, norms of all heads: what pools with the heads
 def test_heads_that_are_equal_already_cost_nothing(name: str, tmp_path: Path) -> None:
     saved(name, tmp_path / "in", equal=True)
     done = tieaudit.apply(tmp_path / "in", to=tmp_path / "out", scheme="gqa:2", allow_lossy=True)
