@@ -355,3 +355,12 @@ def test_what_is_misspelt_or_does_not_go_together_is_one_line(arguments: list[st
     assert done.exit_code == 2
     assert said in done.output
     assert "Traceback" not in done.output
+
+
+def test_models_of_one_name_under_two_policies_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    # a hides a finding in its w.safetensors, b has nothing to hide: each policy calls its model w.safetensors
+    for name, copy in (("a", W.copy()), ("b", OTHER)):
+        save(tmp_path / name / "w.safetensors", {"a": W, "b": copy})
+        text = '[[suppress]]\ncode = "TIE201"\nweight = "a"\nreason = "so it is"\n'
+        (tmp_path / name / "tieaudit.toml").write_text(text)
+    assert [(m.path, codes(m)) for m in run().run.models if m.findings] == [("b/tieaudit.toml", ["TIE901"])]

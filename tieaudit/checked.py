@@ -64,7 +64,7 @@ class Checked:
     unreadable: bool = False
     """Whether bytes of a weight could not be read."""
     n_bytes_read: int = 0
-    """Bytes of tensors read to find that out; 0 from the cache."""
+    """Bytes of tensors read to find that out, by the run that did."""
     weights_here: bool = True
     """False where only names or pointers to the weights are there (git-LFS, DVC): rules about bytes could not judge."""
     files: tuple[str, ...] = ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -133,17 +133,17 @@ def work(job: Job) -> Outcome:
 
 
 def stale(
-    run: Run, policies: Iterable[tuple[Policy, Sequence[str]]], keys: Mapping[str, str]
+    run: Run, policies: Iterable[tuple[Policy, Sequence[tuple[str, str]]]]
 ) -> Iterator[tuple[Policy, dict[str, Suppression]]]:
     """Suppressions that hid nothing, by policy; judged only where all models that they speak of were read.
 
-    `policies`: each with the models (relative to its root) that it rules in this run; `keys`: how the run shows them.
+    `policies`: each with the models that it rules in this run: (relative to its root, as the run shows it).
     """
     by_path = {model.path: model for model in run.models}
     for policy, paths in policies:
         found: dict[str, Suppression] = {}
         for one in policy.suppressions:
-            concerned = [by_path.get(keys[path]) for path in paths if policy.concerns(one, path)]
+            concerned = [by_path.get(shown_as) for path, shown_as in paths if policy.concerns(one, path)]
             if all(model is not None and model.weights_here for model in concerned):
                 if not any(model is not None and one.key in model.used for model in concerned):
                     found[one.key] = one

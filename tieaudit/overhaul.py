@@ -5,7 +5,7 @@ Only what counts is mended: what the policy ignores, suppresses or knows from th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -74,7 +74,6 @@ def overhaul(
     gate: Gate,
     fixing: Fixing,
     named: Sequence[Path],
-    progress: Callable[[str], None] = lambda path: None,
 ) -> Overhauled:
     """Mend every model of a run that has findings with a fix; a failure with one model leaves the others be.
 
@@ -113,7 +112,6 @@ def overhaul(
             found = in_one_line(error, str(source.path))
             kind = "its proof failed" if isinstance(found, ParityFailed) else "refused"
             said.append(f"not mended, {kind}: {found}")
-        progress(job.shown_as)
     return Overhauled(tuple(said), frozenset(fixed), failed)
 
 

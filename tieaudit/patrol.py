@@ -233,18 +233,16 @@ def _with_stale(run: Run, policies: dict[Source, Policy], gathered: Gathered, ga
 
     if not gathered.complete or run.errors:
         return run
-    ruled: dict[str, tuple[Policy, list[str]]] = {}
-    keys: dict[str, str] = {}
+    ruled: dict[str, tuple[Policy, list[tuple[str, str]]]] = {}
     for source, policy in policies.items():
         path = gate.known_by(source)
-        relative = shown(path, Path(policy.root))
-        ruled.setdefault(policy.file, (policy, []))[1].append(relative)
-        keys[relative] = shown(path, gate.base)
+        pair = (shown(path, Path(policy.root)), shown(path, gate.base))
+        ruled.setdefault(policy.file, (policy, []))[1].append(pair)
     found_on: dict[str, set[str]] = {}
     for model in run.models:
         for one in model.findings:
             found_on.setdefault(one.finding.code, set()).update(one.finding.ids)
-    said = [of_the_policy(policy, found, gate.base, found_on) for policy, found in stale(run, ruled.values(), keys)]
+    said = [of_the_policy(policy, found, gate.base, found_on) for policy, found in stale(run, ruled.values())]
     return replace(run, models=(*run.models, *(one for one in said if one is not None)))
 
 
