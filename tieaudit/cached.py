@@ -24,9 +24,8 @@ from tieaudit.checked import RANK, Checked, Judged, Place
 from tieaudit.errors import UsageError
 from tieaudit.plain import plain
 from tieaudit.replacing import replace_text
-from tieaudit.storage import BLOCK_BYTES
 from tieaudit.verdict import CannotTell, Finding, Fix, Summary
-from tieaudit.whole import read_whole
+from tieaudit.whole import digest_of, read_whole
 
 FOLDER = ".tieaudit_cache"
 N_MOST_HASHED = 32 * 2**20
@@ -129,7 +128,7 @@ def _row(file: Path, since_ns: int) -> tuple[str, int, list[int] | None, str] | 
     if max(found.st_mtime_ns, found.st_ctime_ns) >= since_ns:
         return None
     times = _times(found) if settled(found, since_ns) else None
-    digest = _digest(file) if found.st_size <= N_MOST_HASHED else ""
+    digest = digest_of(file) if found.st_size <= N_MOST_HASHED else ""
     return (str(file), found.st_size, times, digest) if times or digest else None
 
 
@@ -149,15 +148,7 @@ def _unchanged(name: str, n_bytes: int, times: list[int] | None, digest: str) ->
     found = os.stat(name)
     if found.st_size != n_bytes:
         return False
-    return _times(found) == times or bool(digest) and _digest(Path(name)) == digest
-
-
-def _digest(file: Path) -> str:
-    running = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(BLOCK_BYTES):
-            running.update(block)
-    return running.hexdigest()
+    return _times(found) == times or bool(digest) and digest_of(Path(name)) == digest
 
 
 def _listing(folder: Path) -> str:

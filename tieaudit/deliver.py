@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +17,7 @@ from tieaudit.formats import RECEIPT_NAME
 from tieaudit.model import Model
 from tieaudit.plain import plain
 from tieaudit.rewrite import flush, keep_private
-from tieaudit.storage import BLOCK_BYTES
+from tieaudit.whole import digest_of
 
 SCHEMA = "tieaudit/receipt/1"
 RECEIPT_SUFFIX = ".receipt.json"
@@ -170,15 +169,6 @@ def write_receipt(
         receipt["replaced"] = {"originals": "not kept", "files": replaced}
     path.write_text(json.dumps(receipt, indent=1, ensure_ascii=True) + "\n", encoding="utf-8")
     flush(path)
-
-
-def digest_of(path: Path) -> str:
-    """sha256 of a file, read in blocks."""
-    running = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            running.update(block)
-    return running.hexdigest()
 
 
 def read_receipt(path: Path) -> dict[str, dict[str, object]]:

@@ -1,8 +1,9 @@
-"""A file of a limited size, read whole: never a pipe or a device, which may have no end, or nobody at the other one."""
+"""Files read whole: never a pipe or a device, which may have no end, or nobody at the other one; and their digests."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 from pathlib import Path
@@ -20,3 +21,9 @@ def read_whole(path: str | Path, n_most: int) -> bytes:
     if len(data) > n_most:
         raise OSError(errno.EFBIG, f"expected at most {n_most:,} bytes, found more", str(path))
     return data
+
+
+def digest_of(path: Path) -> str:
+    """sha256 of a file, in hexadecimal; read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
