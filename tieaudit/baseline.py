@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from tieaudit.whole import read_whole
 
 SCHEMA = "tieaudit/baseline/1"
 MAX_BYTES = 256_000_000
+_ANEW = "if it is one that was spoilt, remove it and write one with --write-baseline"
 Known = Mapping[tuple[str, str], int]
 """(path of the model, fingerprint) → how often."""
 
@@ -33,15 +34,43 @@ def _entries(path: Path) -> list[dict[str, Any]]:
         hint = "write one with --write-baseline"
         raise UsageError(f"{path}: the baseline cannot be read: {error.strerror}", hint=hint) from error
     except (ValueError, RecursionError) as error:
-        raise CorruptFile(f"{path}: expected a baseline of tieaudit, found no JSON: {error}") from None
-    entries = document.get("findings") if isinstance(document, dict) and document.get("schema") == SCHEMA else None
+        raise CorruptFile(f"{path}: expected a baseline of tieaudit, found no JSON: {error}", hint=_ANEW) from None
+    schema = document.get("schema") if isinstance(document, dict) else None
+    if isinstance(schema, str) and schema != SCHEMA and schema.startswith(SCHEMA.rpartition("/")[0] + "/"):
+        hint = "another version of tieaudit wrote it: use that one (pip install -U tieaudit for the newest)"
+        raise CorruptFile(f"{path}: expected a baseline of version {SCHEMA}, found {schema[:80]}", hint=hint)
+    entries = document.get("findings") if schema == SCHEMA else None
     if not isinstance(entries, list):
-        raise CorruptFile(f"{path}: expected a baseline of tieaudit ({SCHEMA}), found another JSON file")
+        raise CorruptFile(f"{path}: expected a baseline of tieaudit ({SCHEMA}), found another JSON file", hint=_ANEW)
     for index, entry in enumerate(entries):
         key = (entry.get("path"), entry.get("fingerprint")) if isinstance(entry, dict) else (None, None)
         if not all(isinstance(part, str) for part in key):
             raise CorruptFile(f"{path}: findings[{index}]: expected a path and a fingerprint, found {entry!r:.80}")
     return entries
+
+
+def followed(known: Known, models: Sequence[tuple[str, Checked]], there: Callable[[str], bool]) -> Known:
+    """What is known, with the findings of models that were moved under their new paths; `there`: whether a path is.
+
+    A finding of a model that is not there any more stands for the same finding, once, in a model of which the baseline
+    holds nothing: moving a folder makes nothing new, and a second copy of it does.
+    """
+    held = {key for key, _ in known}
+    gone = {key for key in held.difference(key for key, _ in models) if not there(key)}
+    left = Counter[str]()
+    for (key, print_), n in known.items():
+        left[print_] += n if key in gone else 0
+    found = Counter({entry: n for entry, n in known.items() if entry[0] not in gone})
+    for key, model in models:
+        for one in model.findings if key not in held else ():
+            if left[one.fingerprint] > 0:
+                left[one.fingerprint] -= 1
+                found[key, one.fingerprint] += 1
+    for (key, print_), n in known.items():  # what found no new place stays where it was, to be counted as gone
+        if key in gone and left[print_] > 0:
+            found[key, print_] += min(n, left[print_])
+            left[print_] -= min(n, left[print_])
+    return found
 
 
 def apart(model: Checked, key: str, known: Known) -> Checked:

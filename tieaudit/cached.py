@@ -40,6 +40,24 @@ _MAX_ENTRY_BYTES = 64_000_000
 
 
 @dataclass(frozen=True)
+class Moment:
+    """When something began: by the clock that dates files, and by one that nobody sets."""
+
+    wall_ns: int
+    steady_ns: int
+
+    @classmethod
+    def now(cls) -> Moment:
+        return cls(time.time_ns(), time.monotonic_ns())
+
+    @property
+    def is_telling(self) -> bool:
+        """Whether what changed since has a later time: not where the clock was set back meanwhile."""
+        n_steady = time.monotonic_ns() - self.steady_ns
+        return time.time_ns() - self.wall_ns >= n_steady - n_steady // 1000 - _TICK_NS  # a clock that is slowed down
+
+
+@dataclass(frozen=True)
 class Cache:
     """A folder of answers, all by this version of tieaudit, its plug-ins and the libraries that it asks."""
 
@@ -68,15 +86,15 @@ class Cache:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None  # none yet, or somebody else's: asked anew
 
-    def put(self, asked: str, checked: Checked, files: Iterable[Path], since_ns: int) -> None:
-        """Keep an answer that rests on these files; not if one of them changed since `since_ns`, or it is no full one.
+    def put(self, asked: str, checked: Checked, files: Iterable[Path], since: Moment) -> None:
+        """Keep an answer that rests on these files; not if one of them changed `since`, or it is no full one.
 
         A folder that cannot be written keeps nothing, and nobody is worse off.
         """
-        if checked.crashed or checked.unreadable or not checked.weights_here:
+        if checked.crashed or checked.unreadable or not checked.weights_here or not since.is_telling:
             return
         try:
-            rows = [_row(file, since_ns) for file in dict.fromkeys(files)]
+            rows = [_row(file, since.wall_ns) for file in dict.fromkeys(files)]
         except OSError:  # it went away meanwhile, or somebody else keeps it
             return
         if None in rows:
@@ -125,7 +143,7 @@ def _row(file: Path, since_ns: int) -> tuple[str, int, list[int] | None, str] | 
     if file.is_dir():
         return (str(file), -1, None, "")
     found = os.stat(file)
-    if max(found.st_mtime_ns, found.st_ctime_ns) >= since_ns:
+    if _last_change(found) >= since_ns:
         return None
     times = _times(found) if settled(found, since_ns) else None
     digest = digest_of(file) if found.st_size <= N_MOST_HASHED else ""
@@ -133,9 +151,19 @@ def _row(file: Path, since_ns: int) -> tuple[str, int, list[int] | None, str] | 
 
 
 def settled(found: os.stat_result, since_ns: int) -> bool:
-    """Whether a file that is read from `since_ns` on cannot change any more without another time."""
+    """Whether a file that is read from `since_ns` on cannot change any more without another time.
+
+    Never where the system has no time of its own for it: a file of 1970 has the same one whatever it holds.
+    """
     tick = _COARSE_TICK_NS if found.st_ctime_ns % 1_000_000_000 == 0 else _TICK_NS
-    return max(found.st_mtime_ns, found.st_ctime_ns) < since_ns - tick
+    return found.st_ctime_ns >= _TICK_NS and _last_change(found) < since_ns - tick
+
+
+def _last_change(found: os.stat_result) -> int:
+    """When a file changed last. A time that is still to come was set (by an archive, by `touch`) and tells nothing:
+    the system's own one says when that was."""
+    set_by_hand = found.st_mtime_ns > time.time_ns()
+    return found.st_ctime_ns if set_by_hand else max(found.st_mtime_ns, found.st_ctime_ns)
 
 
 def _times(found: os.stat_result) -> list[int]:
@@ -254,8 +282,3 @@ def _typed(noun: Noun) -> Noun:
 @cache
 def _plain_fields(kind: type[Any]) -> tuple[tuple[str, Callable[[object], bool]], ...]:
     return tuple((one.name, _KINDS[str(one.type)]) for one in fields_of(kind) if one.type in _KINDS)
-
-
-def now_ns() -> int:
-    """The time by the clock that dates files."""
-    return time.time_ns()

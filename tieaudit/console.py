@@ -44,7 +44,7 @@ class Command(click.Command):
     """A command whose help needs no reader."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        with _help_for_nobody():
+        with _help_for_nobody(), _in_our_words():
             return super().parse_args(ctx, args)
 
 
@@ -62,7 +62,7 @@ class Commands(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta[_ARGUMENTS] = list(args)  # an unexpected error shall say what was being worked on
-        with _help_for_nobody():
+        with _help_for_nobody(), _in_our_words():
             return super().parse_args(ctx, args)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
@@ -82,7 +82,7 @@ class Commands(click.Group):
             if isinstance(stream, io.TextIOWrapper):  # a terminal may not have every character of a message
                 stream.reconfigure(errors="backslashreplace")
         try:
-            with _ended_in_order():
+            with _ended_in_order(), _in_our_words():
                 return super().invoke(ctx)
         except KeyboardInterrupt:
             say("interrupted; nothing was left half done")
@@ -93,6 +93,42 @@ class Commands(click.Group):
             if TRACEBACK_VARIABLE in os.environ:
                 raise
             raise in_one_line(error, shlex.join(["tieaudit", *ctx.meta.get(_ARGUMENTS, ())])) from error
+
+
+@contextmanager
+def _in_our_words() -> Iterator[None]:
+    """What click says of arguments, as all else is said: one line, and a second one with what to do."""
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.UsageError as error:
+        raise UsageError(_said_of(error), hint=_help_about(error)) from error
+
+
+def _said_of(error: click.UsageError) -> str:
+    if isinstance(error, click.NoSuchOption):
+        return f"no option is called {error.option_name!r}"
+    if isinstance(error, click.MissingParameter) and isinstance(error.param, click.Argument):
+        return f"expected {error.param.make_metavar(error.ctx)}, found nothing" if error.ctx else "expected an argument"
+    if isinstance(error, click.BadParameter) and error.param is not None and error.param.opts:
+        return f"{error.param.opts[0]}: {error.message}".rstrip(".")
+    said = error.format_message().rstrip(".")
+    return said[:1].lower() + said[1:]
+
+
+def _help_about(error: click.UsageError) -> str:
+    """The nearest option; how a path is given that looks like one; or else what shows how the command is used."""
+    if isinstance(error, click.NoSuchOption) and error.possibilities:
+        return f"did you mean {sorted(error.possibilities)[0]}?"
+    words = (error.ctx.find_root().meta.get(_ARGUMENTS) or []) if error.ctx is not None else []
+    if isinstance(error, click.NoSuchOption) and (
+        named := [one for one in words if one[:1] == "-" and os.path.lexists(one)]
+    ):
+        return f"a path that begins with a dash is written ./{named[0]}"
+    if isinstance(error, click.MissingParameter) and error.ctx is not None:
+        return " ".join(error.ctx.get_usage().split()).replace("Usage:", "usage:")
+    return f"`{error.ctx.command_path} --help` shows all options" if error.ctx is not None else ""
 
 
 @contextmanager
@@ -145,12 +181,25 @@ def print_result(text: str) -> None:
     A reader that has gone (`| head`) changes nothing about the exit code; a full disk does.
     """
     try:
-        click.echo(text, nl=not text.endswith("\n"), color=True)
+        _print_whole(text if text.endswith("\n") else f"{text}\n")
     except OSError as error:
         _hush(sys.stdout)
         if not isinstance(error, BrokenPipeError):
             message = f"standard output: the result cannot be printed: {error.strerror}"
             raise TieAuditError(message, hint="all else was done; what was delivered stays") from error
+
+
+def _print_whole(text: str) -> None:
+    """All of a text on stdout. Where nothing is buffered (PYTHONUNBUFFERED, as images for containers have it), Python
+    drops in silence what the system did not take at once, on a full disk for instance."""
+    raw = getattr(sys.stdout, "buffer", None)
+    if not isinstance(raw, io.RawIOBase):
+        click.echo(text, nl=False, color=True)
+        return
+    sys.stdout.flush()
+    left = memoryview(text.encode(sys.stdout.encoding, sys.stdout.errors or "strict"))
+    while left:
+        left = left[raw.write(left) or 0 :]
 
 
 def print_lines(text: str) -> None:

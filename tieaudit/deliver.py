@@ -16,6 +16,7 @@ from tieaudit.errors import CorruptFile, RewriteRefused, UsageError
 from tieaudit.formats import RECEIPT_NAME
 from tieaudit.model import Model
 from tieaudit.plain import plain
+from tieaudit.replacing import flush_folder
 from tieaudit.rewrite import flush, keep_private
 from tieaudit.whole import digest_of
 
@@ -122,15 +123,6 @@ def _rename_new(source: Path, target: Path) -> None:
         source.rename(target)
     except OSError as error:
         raise RewriteRefused(f"{target}: cannot be moved into place: {error.strerror}") from error
-
-
-def flush_folder(folder: Path) -> None:
-    """Force the names in a folder to the disk, so that renames survive a loss of power."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_receipt(

@@ -14,12 +14,13 @@ from pathlib import Path
 
 from tieaudit import journal as journals
 from tieaudit.change import Plan, Proof, Written
-from tieaudit.deliver import RECEIPT_SUFFIX, Delivered, flush_folder, read_receipt, write_receipt
+from tieaudit.deliver import RECEIPT_SUFFIX, Delivered, read_receipt, write_receipt
 from tieaudit.errors import RewriteRefused, TieAuditError
 from tieaudit.formats import RECEIPT_NAME, Format, carried
 from tieaudit.journal import Journal, Step, identity
 from tieaudit.model import Model
 from tieaudit.registry import choose, discover
+from tieaudit.replacing import flush_folder
 from tieaudit.rewrite import keep_private
 from tieaudit.whole import digest_of
 

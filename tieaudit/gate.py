@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tieaudit.cached import Cache, content_of, now_ns, question
+from tieaudit.cached import Cache, Moment, content_of, question
 from tieaudit.checked import RANK, Checked, Run
 from tieaudit.errors import TieAuditError, WeightsNotHere, in_one_line
 from tieaudit.formats import Format
@@ -116,7 +116,7 @@ def work(job: Job) -> Outcome:
     """Read and judge one model, and keep the answer. Whatever goes wrong is the answer."""
     from tieaudit.judge import judge, weights_elsewhere
 
-    begun = now_ns()
+    begun = Moment.now()
     try:
         source = Source(job.path, choose(discover("formats", Format), job.format_name, "format"), job.files)
         model = source.load()

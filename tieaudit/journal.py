@@ -18,10 +18,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tieaudit.deliver import flush_folder
 from tieaudit.errors import CorruptFile, RewriteRefused
 from tieaudit.formats import NOT_CARRIED
 from tieaudit.printable import counted
+from tieaudit.replacing import flush_folder
 from tieaudit.rewrite import flush, running, this_machine
 from tieaudit.whole import digest_of
 

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 from tieaudit.dtypes import TABLE
-from tieaudit.errors import UnreadableModel, UsageError
+from tieaudit.errors import UnreadableModel, UsageError, WeightsNotHere
 from tieaudit.inline import INTEGER, quoted, value_of
 from tieaudit.model import Model
 from tieaudit.printable import listed, printable
+from tieaudit.replacing import replace_whole
 from tieaudit.sealed import Change, Held, Locked, LockedMember, LockedTie
 from tieaudit.sealing import sealed
 from tieaudit.since import tie_changes
@@ -40,9 +40,12 @@ _SHA256 = re.compile(r"[0-9a-f]{64}|")
 def lock_of(subject: Subject, relative_to: Path) -> Locked:
     """What a lock file in the folder `relative_to` keeps of a model.
 
-    UnreadableModel if the bytes of a weight cannot be read: a lock of half a model would call the rest lost.
-    Cost: as `sealing.sealed`.
+    UnreadableModel if the bytes of a weight cannot be read, WeightsNotHere if they are elsewhere: a lock of half a
+    model would call the rest lost. Cost: as `sealing.sealed`.
     """
+    if not subject.model.weights_here:
+        said = f"{subject.model.path}: not locked, the weights are {subject.model.metadata['weights']}"
+        raise WeightsNotHere(said, hint="fetch them first: `git lfs pull`, `dvc pull`, or download the model again")
     model, unreadable = subject.model, tuple(subject.found.unreadable)
     if unreadable:
         because = subject.found.unreadable[unreadable[0]]
@@ -100,46 +103,17 @@ def _number(count: int | None) -> str:
 def write_lock(path: Path, models: Mapping[str, Locked]) -> bool:
     """Write the lock file, unless it holds just that already; whether it was written.
 
-    At every moment the name has the whole old or the whole new file: a sibling is written, flushed and renamed. Raises
+    At every moment the name has the whole old or the whole new file, and a link stays one (`replace_whole`). Raises
     OSError if the system refuses; the old file stays then.
     """
-    target = Path(os.path.realpath(path))  # a linked lock file stays a link
     content = lock_text(models).encode()
     try:
-        if target.read_bytes() == content:
+        if path.read_bytes() == content:
             return False
     except FileNotFoundError:
         pass
-    sibling = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    where = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)  # each is known to some systems only
-    handle = os.open(sibling, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | where, 0o666)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if target.exists():
-            os.chmod(sibling, stat.S_IMODE(target.stat().st_mode))
-        os.replace(sibling, target)
-    except BaseException:
-        sibling.unlink(missing_ok=True)
-        raise
-    _flush_folder(target.parent)
+    replace_whole(path, content)
     return True
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make the rename last. Not every system lets a folder be opened for that."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
 
 
 def lock_text(models: Mapping[str, Locked]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -153,12 +153,17 @@ def sites_of(
     return Sites(ids, tables, kinds, fitted, held if calibrated.held_out else (), turned)
 
 
-def policy_of(text: str) -> tuple[Merge, str]:
-    """`low-rank:32` → the policy and its argument. UsageError for an unknown one, or an argument it does not take."""
+def policy_of(text: str, ids: Collection[str] | None = None) -> tuple[Merge, str]:
+    """`low-rank:32` → the policy and its argument. UsageError for an unknown one, or an argument it does not take.
+
+    `ids`: of the model's weights, one of which the argument may have to be; None: the argument is not looked at.
+    """
     name, colon, argument = text.partition(":")
     policy = choose(discover("merges", Merge), name, "merge policy")
     if colon and not policy.argument:
         raise UsageError(f"--merge {text}: expected {name} alone, which takes nothing behind a colon")
+    if ids is not None and policy.check is not None:
+        policy.check(argument, ids)
     return policy, argument
 
 

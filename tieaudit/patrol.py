@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tieaudit.cached import FOLDER, Cache, now_ns
+from tieaudit.cached import FOLDER, Cache, Moment
 from tieaudit.checked import Checked, Run
 from tieaudit.govern import forget, policy_for
 from tieaudit.policy import Policy, Section
-from tieaudit.printable import counted, printable
+from tieaudit.printable import counted, listed, printable
 from tieaudit.remembered import Memory, Remembered, memory
 from tieaudit.verdict import Severity
 from tieaudit.whereabouts import shown
@@ -64,6 +64,8 @@ class Patrolled:
     exit_code: int
     notes: tuple[str, ...] = ()
     """Sentences for people, that are no part of the result."""
+    failed: bool = False
+    """Whether a fix was tried and could not be delivered: no finding, which --exit-zero would let pass."""
     consulted: frozenset[str] = frozenset()
     """Files, there or not, on which it rests besides policies and models."""
 
@@ -78,7 +80,7 @@ def patrol(wanted: Wanted, progress: Progress = lambda path, n: None) -> Patroll
     UsageError for a policy, a baseline or a lock file that cannot be read. Cost: a walk where nothing changed since
     the last run with the same arguments, else that of a scan of each model of which the cache does not know the answer.
     """
-    begun = now_ns()
+    begun = Moment.now()
     forget()
     ruling = policy_for(Path.cwd(), wanted.config)
     before = _memory(wanted, ruling, begun)
@@ -92,7 +94,7 @@ def patrol(wanted: Wanted, progress: Progress = lambda path, n: None) -> Patroll
     return found
 
 
-def _memory(wanted: Wanted, ruling: Policy, begun: int) -> Memory | None:
+def _memory(wanted: Wanted, ruling: Policy, begun: Moment) -> Memory | None:
     """Where this run is kept; None for one that is about more than files that lie still."""
     if wanted.no_cache or wanted.since is not None or wanted.write_baseline or wanted.fixing is not None:
         return None
@@ -118,7 +120,7 @@ def _looked(wanted: Wanted, ruling: Policy, progress: Progress) -> Patrolled:
     notes = _interrupted(wanted)
     gathered = _gathered(wanted, base)
     policies = {source: policy_for(source.path, wanted.config) for source in gathered.sources}
-    locks = _Locks()
+    locks = _Locks(wanted.config)
     gate = Gate(
         base=base,
         policy_of=lambda path: policy_for(path, wanted.config),
@@ -140,7 +142,7 @@ def _looked(wanted: Wanted, ruling: Policy, progress: Progress) -> Patrolled:
         if wanted.fixing.in_place and run.facts.get("n_fixed"):  # what is there now, in the words of the rules
             again = _looked(replace(wanted, fixing=None), ruling, progress)
             facts = {**again.run.facts, "n_fixed": run.facts["n_fixed"]}
-            return replace(again, run=replace(again.run, facts=facts), notes=(*notes, *again.notes),
+            return replace(again, run=replace(again.run, facts=facts), notes=(*notes, *again.notes), failed=failed,
                            exit_code=max(again.exit_code, int(failed)))  # fmt: skip
     fail_on: Severity = ruling.fail_on
     strict = wanted.strict or ruling.strict
@@ -151,10 +153,10 @@ def _looked(wanted: Wanted, ruling: Policy, progress: Progress) -> Patrolled:
         code = 0
     code = max(code, int(failed))
     if gathered.complete:
-        notes = (*notes, *locks.gone(base))
+        notes = (*notes, *locks.gone(base), *locks.unlocked(base))
     if code == 2 and not run.models and not run.errors:
         notes = (*notes, f"error: no model was found in {' '.join(wanted.paths) or base}")
-    return Patrolled(run, code, notes, locks.files | _consulted(wanted, policies.values()))
+    return Patrolled(run, code, notes, failed, locks.files | _consulted(wanted, policies.values()))
 
 
 def _consulted(wanted: Wanted, policies: Iterable[Policy]) -> frozenset[str]:
@@ -207,13 +209,26 @@ def _gathered(wanted: Wanted, base: Path) -> Gathered:
                 since=wanted.since,
             )
         )
-    sources = {(source.path, source.files): source for one in found for source in one.sources}
+    sources = {
+        (source.path, source.files): source
+        for one in found
+        for source in one.sources
+        if not excluded_by_its_own(source, policy_for(source.path, wanted.config), by_policy)
+    }
     return Gathered(
         tuple(sorted(sources.values(), key=lambda source: str(source.path))),
         tuple(error for one in found for error in one.errors),
         tuple(skip for one in found for skip in one.skipped),
         all(one.complete for one in found),
     )
+
+
+def excluded_by_its_own(source: Source, policy: Policy, applied: Container[str]) -> bool:
+    """Whether a policy nearer to a model than those that were `applied` (their roots) leaves it out: a model is judged
+    the same from wherever the check is started."""
+    from tieaudit.repository import leaves_out
+
+    return policy.root not in applied and leaves_out(Path(policy.root), policy.exclude, source)
 
 
 def _cache_folder(wanted: Wanted, policy: Policy) -> Path:
@@ -252,7 +267,7 @@ def _baseline(wanted: Wanted, ruling: Policy) -> Path | None:
 
 def _with_baseline(run: Run, wanted: Wanted, ruling: Policy, complete: bool) -> tuple[Run, tuple[str, ...]]:
     """Known findings set apart, or written."""
-    from tieaudit.baseline import apart, key_of, read_baseline, write_baseline
+    from tieaudit.baseline import apart, followed, key_of, read_baseline, write_baseline
 
     base, named = Path(run.root), _baseline(wanted, ruling)
     if wanted.write_baseline:
@@ -270,7 +285,9 @@ def _with_baseline(run: Run, wanted: Wanted, ruling: Policy, complete: bool) -> 
     if named is None:
         return run, ()
     known = read_baseline(named)
-    models = tuple(apart(model, key_of(base / model.path, named), known) for model in run.models)
+    keyed = [(key_of(base / model.path, named), model) for model in run.models]
+    known = followed(known, keyed, lambda key: os.path.lexists(named.absolute().parent / key))
+    models = tuple(apart(model, key, known) for key, model in keyed)
     return replace(run, models=models), _gone(models, known, named, base)
 
 
@@ -285,9 +302,12 @@ def _gone(models: Sequence[Checked], known: Known, file: Path, base: Path) -> tu
 class _Locks:
     """The lock files of a run, each read once, and which of their entries were asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, given: Path | None) -> None:
+        self._given = given
+        """The policy that rules every model; None: each has its own."""
         self._read: dict[Path, dict[str, Locked]] = {}
         self._asked: set[tuple[Path, str]] = set()
+        self._not_in: dict[Path, list[Path]] = {}
 
     @property
     def files(self) -> frozenset[str]:
@@ -296,25 +316,50 @@ class _Locks:
 
     def of(self, policy: Policy, source: Source) -> Locked | None:
         """What is locked of a model: under the name of its first file where it is a variant, else under its own."""
-        file = Path(policy.root, policy.lock)
-        if file not in self._read:
-            from tieaudit.locked import read_lock
+        nearest = None
+        for file in self._files(policy):
+            if file not in self._read:
+                from tieaudit.locked import read_lock
 
-            self._read[file] = read_lock(file) if os.path.lexists(file) else {}
-        known = self._read[file]
-        names = [_locked_as(path, file) for path in (*source.files[:1], source.path)] if known else []
-        name = next((name for name in names if name in known), None)
-        if name is None:
-            return None
-        self._asked.add((file, name))
-        return known[name]
+                self._read[file] = read_lock(file) if os.path.lexists(file) else {}
+            known = self._read[file]
+            nearest = nearest or (file if known else None)
+            names = [_locked_as(path, file) for path in (*source.files[:1], source.path)] if known else []
+            name = next((name for name in names if name in known), None)
+            if name is not None:
+                self._asked.add((file, name))
+                return known[name]
+        if nearest is not None:
+            self._not_in.setdefault(nearest, []).append(source.path)
+        return None
+
+    def _files(self, policy: Policy) -> Iterator[Path]:
+        """Where a model may be locked: beside its own policy, and beside those above, where `tieaudit lock` may have
+        been run for all that lies below."""
+        yield Path(policy.root, policy.lock)
+        while policy.file and self._given is None and (above := Path(policy.root).parent) != Path(policy.root):
+            policy = policy_for(above)
+            yield Path(policy.root, policy.lock)
 
     def gone(self, base: Path) -> list[str]:
         """Sentences about models that are locked and not there, for a run about everything."""
-        left = [(file, name) for file, known in self._read.items() for name in known if (file, name) not in self._asked]
+        left = [
+            (file, name)
+            for file, known in self._read.items()
+            for name in known
+            if (file, name) not in self._asked and not os.path.lexists(file.parent / name)
+        ]
         return [
             f"{shown(file, base)} holds {printable(name)}, which is not there: if that is meant, run `tieaudit lock`"
             for file, name in left
+        ]
+
+    def unlocked(self, base: Path) -> list[str]:
+        """Sentences about models that no lock holds, although there is one for them: a tie of theirs can get lost."""
+        return [
+            f"{shown(file, base)} does not hold {listed(tuple(shown(path, base) for path in paths))}: "
+            "if ties are to be kept there, run `tieaudit lock`"
+            for file, paths in self._not_in.items()
         ]
 
 

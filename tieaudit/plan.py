@@ -107,7 +107,7 @@ def plan(
     if format_.edit is None:
         raise RewriteRefused(f"{subject.model.path}: the format {format_.name} can be read but not written yet")
     if choices.merge is not None:
-        policy_of(choices.merge)
+        policy_of(choices.merge, subject.model.by_id)  # misspelt, it would do nothing where nothing is lossy
     draft = _Draft(subject, format_, choices, target, calibrated=calibrated, place=place)
     for asked in schemes(choices.schemes):
         candidates, refusals = propose(subject, asked)

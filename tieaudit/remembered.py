@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tieaudit.cached import FOLDER, checked_of, document_of, environment, ignored, settled
+from tieaudit.cached import FOLDER, Moment, checked_of, document_of, environment, ignored, settled
 from tieaudit.checked import Run
 from tieaudit.errors import UsageError
 from tieaudit.ignored import exclude_file
@@ -53,7 +53,7 @@ class Memory:
     state: str
     walked: frozenset[str]
     """Folders whose files are summed up in the state."""
-    since_ns: int
+    since: Moment
     """When the run began."""
 
     def recall(self) -> Remembered | None:
@@ -78,13 +78,13 @@ class Memory:
         crashes or unreadable bytes: those are tried again.
         """
         run = found.run
-        if again is None or again.state != self.state or run.errors:
+        if again is None or again.state != self.state or run.errors or not self.since.is_telling:
             return
         if any(model.crashed or model.unreadable for model in run.models):
             return
         files = {name for model in run.models for name in model.files if not self._sums_up(name)}
         besides = sorted({*files, *consulted})
-        if not all(_lies_still(name, self.since_ns) for name in besides):
+        if not all(_lies_still(name, self.since.wall_ns) for name in besides):
             return
         document = {
             "format": _FORMAT,
@@ -109,7 +109,7 @@ def memory(
     asked: str,
     roots: Sequence[Path],
     files: Sequence[Path],
-    since_ns: int,
+    since: Moment,
     written: frozenset[str] = frozenset(),
 ) -> Memory | None:
     """The memory of a run; None where its paths hold too much, or something changed a moment ago.
@@ -125,18 +125,18 @@ def memory(
         for root in roots:
             for row, found in _below(root, walked, written):
                 n_left -= 1
-                if n_left < 0 or found is not None and not settled(found, since_ns):
+                if n_left < 0 or found is not None and not settled(found, since.wall_ns):
                     return None
                 running.update(row)
         for name in [*map(str, files), *_steering(roots)]:
-            if not _lies_still(name, since_ns):
+            if not _lies_still(name, since.wall_ns):
                 return None
             running.update(json.dumps([name, _stamp(name)]).encode())
     except OSError:
         return None
     name = hashlib.sha256(f"{os.getcwd()}\0{asked}".encode("utf-8", "surrogatepass")).hexdigest()
     file = folder / environment() / "runs" / f"{name}.json"
-    return Memory(file, folder, running.hexdigest(), frozenset(walked), since_ns)
+    return Memory(file, folder, running.hexdigest(), frozenset(walked), since)
 
 
 def _steering(roots: Sequence[Path]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from contextlib import suppress
@@ -26,27 +27,59 @@ def write_on(path: Path, text: str) -> None:
 
 
 def replace_text(path: Path, text: str, *, durable: bool = True) -> None:
-    """Give `path` this content by one rename of a temporary file beside it. UsageError if it cannot be written.
-
-    `durable`: flushed to the disk first, so that not even a power failure leaves half of it.
-    """
-    if path.exists() and not path.is_file():
-        raise UsageError(f"{path}: expected a file to be replaced, found a folder, a device or a pipe")
-    temporary = path.with_name(f".{path.name[:100]}.tieaudit-{secrets.token_hex(6)}")
+    """Give `path` this content, as `replace_whole` does. UsageError if it cannot be written."""
     try:
-        with open(temporary, "x", encoding="utf-8", errors="surrogatepass", newline="\n") as file:
-            file.write(text)
+        replace_whole(path, text.encode("utf-8", "surrogatepass"), durable=durable)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def replace_whole(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Give `path` this content by one rename of a temporary file beside it: at every moment it has the whole old or the
+    whole new one. A link stays a link, and what it leads to is replaced; a file keeps its permissions.
+
+    `durable`: flushed to the disk first, and the rename after it, so that not even a power failure leaves half of it.
+    OSError that names `path` if the system refuses, or if there is no file to be replaced; the old one stays then.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        said = "expected a file to be replaced, found a folder, a device or a pipe"
+        raise OSError(errno.EINVAL, said, str(path))
+    temporary = target.with_name(f".{target.name[:100]}.tieaudit-{secrets.token_hex(6)}")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
         with suppress(OSError):
-            os.chmod(temporary, path.stat().st_mode & 0o777)
-        os.replace(temporary, path)
+            os.chmod(temporary, target.stat().st_mode & 0o777)
+        os.replace(temporary, target)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise UsageError(f"{path}: cannot be written: {error.strerror}") from error
+        raise OSError(error.errno, error.strerror, str(path)) from error
     except BaseException:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+    if durable:
+        flush_folder(target.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Force the names in a folder to the disk, so that renames survive a loss of power.
+
+    Not every system lets a folder be opened for that, nor every file system flush one; any other failure is an OSError.
+    """
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)

@@ -72,6 +72,11 @@ def gather(
     return Gathered(tuple(run.sources()), tuple(run.errors), tuple(run.skipped), whole and run.saw_all)
 
 
+def leaves_out(root: Path, exclude: Sequence[str], source: Source) -> bool:
+    """Whether the `exclude` of a policy whose folder is `root` leaves a model out, alone or with every file of it."""
+    return bool(exclude) and _Run(root, ignored.patterns(exclude), False)._left_out(source)
+
+
 def _holds(folder: str, inner: str) -> bool:
     return inner == folder or inner.startswith(folder.rstrip(os.sep) + os.sep)
 

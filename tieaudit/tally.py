@@ -62,7 +62,7 @@ def tally(run: Run) -> Tally:
     """The counts of a run. What the policy itself is told counts as findings, not as a model."""
     models = run.models
     return Tally(
-        n_models=sum(model.summary is not None for model in models),
+        n_models=sum(model.summary is not None or not model.weights_here for model in models),
         n_rules=max((model.n_rules for model in models), default=0),
         n_findings=sum(len(model.findings) for model in models),
         n_cannot_tell=sum(len(model.cannot_tell) for model in models),

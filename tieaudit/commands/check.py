@@ -107,7 +107,11 @@ Examples:
 @click.option("--in-place", is_flag=True, help="With --fix: replace the models' own files, proved first, all or none.")
 @click.option("--require", type=OneOf(["structural", "regional", "end-to-end"]),
               help="With --fix: least level of proof. Default: regional; structural for bare tensors.")  # fmt: skip
-@click.option("--exit-zero", is_flag=True, help="Findings are exit code 0. What could not be checked is still 2.")
+@click.option(
+    "--exit-zero",
+    is_flag=True,
+    help="Findings are exit code 0. What could not be checked is still 2, a fix that failed 1.",
+)
 @click.option("--strict", is_flag=True, help="What a rule cannot tell is exit code 2.")
 @click.option(
     "--jobs", type=click.IntRange(1, 256), metavar="N", help="Processes at once. Default: one per core, 8 at most."
@@ -157,7 +161,7 @@ def check(paths: tuple[str, ...], **chosen: Any) -> None:
     for error in unwritten:  # a full disk costs the report, not the result
         say(f"error: {printable(error.message, N_MOST_MESSAGE)}")
     code = max(found.exit_code, UsageError.exit_code if unwritten else 0)
-    sys.exit(0 if code == 1 and chosen["exit_zero"] else code)
+    sys.exit(0 if code == 1 and chosen["exit_zero"] and not found.failed else code)
 
 
 def _complain_of(run: Run) -> None:

@@ -71,12 +71,18 @@ def _locked(paths: Sequence[str], file: Path, before: Mapping[str, Locked]) -> t
     half a lock would call the rest lost."""
     from tieaudit.govern import policy_for
     from tieaudit.locked import changes, lock_of
+    from tieaudit.patrol import excluded_by_its_own
     from tieaudit.repository import gather
     from tieaudit.scan import look
 
     policy = policy_for(file.parent)
     gathered = gather(paths, root=file.parent, exclude=policy.exclude, respect_gitignore=policy.respect_gitignore)
-    sources, errors = gathered.sources, list(gathered.errors)
+    errors = list(gathered.errors)
+    sources = [
+        source
+        for source in gathered.sources
+        if not excluded_by_its_own(source, policy_for(source.path), (policy.root,))
+    ]
     if not sources and not errors and not before:
         raise TieAuditError(f"{file.parent}: no model in this folder", hint="name the models, or their folder")
     found: dict[str, Locked] = {}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
-NOT_CARRIED = frozenset({".git", ".cache", ".huggingface", "__pycache__", ".ipynb_checkpoints"})
+NOT_CARRIED = frozenset({".git", ".cache", ".huggingface", "__pycache__", ".ipynb_checkpoints", ".tieaudit_cache"})
 """Folders that belong to a tool and not to the model: a rewrite leaves them where they are."""
 
 RECEIPT_NAME = "tieaudit.receipt.json"

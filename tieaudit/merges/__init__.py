@@ -6,7 +6,7 @@ common value; the engine reads, rounds once to the stored type and writes, block
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -241,6 +241,9 @@ class Merge:
     argument that is none. The argument is what stands behind the colon in `low-rank:32`, empty if nothing does."""
     argument: str = ""
     """What stands behind the colon, for people; empty for a policy that takes nothing."""
+    check: Callable[[str, Collection[str]], object] | None = None
+    """(argument, ids of the model): raises UsageError for an argument that is none, whether or not anything is merged;
+    None where every argument is one."""
     needs: tuple[Literal["row_weights", "inputs", "gradients"], ...] = ()
     """Statistics without which it refuses."""
     page: str = ""

@@ -46,7 +46,8 @@ def _notes(run: Run) -> Iterator[str]:
     if n_silenced := tally(run).n_silenced:
         yield f"{counted(n_silenced, 'finding')} under the size thresholds (docs/thresholds.md)"
     fixes = [one.finding.fix for model in run.models for one in model.findings]
-    if n_safe := sum(fix is not None and fix.safety == "safe" for fix in fixes):
+    n_safe = sum(fix is not None and fix.safety == "safe" for fix in fixes)
+    if n_safe and "n_fixed" not in run.facts:  # else it was tried, and what became of it was said
         yield f"{counted(n_safe, 'finding')} with a safe fix: --diff shows it, --fix makes it"
 
 
