@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from gate_models import OTHER, W, folder, old, save
 
 from tieaudit import cached, gate
-from tieaudit.cached import FOLDER, Cache, checked_of, document_of, environment
+from tieaudit.cached import FOLDER, Cache, Moment, checked_of, document_of, environment
 from tieaudit.checked import Checked, Judged, Place
 from tieaudit.patrol import Patrolled, Wanted, patrol
 from tieaudit.verdict import CannotTell, Finding, Fix, Summary
@@ -29,6 +30,11 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(**wanted: object) -> Patrolled:
     return patrol(Wanted(n_jobs=1, **wanted))  # type: ignore[arg-type]
+
+
+def at(wall_ns: int) -> Moment:
+    """A run that began then, by a clock that nobody set since."""
+    return Moment(wall_ns, time.monotonic_ns() - (time.time_ns() - wall_ns))
 
 
 @pytest.fixture
@@ -194,9 +200,9 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path: Path) -> Non
     path = save(tmp_path / "a.safetensors", {"a": W})
     store = Cache(tmp_path / "c")
     answer = Checked("a", "safetensors")
-    store.put("q", answer, [path], path.stat().st_mtime_ns - 1)  # it changed after the reading had begun
+    store.put("q", answer, [path], at(path.stat().st_mtime_ns - 1))  # it changed after the reading had begun
     assert store.get("q") is None
-    store.put("q", answer, [path], time.time_ns() + 10**9)
+    store.put("q", answer, [path], at(time.time_ns() + 10**9))
     assert store.get("q") == replace(answer, cached=True)
 
 
@@ -204,10 +210,71 @@ def test_a_large_file_is_known_by_its_times_alone(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(cached, "N_MOST_HASHED", 10)
     path = save(tmp_path / "a.safetensors", {"a": W})
     store = Cache(tmp_path / "c")
-    store.put("q", Checked("a", "safetensors"), [path], time.time_ns() + 10**10)
+    store.put("q", Checked("a", "safetensors"), [path], at(time.time_ns() + 10**10))
     assert store.get("q") is not None
     os.utime(path)
     assert store.get("q") is None
+
+
+@pytest.mark.parametrize("seconds", [0, 1, 2**31 + 10, 2**33], ids=["1970", "a second later", "2038", "2242"])
+def test_a_file_of_another_age_is_kept_and_a_change_under_its_time_is_noticed(
+    tmp_path: Path, read: Callable[[], list[str]], seconds: int
+) -> None:
+    path = save(tmp_path / "a.safetensors", {"a": W, "b": W.copy()})
+    os.utime(path, (seconds, seconds))
+    time.sleep(0.1)  # what changed less than 50 ms ago is not trusted, and the whole run would not be remembered
+    for _ in range(3):
+        assert run().exit_code == 1
+    assert read() == ["a.safetensors"]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, (seconds, seconds))
+    assert run().exit_code == 0  # a and b differ in one bit now
+    assert read() == ["a.safetensors"]
+
+
+def test_a_file_system_without_times_of_its_own_is_not_trusted() -> None:
+    now = time.time_ns()
+    dated = {seconds: SimpleNamespace(st_mtime_ns=0, st_ctime_ns=seconds * 10**9) for seconds in (0, 1_000)}
+    assert not cached.settled(dated[0], now)  # type: ignore[arg-type]  # as some mounts say of every file
+    assert cached.settled(dated[1_000], now)  # type: ignore[arg-type]
+
+
+def test_where_the_clock_was_set_back_while_a_model_was_read_nothing_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path / "a.safetensors", {"a": W})
+    old(path)
+    store, begun = Cache(tmp_path / "c"), at(time.time_ns() + 10**9)
+    monkeypatch.setattr(cached.time, "time_ns", lambda real=time.time_ns: real() - 3600 * 10**9)
+    # the times of the file lie before the beginning, as they would if it had been written a moment ago
+    store.put("q", Checked("a", "safetensors"), [path], begun)
+    assert store.get("q") is None
+    monkeypatch.undo()
+    store.put("q", Checked("a", "safetensors"), [path], begun)
+    assert store.get("q") is not None
+
+
+def test_a_run_under_a_clock_that_was_set_back_is_not_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "a.safetensors", {"a": W, "b": W.copy()})
+    time.sleep(0.1)
+    before = gate.work
+
+    def set_back(job: gate.Job) -> gate.Outcome:
+        monkeypatch.setattr(cached.time, "time_ns", lambda real=time.time_ns: real() - 3600 * 10**9)
+        return before(job)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(gate, "work", set_back)
+        assert run().exit_code == 1
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert not list(Path(FOLDER).rglob("*.json"))
+    run()
+    assert list(Path(FOLDER).rglob("*.json"))
 
 
 def test_another_version_of_the_program_keeps_answers_of_its_own(

@@ -66,6 +66,10 @@ def _commit(revision: str, folder: Path) -> str:
     done = _run(["rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}"], folder)
     if done.returncode == 0:
         return done.stdout.decode("ascii").strip()
+    if _run(["rev-list", "--max-count=1", "--all"], folder).stdout == b"":
+        raise UsageError(
+            f"--since: no commit {revision[:80]!r}: this repository has none yet", hint="leave --since out"
+        )
     shallow = _ask(["rev-parse", "--is-shallow-repository"], folder).strip() == b"true"
     hint = "this clone is shallow: fetch the history first (actions/checkout: fetch-depth: 0)" if shallow else ""
     raise UsageError(f"--since: no commit {revision[:80]!r} in this repository", hint=hint or "git fetch, or a typo?")

@@ -77,6 +77,9 @@ def _read(file: Path) -> Policy | None:
         if content is None:
             return None
         where = where.at("tool.tieaudit")
+    elif isinstance(content.get("tool"), Mapping) and "tieaudit" in content["tool"]:
+        hint = f"[tool.tieaudit] is for {SHARED}: in {OWN} the keys stand at the top, [severity] and the like below"
+        raise UsageError(f"{file}: tool is no key of a policy", hint=hint)
     return _policy(table_of(content, where), where)
 
 
@@ -278,7 +281,10 @@ def page() -> str:
         "",
         "`tieaudit check` and `tieaudit lock` read `tieaudit.toml`, or the table `[tool.tieaudit]` of `pyproject.toml`",
         "from the nearest folder upwards from each model, and from nowhere else ([why](decisions/policy.md)).",
-        "Unknown keys are refused. Where `check` has an option of a key's name, the option has the last word.",
+        "In one folder the former rules. Unknown keys are refused. Where `check` has an option of a key's name, the",
+        "option has the last word. What is said of a whole run, `fail-on`, `strict`, `baseline` and",
+        "`respect-gitignore`, comes from the policy of the working directory, all else from that of each model; what",
+        "either of them excludes is left out.",
         "",
         "```toml",
         *EXAMPLE.splitlines(),

@@ -308,6 +308,7 @@ class _Locks:
         self._read: dict[Path, dict[str, Locked]] = {}
         self._asked: set[tuple[Path, str]] = set()
         self._not_in: dict[Path, list[Path]] = {}
+        self._candidates: dict[str, tuple[Path, ...]] = {}
 
     @property
     def files(self) -> frozenset[str]:
@@ -317,7 +318,9 @@ class _Locks:
     def of(self, policy: Policy, source: Source) -> Locked | None:
         """What is locked of a model: under the name of its first file where it is a variant, else under its own."""
         nearest = None
-        for file in self._files(policy):
+        if policy.root not in self._candidates:
+            self._candidates[policy.root] = tuple(self._files(policy))
+        for file in self._candidates[policy.root]:
             if file not in self._read:
                 from tieaudit.locked import read_lock
 
@@ -334,12 +337,19 @@ class _Locks:
         return None
 
     def _files(self, policy: Policy) -> Iterator[Path]:
-        """Where a model may be locked: beside its own policy, and beside those above, where `tieaudit lock` may have
-        been run for all that lies below."""
-        yield Path(policy.root, policy.lock)
-        while policy.file and self._given is None and (above := Path(policy.root).parent) != Path(policy.root):
-            policy = policy_for(above)
-            yield Path(policy.root, policy.lock)
+        """Where a model may be locked: beside its own policy, and in the folders above, where `tieaudit lock` may have
+        been run for all that lies below; without a policy there up to the top of the repository."""
+        home = Path(policy.root)
+        yield home / policy.lock
+        above = home.parents if self._given is None else ()
+        inside = not os.path.lexists(home / ".git") and any(os.path.lexists(one / ".git") for one in above)
+        for folder in above:
+            outer = policy_for(folder)
+            if outer.file and outer.root == str(folder):
+                yield folder / outer.lock
+            elif inside:
+                yield folder / Policy.lock
+            inside = inside and not os.path.lexists(folder / ".git")
 
     def gone(self, base: Path) -> list[str]:
         """Sentences about models that are locked and not there, for a run about everything."""

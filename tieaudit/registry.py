@@ -5,19 +5,22 @@ Third parties join through entry points `tieaudit.<set>` (formats, relations, ru
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
+import json
 import os
 import pkgutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, TypeVar
 
 from tieaudit.errors import PluginError, UsageError
 
 if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint
+    from importlib.metadata import Distribution, EntryPoint
 
 Kind = TypeVar("Kind")
 
@@ -70,10 +73,57 @@ def joined() -> tuple[str, ...]:
     ours = [entry for group in groups for entry in entry_points(group=group)]
     return tuple(
         sorted(
-            f"{entry.group} {entry.name} = {entry.value} ({entry.dist.name} {entry.dist.version})" if entry.dist else ""
+            f"{entry.group} {entry.name} = {entry.value} ({entry.dist.name} {entry.dist.version}{_edited(entry)})"
+            if entry.dist
+            else ""
             for entry in ours
         )
     )
+
+
+_N_MOST_EDITED = 2000
+
+
+def _edited(entry: EntryPoint) -> str:
+    """Digest of the source of a plug-in that is installed editable, whose version stays while its source changes; empty
+    for any other. Source: PEP 610 (`direct_url.json`, `dir_info.editable`); a bare `.egg-info` lies beside its source.
+
+    Cost: reads the Python files of its package. Nothing is imported.
+    """
+    if entry.dist is None or not _is_editable(entry.dist):
+        return ""
+    return _digest_of_source(entry.value.partition(":")[0].partition(".")[0])
+
+
+@cache
+def _digest_of_source(package: str) -> str:
+    found = importlib.util.find_spec(package)
+    if found is None:
+        return ""
+    folders = list(found.submodule_search_locations or ())
+    files = [(path, folder) for folder in folders for path in sorted(_python_below(folder))]
+    alone = [(found.origin, os.path.dirname(found.origin))] if found.origin else []
+    running = hashlib.sha256()
+    for path, folder in files[:_N_MOST_EDITED] if folders else alone:
+        with suppress(OSError), open(path, "rb") as file:
+            running.update(os.fsencode(os.path.relpath(path, folder)) + b"\0" + file.read() + b"\0")
+    return f" {running.hexdigest()[:16]}"
+
+
+def _is_editable(dist: Distribution) -> bool:
+    try:
+        text = dist.read_text("direct_url.json")
+        if text is not None:
+            return bool(json.loads(text).get("dir_info", {}).get("editable"))
+    except (ValueError, AttributeError, OSError):
+        return True  # whatever it is, it costs a few files to look
+    return str(getattr(dist, "_path", "")).endswith(".egg-info")
+
+
+def _python_below(folder: str) -> Iterator[str]:
+    for home, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
+        yield from (os.path.join(home, name) for name in names if name.endswith((".py", ".json", ".toml")))
 
 
 @cache

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from tieaudit.errors import UsageError
 
-_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS = {
+    "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
+}  # fmt: skip
 _SEVERITIES = ("error", "warning", "info")
 
 
@@ -104,14 +109,12 @@ def count(value: Any, where: Where) -> int:
 
 
 def n_bytes(value: Any, where: Where) -> int:
-    """A number of bytes, or a text such as "1.5 MB" in decimal units."""
+    """A number of bytes, or a text such as "1.5 MB" in decimal units, or "1.5 MiB" in binary ones."""
     if isinstance(value, str):
-        number, _, unit = value.strip().partition(" ")
-        try:
-            amount = float(number) * _UNITS[unit.strip()]
-            return count(int(amount), where)
-        except (KeyError, ValueError, OverflowError):
-            raise where.refuse('bytes, or a text such as "1.5 MB" (B, kB, MB, GB, TB)', value) from None
+        said = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*", value)
+        if said is None or said[2] not in _UNITS or len(said[1]) > 30:
+            raise where.refuse('bytes, or a text such as "1.5 MB" (B, kB, MB, GB, TB; KiB, MiB, GiB, TiB)', value)
+        return int(Fraction(said[1]) * _UNITS[said[2]])
     return count(value, where)
 
 
