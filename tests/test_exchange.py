@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -356,6 +357,12 @@ def test_a_replacement_that_may_be_at_work_is_left_to_itself(tmp_path: Path, mon
     monkeypatch.setattr(journal, "this_machine", lambda: "another")
     with pytest.raises(RewriteRefused, match="may be at work"):
         journal.recover(tmp_path)
+    assert listing(tmp_path) == before
+    ahead = time.time() + 10**7
+    os.utime(place / "journal.json", (ahead, ahead))  # by a clock that was wrong then, or is now
+    with pytest.raises(RewriteRefused, match=r"still to come by this clock.*") as refused:
+        journal.recover(tmp_path)
+    assert "has an older time" in refused.value.hint
     assert listing(tmp_path) == before
     os.utime(place / "journal.json", (0, 0))  # nothing replaces files for decades
     assert len(journal.recover(tmp_path)) == 1

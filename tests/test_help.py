@@ -190,6 +190,18 @@ def test_of_a_misspelt_weight_that_is_to_be_kept_the_nearest_is_named(fixtures_d
     assert "did you mean transformer.wte.weight?" in done.output
 
 
+@pytest.mark.parametrize("name", ["plan", "apply"])
+def test_a_weight_that_is_to_be_kept_must_be_there_also_where_nothing_is_lossy(name: str, here: Path) -> None:
+    for argument, hint in (("heed", "did you mean head?"), ("xyzzyx", "keep:head, keep:embedding"), ("", "keep:head")):
+        done = CliRunner().invoke(cli, [name, "model.onnx", "--merge", f"keep:{argument}"])
+        assert done.exit_code == 2
+        assert f"error: --merge keep:{argument}: " in done.output
+        assert hint in done.output
+    assert CliRunner().invoke(cli, [name, "model.onnx", "--merge", "keep:head"]).exit_code == 0
+    done = CliRunner().invoke(cli, [name, "model.onnx", "--merge", "low-rank:none"])
+    assert (done.exit_code, "expected a rank behind a colon" in done.output) == (2, True)
+
+
 def test_a_family_of_rules_is_listed_a_line_each() -> None:
     done = CliRunner().invoke(cli, ["explain", "tie2"])
     assert done.exit_code == 0

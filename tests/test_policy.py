@@ -159,6 +159,38 @@ def test_what_no_policy_can_say_is_refused_with_its_place(write: Write, text: st
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [
+        ("1_000", 1000),
+        ('"1 MB"', 10**6),
+        ('"1MB"', 10**6),
+        ('"1.5 MB"', 1_500_000),
+        ('" 2 KB "', 2000),
+        ('"2 kB"', 2000),
+        ('"1 MiB"', 1_048_576),
+        ('"0.5 KiB"', 512),
+        ('"4.35 kB"', 4350),  # not 4349, which the nearest binary fraction gives
+        ('"3 B"', 3),
+    ],
+)
+def test_sizes_are_read_in_the_units_that_people_write(write: Write, text: str, n_bytes: int) -> None:
+    home = write(f"max-duplicate-bytes = {text}")
+    assert policy_for(home).everywhere.max_duplicate_bytes == n_bytes
+
+
+@pytest.mark.parametrize("text", ['"1 mb"', '"MB"', '"1"', '"-1 MB"', '"1e3 MB"', '"nan MB"', '"1 MB MB"', '"1,5 MB"'])
+def test_another_size_is_refused(write: Write, text: str) -> None:
+    assert "expected bytes, or a text such as" in refused(write(f"max-duplicate-bytes = {text}"))
+
+
+def test_a_table_of_pyproject_in_a_file_of_our_own_is_told_where_it_belongs(write: Write) -> None:
+    home = write('[tool.tieaudit]\nselect = ["ALL"]')
+    with pytest.raises(UsageError, match="tool is no key of a policy") as found:
+        policy_for(home)
+    assert "in tieaudit.toml the keys stand at the top" in found.value.hint
+
+
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"a" * 10 + b"\x00", b"a = " + b"[" * 100_000])
 def test_a_policy_that_is_no_text_is_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tieaudit.toml").write_bytes(content)

@@ -44,7 +44,7 @@ class Command(click.Command):
     """A command whose help needs no reader."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        with _help_for_nobody(), _in_our_words():
+        with _help_for_nobody(), _in_our_words(ctx):
             return super().parse_args(ctx, args)
 
 
@@ -62,7 +62,7 @@ class Commands(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta[_ARGUMENTS] = list(args)  # an unexpected error shall say what was being worked on
-        with _help_for_nobody(), _in_our_words():
+        with _help_for_nobody(), _in_our_words(ctx):
             return super().parse_args(ctx, args)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
@@ -82,7 +82,7 @@ class Commands(click.Group):
             if isinstance(stream, io.TextIOWrapper):  # a terminal may not have every character of a message
                 stream.reconfigure(errors="backslashreplace")
         try:
-            with _ended_in_order(), _in_our_words():
+            with _ended_in_order(), _in_our_words(ctx):
                 return super().invoke(ctx)
         except KeyboardInterrupt:
             say("interrupted; nothing was left half done")
@@ -96,14 +96,14 @@ class Commands(click.Group):
 
 
 @contextmanager
-def _in_our_words() -> Iterator[None]:
+def _in_our_words(context: click.Context) -> Iterator[None]:
     """What click says of arguments, as all else is said: one line, and a second one with what to do."""
     try:
         yield
     except click.exceptions.NoArgsIsHelpError:
         raise
     except click.UsageError as error:
-        raise UsageError(_said_of(error), hint=_help_about(error)) from error
+        raise UsageError(_said_of(error), hint=_help_about(error, error.ctx or context)) from error
 
 
 def _said_of(error: click.UsageError) -> str:
@@ -117,18 +117,17 @@ def _said_of(error: click.UsageError) -> str:
     return said[:1].lower() + said[1:]
 
 
-def _help_about(error: click.UsageError) -> str:
+def _help_about(error: click.UsageError, context: click.Context) -> str:
     """The nearest option; how a path is given that looks like one; or else what shows how the command is used."""
-    if isinstance(error, click.NoSuchOption) and error.possibilities:
-        return f"did you mean {sorted(error.possibilities)[0]}?"
-    words = (error.ctx.find_root().meta.get(_ARGUMENTS) or []) if error.ctx is not None else []
-    if isinstance(error, click.NoSuchOption) and (
-        named := [one for one in words if one[:1] == "-" and os.path.lexists(one)]
-    ):
-        return f"a path that begins with a dash is written ./{named[0]}"
-    if isinstance(error, click.MissingParameter) and error.ctx is not None:
-        return " ".join(error.ctx.get_usage().split()).replace("Usage:", "usage:")
-    return f"`{error.ctx.command_path} --help` shows all options" if error.ctx is not None else ""
+    if isinstance(error, click.NoSuchOption):
+        if error.possibilities:
+            return f"did you mean {sorted(error.possibilities)[0]}?"
+        words: list[str] = context.find_root().meta.get(_ARGUMENTS, [])
+        if named := [word for word in words if word.startswith("-") and os.path.lexists(word)]:
+            return f"a path that begins with a dash is written ./{named[0]}"
+    if isinstance(error, click.MissingParameter):
+        return " ".join(context.get_usage().split()).replace("Usage:", "usage:")
+    return f"`{context.command_path} --help` shows how it is used"
 
 
 @contextmanager

@@ -191,9 +191,10 @@ def _check_abandoned(journal: Journal) -> None:
         return
     seconds = time.time() - (journal.folder / _JOURNAL).stat().st_mtime
     if seconds < _SECONDS_OF_DOUBT:
+        when = f"{round(seconds / 60)} minutes ago" if seconds >= 0 else "at a time that is still to come by this clock"
         raise RewriteRefused(
             f"{journal.home}: another machine, or this one before it was started again, began to replace files here "
-            f"{max(0, round(seconds / 60))} minutes ago and may be at work",
+            f"{when} and may be at work",
             hint=f"run again an hour after it began, or when {journal.folder / _JOURNAL} has an older time",
         )
 

@@ -1,6 +1,7 @@
 """JUnit's XML, which nearly every CI service shows: a suite for each model, a case for each rule.
 
-Source: the schema of Jenkins' xunit plugin (junit-10.xsd), as pytest, GitLab and Jenkins read it.
+Source: the schema of Jenkins' xunit plugin (junit-10.xsd), as pytest, GitLab and Jenkins read it. Beyond that schema,
+as most tools do: `error`, the file of a case, which GitLab links to, and how many were skipped in all.
 """
 
 from __future__ import annotations
