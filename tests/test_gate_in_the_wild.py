@@ -20,6 +20,7 @@ from gate_models import OTHER, W, folder, save
 
 from tieaudit.cached import FOLDER
 from tieaudit.cli import main
+from tieaudit.commands import screen
 from tieaudit.formats import NOT_CARRIED
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "4d" * 32 + "\nsize 12345\n"
@@ -398,6 +399,24 @@ def test_a_repository_without_a_commit_says_so_to_since() -> None:
     done = tieaudit("check", "--since", "HEAD")
     assert done.exit_code == 2
     assert "error: --since: no commit 'HEAD': this repository has none yet\n  leave --since out" in done.output
+
+
+@pytest.mark.parametrize(
+    ("given", "coloured"),
+    [({}, True), ({"NO_COLOR": "1"}, False), ({"NO_COLOR": ""}, True), ({"TERM": "dumb"}, False)],
+    ids=str,
+)
+def test_colours_are_for_terminals_that_show_them(
+    given: Mapping[str, str], coloured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tieaudit.console.on_terminal", lambda stream: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert screen()["color"] is coloured
+    monkeypatch.setattr("tieaudit.console.on_terminal", lambda stream: False)
+    assert screen()["color"] is False
 
 
 # --- plug-ins ---

@@ -128,7 +128,8 @@ def screen() -> dict[str, object]:
 
     terminal = on_terminal(sys.stdout)
     return {
-        "color": terminal and "NO_COLOR" not in os.environ,
+        # no-color.org: present and not empty; a dumb terminal shows escape codes as they are
+        "color": terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb",
         "width": _width() if terminal else 100,
         "thresholds": Settings(),
     }
