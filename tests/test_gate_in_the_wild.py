@@ -158,6 +158,22 @@ def test_the_cache_of_the_gate_does_not_travel_with_a_mended_model(fixtures_dir:
     assert {path.name for path in Path("../out").iterdir()} == {path.name for path in Path("../clean").iterdir()}
 
 
+def test_mended_models_of_several_paths_do_not_meet() -> None:
+    for name in ("a", "b"):
+        Path(name).mkdir()
+        tiny_onnx.lost(Path(name, "m.onnx"))
+    for number, words in enumerate((("a", "b"), ("b/m.onnx", "a/../a/m.onnx"), ())):
+        done = tieaudit("check", *words, "--fix", "--to", f"../out{number}", "--require", "structural")
+        assert done.exit_code == 0, done.output
+        assert {str(one.relative_to(f"../out{number}")) for one in Path(f"../out{number}").rglob("*.onnx")} == {
+            "a/m.onnx",
+            "b/m.onnx",
+        }
+    done = tieaudit("check", "a", "a/m.onnx", "./a", "--fix", "--to", "../one", "--require", "structural")
+    assert done.exit_code == 0, done.output
+    assert sorted(one.name for one in Path("../one").iterdir()) == ["m.onnx", "m.onnx.receipt.json"]
+
+
 # --- pointers, locks ---
 
 

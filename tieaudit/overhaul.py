@@ -5,6 +5,7 @@ Only what counts is mended: what the policy ignores, suppresses or knows from th
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -146,8 +147,10 @@ def _look(model: Model, job: Job) -> Report:
 def _place(fixing: Fixing, source: Source, named: Sequence[Path]) -> Path | None:
     if fixing.destination is None:
         return None
-    above = [path for path in named if source.path.absolute().is_relative_to(path.absolute())]
-    return place_in(fixing.destination, source.path, max(above, key=lambda path: len(path.parts), default=Path.cwd()))
+    roots = {os.path.abspath(path) for path in named}
+    # of several the folder that holds them all: two of them may have models of one name
+    root = Path(os.path.commonpath(roots)) if roots else Path.cwd()
+    return place_in(fixing.destination, source.path, root)
 
 
 def _told(model: Checked, done: Mended, gone: Sequence[str], base: Path) -> list[str]:

@@ -102,7 +102,8 @@ Examples:
     "destination",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="With --fix: write mended models there, beside nothing else; the tree below PATH is repeated.",
+    help="With --fix: write mended models there, beside nothing else; the tree below PATH is repeated, of several "
+    "below the folder that holds them all.",
 )
 @click.option("--in-place", is_flag=True, help="With --fix: replace the models' own files, proved first, all or none.")
 @click.option("--require", type=OneOf(["structural", "regional", "end-to-end"]),
