@@ -263,6 +263,7 @@ def test_what_an_inner_policy_excludes_is_left_out_wherever_a_command_starts(mon
             done = tieaudit("check")
             assert done.exit_code == 0, done.output
             assert "1 model · " in done.output
+    assert "1 model · " in tieaudit("check", ".", "team").output
     tieaudit("lock")
     assert "old/m.safetensors" not in Path("tieaudit.lock").read_text()
     assert "does not hold" not in tieaudit("check").output

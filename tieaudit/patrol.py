@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -211,9 +211,9 @@ def _gathered(wanted: Wanted, base: Path) -> Gathered:
         )
     sources = {
         (source.path, source.files): source
-        for one in found
+        for root, one in zip(by_policy, found, strict=True)
         for source in one.sources
-        if not excluded_by_its_own(source, policy_for(source.path, wanted.config), by_policy)
+        if not excluded_by_its_own(source, policy_for(source.path, wanted.config), root)
     }
     return Gathered(
         tuple(sorted(sources.values(), key=lambda source: str(source.path))),
@@ -223,12 +223,12 @@ def _gathered(wanted: Wanted, base: Path) -> Gathered:
     )
 
 
-def excluded_by_its_own(source: Source, policy: Policy, applied: Container[str]) -> bool:
-    """Whether a policy nearer to a model than those that were `applied` (their roots) leaves it out: a model is judged
-    the same from wherever the check is started."""
+def excluded_by_its_own(source: Source, policy: Policy, root: str) -> bool:
+    """Whether a policy nearer to a model than that of `root`, under which it was found, leaves it out: a model is
+    judged the same from wherever the check is started."""
     from tieaudit.repository import leaves_out
 
-    return policy.root not in applied and leaves_out(Path(policy.root), policy.exclude, source)
+    return policy.root != root and leaves_out(Path(policy.root), policy.exclude, source)
 
 
 def _cache_folder(wanted: Wanted, policy: Policy) -> Path:

@@ -79,9 +79,7 @@ def _locked(paths: Sequence[str], file: Path, before: Mapping[str, Locked]) -> t
     gathered = gather(paths, root=file.parent, exclude=policy.exclude, respect_gitignore=policy.respect_gitignore)
     errors = list(gathered.errors)
     sources = [
-        source
-        for source in gathered.sources
-        if not excluded_by_its_own(source, policy_for(source.path), (policy.root,))
+        source for source in gathered.sources if not excluded_by_its_own(source, policy_for(source.path), policy.root)
     ]
     if not sources and not errors and not before:
         raise TieAuditError(f"{file.parent}: no model in this folder", hint="name the models, or their folder")
