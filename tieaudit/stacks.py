@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from tieaudit.errors import UsageError
 from tieaudit.model import Member, Weight, classes
@@ -49,7 +50,13 @@ class Stack:
 
 
 def stacks(subject: Subject) -> tuple[Stack, ...]:
-    """The stacks of two layers or more, by part and side. Cost: that of the weights' names; nothing is read."""
+    """The stacks of two layers or more, by part and side. Cost: that of the weights' names, once; nothing is read."""
+    if "stacks" not in subject.worked_out:
+        subject.worked_out["stacks"] = _stacks(subject)
+    return cast("tuple[Stack, ...]", subject.worked_out["stacks"])
+
+
+def _stacks(subject: Subject) -> tuple[Stack, ...]:
     grouped: dict[tuple[str, str | None], dict[int, list[Weight]]] = {}
     for weight in subject.model.weights:
         role = subject.roles[weight.id]

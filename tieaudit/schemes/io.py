@@ -126,5 +126,4 @@ io = Scheme(
 Lossless where the two are already equal bit for bit. Where they differ, tying changes the model: it is refused with the
 measured difference unless --allow-lossy is given, and --merge says which values survive (keep:head, keep:embedding or
 mean). For trained, untied language models the head is the better survivor.""",
-    listed_by_scan=True,
 )
