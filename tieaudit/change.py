@@ -45,6 +45,8 @@ class Share:
     because: str = ""
     adjustments: Mapping[str, Adjustment] = field(default_factory=dict)
     """Id of a member → what it applies to the common value; the others see it as it is."""
+    lossless: bool = False
+    """Every member, seen as it says, holds the common value already, whatever other edits change."""
 
 
 @dataclass(frozen=True)

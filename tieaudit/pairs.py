@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tieaudit.model import Member, Weight
+from tieaudit.onevalue import one_value
 from tieaudit.verdict import Candidate, Refusal, Subject
 
 _Place = tuple[str, str | None, int | None, int]
@@ -34,10 +35,10 @@ def share_within_layers(subject: Subject, scheme: str, kind: str, other_kind: st
 def _pair(subject: Subject, scheme: str, weight: Weight, other: Weight) -> Iterator[Candidate]:
     if weight.storage is None or other.storage is None or weight.storage.region == other.storage.region:
         return
-    equal = any({weight.id, other.id} <= set(tie.ids) for tie in subject.found.ties if tie.origin == "measured")
+    members = (Member(weight.id), Member(other.id))
     kinds = [_words(subject.roles[one.id].kind) for one in (weight, other)]
     because = f"{kinds[0]} and {kinds[1]} of one attention"
-    yield Candidate(scheme, (Member(weight.id), Member(other.id)), other.n_bytes, equal, because)
+    yield Candidate(scheme, members, other.n_bytes, one_value(subject).holds(members), because)
 
 
 def _placed(subject: Subject, kind: str) -> dict[_Place, Weight]:

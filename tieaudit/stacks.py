@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import cast
 
 from tieaudit.errors import UsageError
-from tieaudit.model import Member, Weight, classes
+from tieaudit.model import Member, Weight
+from tieaudit.onevalue import OneValue, one_value
 from tieaudit.verdict import Candidate, Refusal, Subject
 
 ATTENTION = "attention_"
@@ -151,7 +152,6 @@ def share_layers(
         alone = any(role.layer is not None for role in subject.roles.values())
         found = "only one layer was" if alone else "no repeated layers were"
         yield Refusal(scheme, (), f"{found} recognised in this model" + (", with none to share with" if alone else ""))
-    one_value = {id: group[0] for group in classes(t.ids for t in subject.found.ties) for id in group}
     for stack in everything:
         plan = plan_of(len(stack.layers))
         if isinstance(plan, str):
@@ -167,23 +167,22 @@ def share_layers(
             if chosen(slot):
                 yield Refusal(scheme, (), f"{slot.name} of {stack.title}: {reason}")
         for slot, weights in picked:
-            yield from _shared(scheme, stack, slot, weights, plan, one_value)
+            yield from _shared(scheme, stack, slot, weights, plan, one_value(subject))
 
 
 def _shared(
-    scheme: str, stack: Stack, slot: Slot, weights: tuple[Weight, ...], plan: Sequence[int], one_value: dict[str, str]
+    scheme: str, stack: Stack, slot: Slot, weights: tuple[Weight, ...], plan: Sequence[int], known: OneValue
 ) -> Iterator[Candidate]:
     for group in dict.fromkeys(plan):
         at = [index for index, number in enumerate(plan) if number == group]
         members = [weights[index] for index in at]
-        values = {one_value.get(weight.id, weight.id) for weight in members}
         ids = tuple(Member(id) for id in dict.fromkeys(weight.id for weight in members))
         regions = {weight.storage.region: weight.n_bytes for weight in members if weight.storage is not None}
         if len(ids) < 2 or len(regions) < 2:
             continue
         because = f"{slot.name}: layers {_spelled([stack.layers[index] for index in at])} of {stack.title} use one"
         saved = sum(regions.values()) - max(regions.values())
-        yield Candidate(scheme, ids, saved, len(values) == 1, because)
+        yield Candidate(scheme, ids, saved, known.holds(ids), because)
 
 
 def halves_and_thirds(subject: Subject) -> list[str]:

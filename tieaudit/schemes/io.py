@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tieaudit.model import Member, Weight, classes
+from tieaudit.model import Member, Weight
+from tieaudit.onevalue import OneValue, one_value
 from tieaudit.schemes import Scheme
 from tieaudit.verdict import Candidate, Refusal, Subject
 from tieaudit.view import AS_STORED, TRANSPOSED, View
@@ -13,7 +14,7 @@ from tieaudit.view import AS_STORED, TRANSPOSED, View
 def _propose(subject: Subject, argument: str) -> Iterator[Candidate | Refusal]:
     heads = _of_kind(subject, "output_head")
     embeddings = _of_kind(subject, "token_embedding")
-    one_value = _one_value(subject)
+    known, restored = one_value(subject), _restored(subject)
     if not heads or not embeddings:
         if not _tied_already(subject, embeddings):
             missing = "token embedding" if not embeddings else "output head"
@@ -21,11 +22,15 @@ def _propose(subject: Subject, argument: str) -> Iterator[Candidate | Refusal]:
         return
     done: set[frozenset[str]] = set()
     for head in heads:
-        fitting = [(weight, view) for weight in embeddings if (view := _view(weight, head)) is not None]
+        fitting = [(weight, view) for weight in embeddings if (view := _view(known, weight, head)) is not None]
         if not fitting:
             yield _unfit(subject, head, embeddings)
             continue
-        tied = [pair for pair in fitting if one_value.get(pair[0].id, pair[0].id) == one_value.get(head.id, head.id)]
+        tied = [
+            (weight, view)
+            for weight, view in fitting
+            if {weight.id, head.id} in restored or known.holds((Member(weight.id), Member(head.id, view)))
+        ]
         weight, view = tied[0] if tied else min(fitting, key=lambda pair: _distance(subject, pair[0], head))
         if weight.absent or head.absent or frozenset((weight.id, head.id)) in done:
             continue
@@ -78,10 +83,11 @@ def _of_kind(subject: Subject, kind: str) -> list[Weight]:
     return [weight for weight in subject.model.weights if subject.roles[weight.id].kind == kind]
 
 
-def _one_value(subject: Subject) -> dict[str, str]:
-    """Id → representative of its class under what was measured or is one by construction."""
-    groups = [tie.ids for tie in subject.found.ties if tie.origin in ("measured", "aliased", "absent")]
-    return {id: members[0] for members in classes(groups) for id in members}
+def _restored(subject: Subject) -> list[set[str]]:
+    """Pairs of which one is not stored: its loader makes it the other."""
+    absent = [tie for tie in subject.found.ties if tie.origin == "absent"]
+    known = subject.model.by_id
+    return [{id, other} for tie in absent for id in tie.ids for other in tie.ids if id in known and known[id].absent]
 
 
 def _tied_already(subject: Subject, embeddings: list[Weight]) -> bool:
@@ -90,11 +96,11 @@ def _tied_already(subject: Subject, embeddings: list[Weight]) -> bool:
     return any(tie.origin in ("aliased", "absent") and ids & set(tie.ids) for tie in subject.found.ties)
 
 
-def _view(embedding: Weight, head: Weight) -> View | None:
+def _view(known: OneValue, embedding: Weight, head: Weight) -> View | None:
     if embedding.dtype != head.dtype or len(embedding.shape) != 2:
         return None
     if embedding.shape == head.shape:
-        return AS_STORED
+        return known.view(embedding.id, head.id) or AS_STORED
     return TRANSPOSED if embedding.shape == head.shape[::-1] else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tieaudit.model import Member, Weight
+from tieaudit.onevalue import one_value
 from tieaudit.schemes import Scheme
 from tieaudit.verdict import Candidate, Refusal, Subject
 from tieaudit.view import AS_STORED, TRANSPOSED, View
@@ -30,13 +31,12 @@ def _propose(subject: Subject, argument: str) -> Iterator[Candidate | Refusal]:
         because = f"the weights are no encoder with its mirror image behind it: {shapes}"
         yield Refusal("tied-autoencoder", (), because if chain else "this model has no matrices")
         return
-    equal = [set(tie.ids) for tie in subject.found.ties]
     for (one, other), view in zip(pairs, views, strict=True):
         if one.storage is None or other.storage is None or one.storage.region == other.storage.region or view is None:
             continue
-        lossless = any({one.id, other.id} <= ids for ids in equal)
+        ids = (Member(one.id), Member(other.id, view))
         because = f"{other.id} leads back from where {one.id} leads to"
-        yield Candidate("tied-autoencoder", (Member(one.id), Member(other.id, view)), other.n_bytes, lossless, because)
+        yield Candidate("tied-autoencoder", ids, other.n_bytes, one_value(subject).holds(ids), because)
 
 
 def _mirrored(subject: Subject, one: Weight, other: Weight) -> View | None:
