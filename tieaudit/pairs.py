@@ -6,9 +6,11 @@ from collections.abc import Iterator
 
 from tieaudit.model import Member, Weight
 from tieaudit.onevalue import one_value
+from tieaudit.stacks import first_uses, in_order
 from tieaudit.verdict import Candidate, Refusal, Subject
 
 _Place = tuple[str, str | None, int | None, int]
+_Home = tuple[str, str | None, int | None]
 
 
 def share_within_layers(subject: Subject, scheme: str, kind: str, other_kind: str) -> Iterator[Candidate | Refusal]:
@@ -42,15 +44,22 @@ def _pair(subject: Subject, scheme: str, weight: Weight, other: Weight) -> Itera
 
 
 def _placed(subject: Subject, kind: str) -> dict[_Place, Weight]:
-    """By part, side, layer and how many of the kind came before in that layer (cross-attention comes second)."""
-    counted: dict[tuple[str, str | None, int | None], int] = {}
+    """By part, side, layer and how many of the kind come before in that layer (cross-attention comes second).
+
+    Where a graph tells the attention that a projection belongs to, by that instead.
+    """
+    first_use, counted = first_uses(subject), dict[_Home, int]()
     found: dict[_Place, Weight] = {}
-    for weight in subject.model.weights:
+    ours = [one for one in subject.model.weights if subject.roles[one.id].kind == kind and one.is_float]
+    for weight in sorted(ours, key=lambda one: in_order(subject, one, first_use)):
         role = subject.roles[weight.id]
-        if role.kind == kind and weight.is_float and not weight.absent:
-            layer = (weight.part, role.side, role.layer)
-            counted[layer] = counted.get(layer, -1) + 1
-            found[(*layer, counted[layer])] = weight
+        if weight.absent:
+            continue
+        home: _Home = (weight.part, role.side, role.layer)
+        if role.attention is not None:
+            home = (weight.part, "attention", role.attention)
+        counted[home] = counted.get(home, -1) + 1
+        found[*home, counted[home]] = weight
     return found
 
 

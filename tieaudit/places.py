@@ -23,6 +23,7 @@ def placed(reading: Reading) -> Mapping[str, Role]:
     encoder = _encoder(reading)
     sides = _sides(reading, readers, encoder)
     experts = _experts(reading, readers)
+    attentions = _attentions(reading)
     found = {}
     for id, role in reading.roles.items():
         layers = {_layer(reading, index, numbers, encoder) for index in readers.get(id, ())}
@@ -31,8 +32,19 @@ def placed(reading: Reading) -> Mapping[str, Role]:
         several = sorted(one for one in layers if one is not None)
         if len(several) > 1 and role.kind not in NO_LAYER:
             because += f"; shared by {len(several)} layers"
-        found[id] = replace(role, because=because, layer=layer, side=sides.get(id), expert=experts.get(id))  # type: ignore[arg-type]
+        role = replace(role, because=because, layer=layer, side=sides.get(id), expert=experts.get(id))  # type: ignore[arg-type]
+        found[id] = replace(role, attention=attentions.get(id))
     return found
+
+
+def _attentions(reading: Reading) -> dict[str, int]:
+    """Weight and bias of a projection → the attention that it belongs to; none for what several share."""
+    found: dict[str, set[int]] = {}
+    for index, core in reading.attentions.items():
+        one = reading.flow.projections[index]
+        for id in (*one.weights[:1], *one.biases):
+            found.setdefault(id, set()).add(core)
+    return {id: next(iter(cores)) for id, cores in found.items() if len(cores) == 1}
 
 
 def _readers(reading: Reading) -> dict[str, list[int]]:

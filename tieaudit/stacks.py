@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -63,8 +64,7 @@ def _stacks(subject: Subject) -> tuple[Stack, ...]:
         role = subject.roles[weight.id]
         if role.layer is not None and weight.is_float and weight.parameter is not False and not weight.absent:
             grouped.setdefault((weight.part, role.side), {}).setdefault(role.layer, []).append(weight)
-    first_use = {use.weight: index for index, use in reversed(list(enumerate(subject.model.uses)))}
-    found = []
+    first_use, found = first_uses(subject), []
     for (part, side), by_layer in grouped.items():
         if len(by_layer) > 1:
             found.append(_stack(subject, part, side, by_layer, first_use))
@@ -96,13 +96,21 @@ def _stack(
 def _slotted(
     subject: Subject, by_layer: dict[int, list[Weight]], first_use: dict[str, int]
 ) -> dict[int, dict[Slot, Weight]]:
-    """Layer → its slots: by name where the names of all layers agree but for the number, else by kind and first use."""
+    """Layer → its slots: by name where the names of layers agree but for the number, else by kind and first use.
+
+    An exporter's optimiser keeps the names of biases and calls matrices by numbers: such a layer has some of both.
+    """
     named = {layer: _by_name(subject, weights, layer) for layer, weights in by_layer.items()}
-    n_slots = len({slot for slots in named.values() for slot in slots})
+    n_having = Counter(slot for slots in named.values() for slot in slots)
     whole_layers = all(len(named[layer]) == len(weights) for layer, weights in by_layer.items())
-    if whole_layers and n_slots < 2 * max(len(weights) for weights in by_layer.values()):
-        return named
-    return {layer: _by_order(subject, weights, first_use) for layer, weights in by_layer.items()}
+    # few names in all are names that repeat; of many only those that every layer has are no chance
+    n_least = 2 if len(n_having) < 2 * max(len(weights) for weights in by_layer.values()) else len(by_layer)
+    found = {}
+    for layer, weights in by_layer.items():
+        agreed = {slot: one for slot, one in named[layer].items() if whole_layers and n_having[slot] >= n_least}
+        known = {one.id for one in agreed.values()}
+        found[layer] = agreed | _by_order(subject, [one for one in weights if one.id not in known], first_use)
+    return found
 
 
 def _by_name(subject: Subject, weights: list[Weight], layer: int) -> dict[Slot, Weight]:
@@ -113,12 +121,24 @@ def _by_name(subject: Subject, weights: list[Weight], layer: int) -> dict[Slot, 
 def _by_order(subject: Subject, weights: list[Weight], first_use: dict[str, int]) -> dict[Slot, Weight]:
     counted: dict[tuple[str, int | None], int] = {}
     found = {}
-    for weight in sorted(weights, key=lambda one: first_use.get(one.id, len(first_use))):
+    for weight in sorted(weights, key=lambda one: in_order(subject, one, first_use)):
         role = subject.roles[weight.id]
         n = counted[role.kind, role.expert] = counted.get((role.kind, role.expert), -1) + 1
         expert = "" if role.expert is None else f" of expert {role.expert}"
         found[Slot(f"{role.kind}{expert} {n}", role.kind)] = weight
     return found
+
+
+def first_uses(subject: Subject) -> dict[str, int]:
+    """Weight → its first use in the graph, as a number; empty without a graph."""
+    return {use.weight: index for index, use in reversed(list(enumerate(subject.model.uses)))}
+
+
+def in_order(subject: Subject, weight: Weight, first_use: dict[str, int]) -> tuple[int, int]:
+    """Where a weight stands among those of its kind: by its attention (a decoder may make the keys of what it attends to
+    before its own), then by its first use; weights of no graph stay in the file's order."""
+    attention = subject.roles[weight.id].attention
+    return -1 if attention is None else attention, first_use.get(weight.id, len(first_use))
 
 
 Chosen = Callable[[Slot], bool]
