@@ -15,8 +15,10 @@ from typing import cast
 from tieaudit.errors import UsageError
 from tieaudit.model import Member, Weight
 from tieaudit.onevalue import OneValue, one_value
+from tieaudit.places import NO_LAYER
 from tieaudit.verdict import Candidate, Refusal, Subject
 
+_NEVER = 1 << 62
 ATTENTION = "attention_"
 FEED_FORWARD = "ffn_"
 NORMS = ("norm_scale", "norm_bias")
@@ -59,16 +61,42 @@ def stacks(subject: Subject) -> tuple[Stack, ...]:
 
 
 def _stacks(subject: Subject) -> tuple[Stack, ...]:
-    grouped: dict[tuple[str, str | None], dict[int, list[Weight]]] = {}
-    for weight in subject.model.weights:
-        role = subject.roles[weight.id]
-        if role.layer is not None and weight.is_float and weight.parameter is not False and not weight.absent:
-            grouped.setdefault((weight.part, role.side), {}).setdefault(role.layer, []).append(weight)
     first_use, found = first_uses(subject), []
-    for (part, side), by_layer in grouped.items():
+    for (part, side, _), by_layer in _rows(subject).items():
         if len(by_layer) > 1:
             found.append(_stack(subject, part, side, by_layer, first_use))
     return tuple(found)
+
+
+_Row = tuple[str, str | None, object]
+"""Part, side, and what tells two towers of one side apart."""
+
+
+def _rows(subject: Subject) -> dict[_Row, dict[int, list[Weight]]]:
+    """Rows of layers: by the stream of the graph, else by the path before the number.
+
+    Paths that count the same layers are one row (XLM's attentions.0 and ffns.0); a text tower of 12 layers beside one
+    of 24 for images is not. Tables and heads belong to no layer.
+    """
+    rows: dict[_Row, dict[int, list[Weight]]] = {}
+    for weight in subject.model.weights:
+        role = subject.roles[weight.id]
+        learned = weight.is_float and weight.parameter is not False and not weight.absent
+        if role.layer is not None and learned and role.kind not in NO_LAYER:
+            number = _numbered(weight.name, role.layer)
+            path: object = role.stream if role.stream is not None else weight.name[: number.start()] if number else ""
+            rows.setdefault((weight.part, role.side, path), {}).setdefault(role.layer, []).append(weight)
+    found: dict[_Row, dict[int, list[Weight]]] = {}
+    for (part, side, path), by_layer in rows.items():
+        together = found.setdefault((part, side, path if isinstance(path, int) else frozenset(by_layer)), {})
+        for layer, weights in by_layer.items():
+            together.setdefault(layer, []).extend(weights)
+    return found
+
+
+def _numbered(name: str, layer: int) -> re.Match[str] | None:
+    """Where a name has its layer's number: a part of the path, alone or as in `layer_2`; never the 2 of wav2vec2."""
+    return re.search(rf"(?<![A-Za-z0-9])(?:[A-Za-z]+_)?{layer}(?![A-Za-z0-9])", name)
 
 
 def _stack(
@@ -114,8 +142,12 @@ def _slotted(
 
 
 def _by_name(subject: Subject, weights: list[Weight], layer: int) -> dict[Slot, Weight]:
-    number = re.compile(rf"(?<!\d){layer}(?!\d)")
-    return {Slot(number.sub("#", one.name, count=1), subject.roles[one.id].kind): one for one in weights}
+    found = {}
+    for one in weights:
+        at = _numbered(one.name, layer) or re.search(rf"(?<!\d){layer}(?!\d)", one.name)
+        name = one.name[: at.end() - len(str(layer))] + "#" + one.name[at.end() :] if at else one.name
+        found[Slot(name, subject.roles[one.id].kind)] = one
+    return found
 
 
 def _by_order(subject: Subject, weights: list[Weight], first_use: dict[str, int]) -> dict[Slot, Weight]:
@@ -130,15 +162,28 @@ def _by_order(subject: Subject, weights: list[Weight], first_use: dict[str, int]
 
 
 def first_uses(subject: Subject) -> dict[str, int]:
-    """Weight → its first use in the graph, as a number; empty without a graph."""
-    return {use.weight: index for index, use in reversed(list(enumerate(subject.model.uses)))}
+    """Weight → its first use in the graph, as a number: by the order in which operations run. Empty without a graph.
+
+    The uses of a model are in no such order: those of an ONNX file are in that of its initializers.
+    """
+    if "first uses" not in subject.worked_out:
+        model = subject.model
+        at = {(one.part, one.scope, one.node): index for index, one in enumerate(model.operations)}
+        found: dict[str, int] = {}
+        for index, use in enumerate(model.uses):
+            runs = at.get((use.part, use.scope, use.node), len(at) + index)
+            found[use.weight] = min(runs, found.get(use.weight, runs))
+        subject.worked_out["first uses"] = found
+    return cast("dict[str, int]", subject.worked_out["first uses"])
 
 
 def in_order(subject: Subject, weight: Weight, first_use: dict[str, int]) -> tuple[int, int]:
-    """Where a weight stands among those of its kind: by its attention (a decoder may make the keys of what it attends to
-    before its own), then by its first use; weights of no graph stay in the file's order."""
+    """Where a weight stands among those of its kind; weights of no graph stay in the file's order.
+
+    By its attention (a decoder may make the keys of what it attends to before its own), then by its first use.
+    """
     attention = subject.roles[weight.id].attention
-    return -1 if attention is None else attention, first_use.get(weight.id, len(first_use))
+    return -1 if attention is None else attention, first_use.get(weight.id, _NEVER)
 
 
 Chosen = Callable[[Slot], bool]

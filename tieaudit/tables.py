@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from tieaudit.model import Member, Weight
@@ -26,6 +27,28 @@ def embeddings(subject: Subject) -> list[Weight]:
     found = sorted(of_kind(subject, "token_embedding"), key=lambda one: order[subject.roles[one.id].side])
     regions = {weight.storage.region: weight for weight in reversed(found) if weight.storage is not None}
     return [weight for weight in found if weight.storage is not None and regions[weight.storage.region] is weight]
+
+
+_SIDES = (re.compile(r"(?<![a-z])(enc|src|source)", re.I), re.compile(r"(?<![a-z])(dec|tgt|trg|target)", re.I))
+"""How names tell the two sides, where no layers do (recurrent translation models)."""
+
+
+def both_sides(subject: Subject, scheme: str) -> list[Weight] | Refusal:
+    """The token embeddings of an encoder and of a decoder; a refusal where the tables are not those of two sides.
+
+    Several tables are not two sides: a decoder of four codebooks has four, and so do two models in one file. Where no
+    side is known, two tables and a head are taken for a translation model.
+    """
+    tables = embeddings(subject)
+    sides = {subject.roles[one.id].side for one in tables}
+    if len(tables) < 2:
+        return Refusal(scheme, (), "no second token embedding was recognised: an encoder's and a decoder's")
+    if {"encoder", "decoder"} <= sides or all(any(one.search(table.id) for table in tables) for one in _SIDES):
+        return tables
+    if len(tables) == 2 and None in sides and heads(subject):
+        return tables
+    because = f"{len(tables)} token embeddings were recognised, not an encoder's and a decoder's"
+    return Refusal(scheme, tuple(one.id for one in tables), because)
 
 
 def seen_as(subject: Subject, weight: Weight, first: Weight) -> View | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import takewhile
 
 from tieaudit.model import Member, Weight
 from tieaudit.onevalue import OneValue, one_value
+from tieaudit.roles import projects
 from tieaudit.schemes import Scheme
 from tieaudit.verdict import Candidate, Refusal, Subject
 from tieaudit.view import AS_STORED, TRANSPOSED, View
@@ -92,8 +94,13 @@ def _restored(subject: Subject) -> list[set[str]]:
 
 def _tied_already(subject: Subject, embeddings: list[Weight]) -> bool:
     """One stored tensor that embeds and scores: nothing to propose, and nothing to refuse."""
-    ids = {weight.id for weight in embeddings}
-    return any(tie.origin in ("aliased", "absent") and ids & set(tie.ids) for tie in subject.found.ties)
+    tables = {weight.id for weight in embeddings}
+    for tie in subject.found.ties:
+        if tie.origin in ("aliased", "absent") and tables & set(tie.ids):
+            scores = any(subject.roles[id].kind == "output_head" for id in tie.ids if id in subject.roles)
+            if scores or any(projects(use) for id in tie.ids for use in subject.model.uses_of.get(id, ())):
+                return True
+    return False
 
 
 def _view(known: OneValue, embedding: Weight, head: Weight) -> View | None:
@@ -108,8 +115,9 @@ def _same_region(a: Weight, b: Weight) -> bool:
     return a.storage is not None and b.storage is not None and a.storage.region == b.storage.region
 
 
-def _distance(subject: Subject, embedding: Weight, head: Weight) -> tuple[bool, bool, bool, bool, bool]:
-    """Prefer the head's own part and scope, what is used, what the class answers, and the decoder's over the encoder's.
+def _distance(subject: Subject, embedding: Weight, head: Weight) -> tuple[bool, bool, bool, bool, int, bool]:
+    """Prefer the head's own part and scope, what is used, what the class answers, what stands in the head's own module,
+    and the decoder's over the encoder's.
 
     Where a class keeps a table for both sides and a copy in each (T5), its answer is the one that it ties the head to;
     a graph that does not read that table has its word first.
@@ -118,7 +126,10 @@ def _distance(subject: Subject, embedding: Weight, head: Weight) -> tuple[bool, 
     answer = next((id for id, kind in model.hints.items() if kind == "token_embedding"), embedding.id)
     unused = model.has_graph and not model.uses_of.get(embedding.id)
     is_encoder = "encoder" in (subject.roles[embedding.id].side or embedding.id.lower())
-    return embedding.part != head.part, embedding.scope != head.scope, unused, embedding.id != answer, is_encoder
+    path = zip(embedding.name.split("."), head.name.split("."), strict=False)
+    n_common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], path))
+    apart = embedding.part != head.part, embedding.scope != head.scope
+    return *apart, unused, embedding.id != answer, -n_common, is_encoder
 
 
 io = Scheme(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from tieaudit.model import Member, Weight
 from tieaudit.onevalue import one_value
 from tieaudit.schemes import Scheme
+from tieaudit.stacks import first_uses, in_order
 from tieaudit.verdict import Candidate, Refusal, Subject
 from tieaudit.view import AS_STORED, TRANSPOSED, View
 
@@ -14,7 +15,7 @@ _NOT_OF_A_CHAIN = ("attention_", "token_", "position_", "type_", "output_head", 
 
 
 def _propose(subject: Subject, argument: str) -> Iterator[Candidate | Refusal]:
-    first_use = {use.weight: index for index, use in reversed(list(enumerate(subject.model.uses)))}
+    first_use = first_uses(subject)
     matrices = [one for one in subject.model.weights if len(one.shape) > 1 and one.is_float and not one.absent]
     alien = next((one for one in matrices if subject.roles[one.id].kind.startswith(_NOT_OF_A_CHAIN)), None)
     if alien is not None:
@@ -23,7 +24,7 @@ def _propose(subject: Subject, argument: str) -> Iterator[Candidate | Refusal]:
         )
         yield Refusal("tied-autoencoder", (alien.id,), because)
         return
-    chain = sorted(matrices, key=lambda one: first_use.get(one.id, len(first_use)))
+    chain = sorted(matrices, key=lambda one: in_order(subject, one, first_use))
     pairs = list(zip(chain, reversed(chain), strict=True))[: len(chain) // 2]
     views = [_mirrored(subject, *pair) for pair in pairs]
     if not pairs or len(chain) % 2 or None in views or _all_square(chain):
