@@ -238,6 +238,8 @@ class Written:
     repeated: tuple[Repeated, ...] = ()
     placed: Mapping[str, str] = field(default_factory=dict)
     """Original file name → name in the result, for files that could not keep theirs."""
+    copied: tuple[str, ...] = ()
+    """Of `files`, what was only carried along: the folder's other files, which are none of the model's."""
 
 
 Outcome = Literal["held", "failed", "not run"]
