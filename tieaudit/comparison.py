@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tieaudit.errors import RewriteRefused, UsageError
+from tieaudit.headcount import fewer_heads
 from tieaudit.merge import policy_of, sites_of
 from tieaudit.merges import Block, Calibrated, Merge, Sites, Statistics
 from tieaudit.pairing import N_SAMPLED, sampled_runs
@@ -62,9 +63,11 @@ def compare(subject: Subject, *, calibrated: Calibrated | None = None, deep: boo
     found: list[Choice] = []
     for scheme in discover("schemes", Scheme).values():
         for argument in scheme.worth_comparing(subject):
-            candidates = [one for one in propose(subject, Asked(scheme, argument))[0] if one.action == "share"]
+            candidates = propose(subject, Asked(scheme, argument))[0]
             name = f"{scheme.name}:{argument}" if argument else scheme.name
-            found += _choices(subject, name, candidates, calibrated, deep)
+            shared = [one for one in candidates if one.action == "share"]
+            found += _choices(subject, name, shared, calibrated, deep)
+            found += _pooled(subject, name, [one for one in candidates if one.action == "pool"], deep)
     return tuple(sorted(found, key=lambda one: (-one.n_bytes_saved, one.damage, one.scheme, one.policy)))
 
 
@@ -80,6 +83,15 @@ def frontier(choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
         if not best or one.n_bytes_saved > best[-1].n_bytes_saved:
             best.append(one)
     return tuple(best)
+
+
+def _pooled(subject: Subject, scheme: str, candidates: list[Candidate], deep: bool) -> Iterator[Choice]:
+    """Fewer heads, which no merge policy decides about: each is the mean of its group."""
+    n_numbers = None if deep else max(N_SAMPLED // max(len(candidates), 1), _LEAST_SAMPLED)
+    found = fewer_heads(subject.model, candidates, n_numbers) if candidates else None
+    if found is not None:
+        saved = found.n_parameters_saved, found.n_bytes_saved
+        yield Choice(scheme, "mean", *saved, found.changed, None, found.n_projections, found.exact)
 
 
 def _choices(
