@@ -299,6 +299,23 @@ def test_a_scan_says_how_alike_candidates_are_only_where_it_is_asked(tmp_path: A
         jsonschema.validate(told, schema)
 
 
+def test_of_a_scheme_with_many_classes_the_largest_few_are_compared() -> None:
+    from tieaudit.damage import N_MOST_CLASSES, foreseen
+    from tieaudit.propose import listed_candidates
+    from tieaudit.toy import ramp, toy
+
+    names = [f"layers.{n}.mlp.{part}_proj.weight" for n in range(2) for part in ("gate", "up", "down")]
+    weights = {name: ramp(64, 64, seed=seed) for seed, name in enumerate(names)}
+    norms = {f"layers.{n}.norm{k}.weight": ramp(64, seed=90 + 9 * n + k) for n in range(2) for k in range(3)}
+    subject = toy(weights | norms)
+    found = foreseen(subject, listed_candidates(subject), deep=False, place=np.asarray)
+    albert = [one for one in found if one.scheme == "albert"]
+    compared = [one for one in albert if one.likeness is not None]
+    assert (len(albert), len(compared)) == (6, N_MOST_CLASSES)
+    assert min(one.n_bytes_saved for one in compared[:3]) == 4 * 64 * 64  # the matrices, and then one of the norms
+    assert {one.likeness.verdict for one in compared if one.likeness and one.n_bytes_saved > 256} == {"unrelated"}
+
+
 def json_of(path: Path) -> Any:
     import json
 

@@ -294,6 +294,54 @@ def test_a_repository_keeps_its_own_files_and_its_folder(fixtures_dir: Path, tmp
     ]
 
 
+@pytest.mark.parametrize("kind", ["folder", "parts"])
+def test_what_somebody_else_does_beside_the_model_meanwhile_stays(
+    kind: str, fixtures_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "repository"
+    source = fixtures_dir / ("gpt_decoder/hf_lost" if kind == "folder" else "bart_seq2seq/parts_lost")
+    shutil.copytree(source, home)
+    (home / "src").mkdir()
+    for name in ("src/train.py", "tokenizer.json", "old.txt"):
+        (home / name).write_text("before")
+
+    def meanwhile(*args: object) -> object:
+        (home / "src" / "train.py").write_text("an hour of editing")
+        (home / "src" / "new.bin").write_bytes(b"precious")
+        (home / "tokenizer.json").write_text("edited")
+        (home / "old.txt").unlink()
+        return exchange(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(importlib.import_module("tieaudit.apply"), "exchange", meanwhile)
+    in_place(home)
+    assert (home / "src" / "train.py").read_text() == "an hour of editing"
+    assert (home / "src" / "new.bin").read_bytes() == b"precious"
+    assert (home / "tokenizer.json").read_text() == "edited"
+    assert not (home / "old.txt").exists()
+    assert max((tie.n_bytes_saved for tie in look(load_one(home)).found.ties), default=0) < 1024  # and it is mended
+
+
+def test_settings_that_change_while_the_model_is_proved_are_not_overwritten(
+    fixtures_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "m"
+    shutil.copytree(fixtures_dir / "gpt_decoder" / "hf_lost", home)
+    configured(home, tie_word_embeddings=True)
+    stage = importlib.import_module("tieaudit.apply")
+    prove = stage.prove_apart
+
+    def meanwhile(asked: object) -> object:
+        configured(home, temperature=0.5)
+        return prove(asked)
+
+    monkeypatch.setattr(stage, "prove_apart", meanwhile)
+    before = (home / "model.safetensors").read_bytes()
+    with pytest.raises(RewriteRefused, match="changed meanwhile"):
+        in_place(home)
+    assert json.loads((home / "config.json").read_text())["temperature"] == 0.5
+    assert (home / "model.safetensors").read_bytes() == before
+
+
 def test_what_was_made_in_place_is_not_undone(tmp_path: Path) -> None:
     receipt = in_place(tiny_onnx.lost(tmp_path / "m.onnx"))
     before = listing(tmp_path)

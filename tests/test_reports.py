@@ -44,6 +44,11 @@ SUBJECTS: dict[str, Subject] = {
     ),
     "aliased": toy({"wte": At(W, 0), "head": At(W, 0)}, format="onnx"),
     "unreadable": toy({E: W, H: Broken((64, 8))}, declared=[(E, H)], notes=("the shard 2 of 3 is missing",)),
+    "layers": toy(
+        {E: W, H: ramp(64, 8, seed=1)}
+        | {f"model.layers.{n}.mlp.up_proj.weight": ramp(16, 16, seed=n) for n in range(4)}
+        | {f"model.layers.{n}.mlp.down_proj.weight": ramp(16, 16, seed=4 + n) for n in range(4)}
+    ),
 }
 
 

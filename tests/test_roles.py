@@ -307,9 +307,9 @@ def test_five_thousand_operations_take_about_a_second(tmp_path: Path) -> None:
     graph, out = decoder(100)
     model = graph.model(tmp_path, out)
     assert len(model.operations) > 5000
-    begin = time.perf_counter()
+    begin = time.process_time()
     found = roles(model)
-    n_seconds = time.perf_counter() - begin
+    n_seconds = time.process_time() - begin
     assert sum(role.kind == "attention_query" for role in found.values()) == 100
     assert n_seconds < 4  # 0.4 s on a quiet core
 

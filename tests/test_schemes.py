@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from tieaudit.errors import UsageError
-from tieaudit.model import Model, Part, Role, Weight, classes
-from tieaudit.propose import propose, schemes
+from tieaudit.model import Member, Model, Part, Role, Weight, classes
+from tieaudit.propose import listed_candidates, propose, schemes
+from tieaudit.saving import n_parameters_saved
+from tieaudit.stacks import stacks
+from tieaudit.toy import At, ramp, toy
 from tieaudit.verdict import Candidate, Found, Refusal, Subject
 
 D, F = 8, 32
@@ -309,3 +312,53 @@ def test_a_custom_file_that_is_wrong_is_one_clear_line(tmp_path: Path, text: str
         proposed(f"custom:{file}", subject(2))
     with pytest.raises(UsageError, match="cannot be read"):
         proposed(f"custom:{tmp_path / 'missing.toml'}", subject(2))
+
+
+# what a scan lists --------------------------------------------------------------------------------------------------
+
+
+def test_a_scan_lists_the_candidates_of_every_scheme_and_reads_nothing() -> None:
+    one = subject(6)
+    found = listed_candidates(one)  # `Somewhere` raises if anything is read
+    n_saved: dict[str, int] = {}
+    for name in dict.fromkeys(candidate.scheme for candidate in found):
+        own = [candidate for candidate in found if candidate.scheme == name]
+        assert all(not candidate.lossless for candidate in own)
+        n_saved[name] = n_parameters_saved(one.model, own)
+        assert 4 * n_saved[name] == sum(candidate.n_bytes_saved for candidate in own)
+        assert n_saved[name] == 6 * PER_LAYER - n_parameters_left(name, one)
+    # of six layers halves and thirds are worth a look, the third first: cycle:2
+    assert n_saved == {
+        "albert": 5 * PER_LAYER,
+        "cycle:2": 4 * PER_LAYER,
+        "cycle-rev:2": 4 * PER_LAYER,
+        "ffn": 5 * (2 * D * F + F),
+        "immediate": 3 * PER_LAYER,
+        "middle-cycle:1": 3 * PER_LAYER,  # the first and the last layer stay as they are
+        "sandwich": 3 * (PER_LAYER - 2 * D),  # and all norms (Subformer)
+        "sequence:2": 4 * PER_LAYER,
+        "shared-kv": 6 * D * D,
+        "shared-qk": 6 * D * D,
+    }
+
+
+def test_a_scan_lists_no_candidate_twice_for_a_tie_that_it_shows() -> None:
+    lost = toy({"model.embed_tokens.weight": ramp(64, 8), "lm_head.weight": ramp(64, 8)})
+    assert [one.scheme for one in listed_candidates(lost)] == ["io"]  # dedup would repeat the tie
+
+
+def test_parameters_of_what_shares_bytes_already_are_counted_once() -> None:
+    # a and b are one range; c another: with all three as one, only c's 12 numbers go
+    one = toy({"a": At(ramp(4, 3), 0), "b": At(ramp(4, 3), 0), "c": ramp(4, 3, seed=1)}, format="onnx").model
+    several = [
+        Candidate("x", (Member("a"), Member("b")), 0, True, ""),
+        Candidate("x", (Member("a"), Member("c")), 48, False, ""),
+    ]
+    assert n_parameters_saved(one, several) == 12
+    assert n_parameters_saved(one, [Candidate("x", (Member("a"), Member("c")), 24, False, "", action="fit")]) == 6
+
+
+def test_layers_are_put_in_order_once_for_all_schemes() -> None:
+    one = subject(4)
+    assert stacks(one) is stacks(one)
+    assert stacks(replace(one, roles={id: replace(role, layer=None) for id, role in one.roles.items()})) == ()

@@ -205,6 +205,13 @@ def test_a_plan_that_calls_unequal_weights_lossless_fails(tmp_path: Path) -> Non
     assert "the plan is lossless" in because(proof, "structural")
 
 
+def test_a_share_that_calls_itself_lossless_is_held_to_it_whatever_the_rest_of_the_plan_does(tmp_path: Path) -> None:
+    edits = (replace(share(), lossless=True),)
+    proof = prove(*case(tmp_path, language_model(head=table(seed=5).T), lossless=False, edits=edits))
+    assert outcomes(proof)["structural"] == "failed"
+    assert "the plan is lossless" in because(proof, "structural")
+
+
 def test_a_respelled_tie_holds_and_stays_one_tensor(tmp_path: Path) -> None:
     proto = model_of(
         [

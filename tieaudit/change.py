@@ -45,6 +45,8 @@ class Share:
     because: str = ""
     adjustments: Mapping[str, Adjustment] = field(default_factory=dict)
     """Id of a member → what it applies to the common value; the others see it as it is."""
+    lossless: bool = False
+    """Every member, seen as it says, holds the common value already, whatever other edits change."""
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,8 @@ class Written:
     repeated: tuple[Repeated, ...] = ()
     placed: Mapping[str, str] = field(default_factory=dict)
     """Original file name → name in the result, for files that could not keep theirs."""
+    copied: tuple[str, ...] = ()
+    """Of `files`, what was only carried along: the folder's other files, which are none of the model's."""
 
 
 Outcome = Literal["held", "failed", "not run"]

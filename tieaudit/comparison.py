@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tieaudit.errors import RewriteRefused, UsageError
+from tieaudit.headcount import fewer_heads
 from tieaudit.merge import policy_of, sites_of
 from tieaudit.merges import Block, Calibrated, Merge, Sites, Statistics
-from tieaudit.model import classes
 from tieaudit.pairing import N_SAMPLED, sampled_runs
 from tieaudit.propose import Asked, propose
 from tieaudit.registry import discover
+from tieaudit.saving import n_parameters_saved
 from tieaudit.schemes import Scheme
 from tieaudit.verdict import Candidate, Subject
 
@@ -62,9 +63,11 @@ def compare(subject: Subject, *, calibrated: Calibrated | None = None, deep: boo
     found: list[Choice] = []
     for scheme in discover("schemes", Scheme).values():
         for argument in scheme.worth_comparing(subject):
-            candidates = [one for one in propose(subject, Asked(scheme, argument))[0] if one.action == "share"]
+            candidates = propose(subject, Asked(scheme, argument))[0]
             name = f"{scheme.name}:{argument}" if argument else scheme.name
-            found += _choices(subject, name, candidates, calibrated, deep)
+            shared = [one for one in candidates if one.action == "share"]
+            found += _choices(subject, name, shared, calibrated, deep)
+            found += _pooled(subject, name, [one for one in candidates if one.action == "pool"], deep)
     return tuple(sorted(found, key=lambda one: (-one.n_bytes_saved, one.damage, one.scheme, one.policy)))
 
 
@@ -82,6 +85,15 @@ def frontier(choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
     return tuple(best)
 
 
+def _pooled(subject: Subject, scheme: str, candidates: list[Candidate], deep: bool) -> Iterator[Choice]:
+    """Fewer heads, which no merge policy decides about: each is the mean of its group."""
+    n_numbers = None if deep else max(N_SAMPLED // max(len(candidates), 1), _LEAST_SAMPLED)
+    found = fewer_heads(subject.model, candidates, n_numbers) if candidates else None
+    if found is not None:
+        saved = found.n_parameters_saved, found.n_bytes_saved
+        yield Choice(scheme, "mean", *saved, found.changed, None, found.n_projections, found.exact)
+
+
 def _choices(
     subject: Subject, scheme: str, candidates: list[Candidate], calibrated: Calibrated | None, deep: bool
 ) -> Iterator[Choice]:
@@ -90,7 +102,7 @@ def _choices(
         return
     lossy = [one for one in candidates if not one.lossless]
     if not lossy:
-        yield Choice(scheme, "", _n_parameters(subject, candidates), saved, 0.0, None, len(candidates), True)
+        yield Choice(scheme, "", n_parameters_saved(subject.model, candidates), saved, 0.0, None, len(candidates), True)
         return
     n_numbers = None if deep else max(N_SAMPLED // len(lossy), _LEAST_SAMPLED)
     seen = [(one, found) for one in lossy if (found := _sites(subject, one, calibrated, n_numbers)) is not None]
@@ -136,7 +148,7 @@ def _choice(
     return Choice(
         scheme=scheme,
         policy=policy,
-        n_parameters_saved=_n_parameters(subject, candidates) - n_added,
+        n_parameters_saved=n_parameters_saved(subject.model, candidates) - n_added,
         n_bytes_saved=sum(one.n_bytes_saved for one in candidates) - n_bytes_added,
         changed=changed / size if size else 0.0,
         nats=nats if known else None,
@@ -147,19 +159,6 @@ def _choice(
 
 def _fitted(name: str) -> bool:
     return bool(discover("merges", Merge)[name].needs)
-
-
-def _n_parameters(subject: Subject, candidates: list[Candidate]) -> int:
-    """Parameters that go: of each class, all but one."""
-    n = 0
-    for ids in classes([member.id for member in one.members] for one in candidates):
-        sizes = {}
-        for id in ids:
-            weight = subject.model.by_id[id]
-            if weight.storage is not None:
-                sizes[weight.storage.region] = weight.n_elements
-        n += sum(sizes.values()) - max(sizes.values(), default=0)
-    return n
 
 
 def _energy(sites: Sites, index: int) -> float:

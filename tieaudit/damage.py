@@ -29,6 +29,8 @@ _SPREADS = 5.0
 """So many standard deviations above the null before a number counts."""
 N_MOST_MEMBERS = 64
 """Members of one class that are compared with its first one."""
+N_MOST_CLASSES = 4
+"""Classes of one scheme that are compared without a plan: what a further layer's says, the first ones have said."""
 _ORDER = ("equal", "close", "related", "related by a linear map", "cannot tell", "unrelated")
 """From the least damage to the most."""
 
@@ -41,11 +43,17 @@ def likeness(weights: Sequence[tuple[Weight, Member]], *, deep: bool = False, pl
 
 
 def foreseen(subject: Subject, candidates: Sequence[Candidate], *, deep: bool, place: Place) -> tuple[Candidate, ...]:
-    """The candidates that would change values, each with how alike its members are: the first one and the other that is
-    least alike. Cost: see `pairing.pair`, for each further member of a class, up to `N_MOST_MEMBERS`."""
-    return tuple(
-        one if one.lossless or one.action != "share" else _foreseen(subject, one, deep, place) for one in candidates
-    )
+    """The candidates that would change values, with how alike members are: the first one and the other least alike.
+
+    Of a scheme with very many classes, as those for layers have, only the `N_MOST_CLASSES` largest are compared.
+    Cost: see `pairing.pair`, for each further member of such a class, up to `N_MOST_MEMBERS`.
+    """
+    lossy = [one for one in candidates if not one.lossless and one.action == "share"]
+    compared: set[int] = set()
+    for scheme in dict.fromkeys(one.scheme for one in lossy):
+        own = sorted((one for one in lossy if one.scheme == scheme), key=lambda one: -one.n_bytes_saved)
+        compared.update(id(one) for one in own[:N_MOST_CLASSES])
+    return tuple(_foreseen(subject, one, deep, place) if id(one) in compared else one for one in candidates)
 
 
 def _foreseen(subject: Subject, candidate: Candidate, deep: bool, place: Place) -> Candidate:

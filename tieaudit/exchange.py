@@ -16,7 +16,7 @@ from tieaudit import journal as journals
 from tieaudit.change import Plan, Proof, Written
 from tieaudit.deliver import RECEIPT_SUFFIX, Delivered, read_receipt, write_receipt
 from tieaudit.errors import RewriteRefused, TieAuditError
-from tieaudit.formats import RECEIPT_NAME, Format, carried
+from tieaudit.formats import RECEIPT_NAME, Format
 from tieaudit.journal import Journal, Step, identity
 from tieaudit.model import Model
 from tieaudit.registry import choose, discover
@@ -101,21 +101,23 @@ def _carry_out(journal: Journal) -> None:
 
 
 def _own(model: Model, home: Path) -> list[str]:
-    """The model's own files by their names in `home`; of a folder all that it holds for the model."""
+    """The files that the model reads, by their names in `home`."""
     base = home.absolute()
     paths = {Path(path).absolute() for part in model.parts for path in part.paths}
     outside = sorted(str(path) for path in paths if not path.is_relative_to(base))
     if outside:
         raise RewriteRefused(f"{outside[0]}: lies outside {home}, with which it would be replaced; {_NOTHING}")
-    if Path(model.path).is_dir():
-        paths.update(path.absolute() for path in carried(home))
     return sorted(path.relative_to(base).as_posix() for path in paths)
 
 
 def _differences(model: Model, written: Written, folder: Path, home: Path) -> Iterator[Step]:
-    """What must be exchanged so that the model's files are those that were written."""
-    own = set(_own(model, home))
-    for name in dict.fromkeys(Path(name).as_posix() for name in written.files):
+    """What must be exchanged so that the model's files are those that were written.
+
+    What lies beside them in the folder is nobody's business here: it was carried along so that the result is whole, and
+    may have changed since.
+    """
+    own, beside = set(_own(model, home)), {Path(name).as_posix() for name in written.copied}
+    for name in (one for one in dict.fromkeys(Path(name).as_posix() for name in written.files) if one not in beside):
         place, new = home / name, folder / name
         if place.is_file() and place.stat().st_size == new.stat().st_size and digest_of(place) == digest_of(new):
             continue

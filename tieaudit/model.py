@@ -206,6 +206,10 @@ class Role:
     expert: int | None = None
     against: str = ""
     """The kind that weaker evidence says, where it contradicts; `because` has both sides."""
+    attention: int | None = None
+    """Which attention of its graph it belongs to, in the order of their softmax; None where no graph tells."""
+    stream: int | None = None
+    """Which row of blocks its layer is counted in; two towers have one each. None where no graph tells."""
 
 
 @dataclass(frozen=True)

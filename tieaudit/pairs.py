@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tieaudit.model import Member, Weight
+from tieaudit.onevalue import one_value
+from tieaudit.stacks import first_uses, in_order
 from tieaudit.verdict import Candidate, Refusal, Subject
 
 _Place = tuple[str, str | None, int | None, int]
+_Home = tuple[str, str | None, int | None]
 
 
 def share_within_layers(subject: Subject, scheme: str, kind: str, other_kind: str) -> Iterator[Candidate | Refusal]:
@@ -34,22 +37,29 @@ def share_within_layers(subject: Subject, scheme: str, kind: str, other_kind: st
 def _pair(subject: Subject, scheme: str, weight: Weight, other: Weight) -> Iterator[Candidate]:
     if weight.storage is None or other.storage is None or weight.storage.region == other.storage.region:
         return
-    equal = any({weight.id, other.id} <= set(tie.ids) for tie in subject.found.ties if tie.origin == "measured")
+    members = (Member(weight.id), Member(other.id))
     kinds = [_words(subject.roles[one.id].kind) for one in (weight, other)]
     because = f"{kinds[0]} and {kinds[1]} of one attention"
-    yield Candidate(scheme, (Member(weight.id), Member(other.id)), other.n_bytes, equal, because)
+    yield Candidate(scheme, members, other.n_bytes, one_value(subject).holds(members), because)
 
 
 def _placed(subject: Subject, kind: str) -> dict[_Place, Weight]:
-    """By part, side, layer and how many of the kind came before in that layer (cross-attention comes second)."""
-    counted: dict[tuple[str, str | None, int | None], int] = {}
+    """By part, side, layer and how many of the kind come before in that layer (cross-attention comes second).
+
+    Where a graph tells the attention that a projection belongs to, by that instead.
+    """
+    first_use, counted = first_uses(subject), dict[_Home, int]()
     found: dict[_Place, Weight] = {}
-    for weight in subject.model.weights:
+    ours = [one for one in subject.model.weights if subject.roles[one.id].kind == kind and one.is_float]
+    for weight in sorted(ours, key=lambda one: in_order(subject, one, first_use)):
         role = subject.roles[weight.id]
-        if role.kind == kind and weight.is_float and not weight.absent:
-            layer = (weight.part, role.side, role.layer)
-            counted[layer] = counted.get(layer, -1) + 1
-            found[(*layer, counted[layer])] = weight
+        if weight.absent:
+            continue
+        home: _Home = (weight.part, role.side, role.layer)
+        if role.attention is not None:
+            home = (weight.part, "attention", role.attention)
+        counted[home] = counted.get(home, -1) + 1
+        found[*home, counted[home]] = weight
     return found
 
 

@@ -19,20 +19,33 @@ NO_LAYER = ("token_embedding", "position_embedding", "type_embedding", "output_h
 def placed(reading: Reading) -> Mapping[str, Role]:
     """The roles with layers, sides and experts. Cost: linear in the operations."""
     readers = _readers(reading)
-    numbers = _numbers(reading)
+    numbers = _numbers(reading)  # of every block the stream and the layer
     encoder = _encoder(reading)
     sides = _sides(reading, readers, encoder)
     experts = _experts(reading, readers)
+    attentions = _attentions(reading)
     found = {}
     for id, role in reading.roles.items():
         layers = {_layer(reading, index, numbers, encoder) for index in readers.get(id, ())}
-        layer = next(iter(layers)) if len(layers) == 1 and role.kind not in NO_LAYER else None
+        alone = len(layers) == 1 and role.kind not in NO_LAYER
+        stream, layer = (next(iter(layers)) if alone else None) or (None, None)
         because = role.because
-        several = sorted(one for one in layers if one is not None)
+        several = [one for one in layers if one is not None]
         if len(several) > 1 and role.kind not in NO_LAYER:
             because += f"; shared by {len(several)} layers"
-        found[id] = replace(role, because=because, layer=layer, side=sides.get(id), expert=experts.get(id))  # type: ignore[arg-type]
+        role = replace(role, because=because, layer=layer, side=sides.get(id), expert=experts.get(id))  # type: ignore[arg-type]
+        found[id] = replace(role, attention=attentions.get(id), stream=stream)
     return found
+
+
+def _attentions(reading: Reading) -> dict[str, int]:
+    """Weight and bias of a projection → the attention that it belongs to; none for what several share."""
+    found: dict[str, set[int]] = {}
+    for index, core in reading.attentions.items():
+        one = reading.flow.projections[index]
+        for id in (*one.weights[:1], *one.biases):
+            found.setdefault(id, set()).add(core)
+    return {id: next(iter(cores)) for id, cores in found.items() if len(cores) == 1}
 
 
 def _readers(reading: Reading) -> dict[str, list[int]]:
@@ -47,15 +60,21 @@ def _readers(reading: Reading) -> dict[str, list[int]]:
     return found
 
 
-def _layer(reading: Reading, index: int, numbers: Mapping[int, int | None], encoder: frozenset[int]) -> int | None:
+_Place = tuple[int, int]
+"""Stream, and layer in it."""
+
+
+def _layer(
+    reading: Reading, index: int, numbers: Mapping[int, _Place | None], encoder: frozenset[int]
+) -> _Place | None:
     block = reading.spine.block_of.get(index)
     if block is None or index in encoder and block.sum not in encoder:  # behind the encoder's last block
         return None
     return numbers.get(block.sum)
 
 
-def _numbers(reading: Reading) -> dict[int, int | None]:
-    """Layer of every block, by its sum."""
+def _numbers(reading: Reading) -> dict[int, _Place | None]:
+    """Place of every block, by its sum."""
     streams: dict[int, list[Block]] = {}
     for block in reading.spine.blocks:
         streams.setdefault(block.stream, []).append(block)
@@ -65,12 +84,13 @@ def _numbers(reading: Reading) -> dict[int, int | None]:
         marks = [letters.get(block.sum, "") for block in blocks]
         for block, number in zip(blocks, _grouped(marks), strict=True):
             outer[block.sum] = number
-    found: dict[int, int | None] = {}
+    found: dict[int, _Place | None] = {}
     for block in reading.spine.blocks:
         at, steps = block, 0
         while at.inside is not None and len(streams[at.inside.stream]) > 1 and steps < _N_MOST_NESTED:
             at, steps = at.inside, steps + 1
-        found[block.sum] = outer[at.sum]
+        number = outer[at.sum]
+        found[block.sum] = None if number is None else (at.stream, number)
     return found
 
 

@@ -183,7 +183,8 @@ def _share(draft: _Draft, candidate: Candidate) -> list[Edit]:
     if draft.choices.share_files is False and len({draft.model.by_id[one.id].part for one in candidate.members}) > 1:
         return _share_apart(draft, candidate)
     if candidate.lossless:
-        return _realisable(draft, with_other_names(draft.subject, Share(candidate.members, None, candidate.because)))
+        share = Share(candidate.members, None, candidate.because, lossless=True)
+        return _realisable(draft, with_other_names(draft.subject, share))
     share = with_other_names(draft.subject, _lossy(draft, candidate))
     try:
         edits = _realisable(draft, share)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tieaudit.errors import UsageError
 from tieaudit.registry import choose, discover
@@ -48,14 +48,16 @@ def propose(subject: Subject, asked: Asked) -> tuple[list[Candidate], list[Refus
 
 
 def listed_candidates(subject: Subject) -> tuple[Candidate, ...]:
-    """The candidates that `scan` lists: of every scheme that proposes more than what the ties already say.
+    """The candidates that `scan` lists: of every scheme that saves something, with the first argument worth comparing.
 
-    None where weights are elsewhere: what could be one tensor may be one already.
+    `scheme` is then the text that `--scheme` takes (`cycle:6`). None where weights are elsewhere: what could be one
+    tensor may be one already. Cost: every scheme looks at names, roles and shapes; no weight is read.
     """
     if not subject.model.weights_here:
         return ()
     found: list[Candidate] = []
     for scheme in discover("schemes", Scheme).values():
-        if scheme.listed_by_scan:
-            found.extend(propose(subject, Asked(scheme))[0])
+        for argument in list(scheme.worth_comparing(subject))[:1] if scheme.listed_by_scan else ():
+            name = f"{scheme.name}:{argument}" if argument else scheme.name
+            found.extend(replace(one, scheme=name) for one in propose(subject, Asked(scheme, argument))[0])
     return tuple(found)

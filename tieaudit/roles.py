@@ -172,6 +172,11 @@ def _is_table(weight: Weight, use: Use) -> bool:
     return min(shape[0], max(shape[1:])) > 1 and weight.parameter is not False
 
 
+def projects(use: Use) -> bool:
+    """Whether the use multiplies with the weight, as a head does with a table."""
+    return use.op in _PROJECTIONS
+
+
 def is_tied_head(use: Use, found: Mapping[str, Role]) -> bool:
     """An embedding that is its own output head: one stored tensor in both roles."""
     return use.op in _PROJECTIONS and use.feeds_output and found.get(use.weight, OTHER).kind == "token_embedding"

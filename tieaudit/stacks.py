@@ -7,13 +7,18 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from tieaudit.errors import UsageError
-from tieaudit.model import Member, Weight, classes
+from tieaudit.model import Member, Weight
+from tieaudit.onevalue import OneValue, one_value
+from tieaudit.places import NO_LAYER
 from tieaudit.verdict import Candidate, Refusal, Subject
 
+_NEVER = 1 << 62
 ATTENTION = "attention_"
 FEED_FORWARD = "ffn_"
 NORMS = ("norm_scale", "norm_bias")
@@ -49,18 +54,49 @@ class Stack:
 
 
 def stacks(subject: Subject) -> tuple[Stack, ...]:
-    """The stacks of two layers or more, by part and side. Cost: that of the weights' names; nothing is read."""
-    grouped: dict[tuple[str, str | None], dict[int, list[Weight]]] = {}
-    for weight in subject.model.weights:
-        role = subject.roles[weight.id]
-        if role.layer is not None and weight.is_float and weight.parameter is not False and not weight.absent:
-            grouped.setdefault((weight.part, role.side), {}).setdefault(role.layer, []).append(weight)
-    first_use = {use.weight: index for index, use in reversed(list(enumerate(subject.model.uses)))}
-    found = []
-    for (part, side), by_layer in grouped.items():
+    """The stacks of two layers or more, by part and side. Cost: that of the weights' names, once; nothing is read."""
+    if "stacks" not in subject.worked_out:
+        subject.worked_out["stacks"] = _stacks(subject)
+    return cast("tuple[Stack, ...]", subject.worked_out["stacks"])
+
+
+def _stacks(subject: Subject) -> tuple[Stack, ...]:
+    first_use, found = first_uses(subject), []
+    for (part, side, _), by_layer in _rows(subject).items():
         if len(by_layer) > 1:
             found.append(_stack(subject, part, side, by_layer, first_use))
     return tuple(found)
+
+
+_Row = tuple[str, str | None, object]
+"""Part, side, and what tells two towers of one side apart."""
+
+
+def _rows(subject: Subject) -> dict[_Row, dict[int, list[Weight]]]:
+    """Rows of layers: by the stream of the graph, else by the path before the number.
+
+    Paths that count the same layers are one row (XLM's attentions.0 and ffns.0); a text tower of 12 layers beside one
+    of 24 for images is not. Tables and heads belong to no layer.
+    """
+    rows: dict[_Row, dict[int, list[Weight]]] = {}
+    for weight in subject.model.weights:
+        role = subject.roles[weight.id]
+        learned = weight.is_float and weight.parameter is not False and not weight.absent
+        if role.layer is not None and learned and role.kind not in NO_LAYER:
+            number = _numbered(weight.name, role.layer)
+            path: object = role.stream if role.stream is not None else weight.name[: number.start()] if number else ""
+            rows.setdefault((weight.part, role.side, path), {}).setdefault(role.layer, []).append(weight)
+    found: dict[_Row, dict[int, list[Weight]]] = {}
+    for (part, side, path), by_layer in rows.items():
+        together = found.setdefault((part, side, path if isinstance(path, int) else frozenset(by_layer)), {})
+        for layer, weights in by_layer.items():
+            together.setdefault(layer, []).extend(weights)
+    return found
+
+
+def _numbered(name: str, layer: int) -> re.Match[str] | None:
+    """Where a name has its layer's number: a part of the path, alone or as in `layer_2`; never the 2 of wav2vec2."""
+    return re.search(rf"(?<![A-Za-z0-9])(?:[A-Za-z]+_)?{layer}(?![A-Za-z0-9])", name)
 
 
 def _stack(
@@ -88,29 +124,66 @@ def _stack(
 def _slotted(
     subject: Subject, by_layer: dict[int, list[Weight]], first_use: dict[str, int]
 ) -> dict[int, dict[Slot, Weight]]:
-    """Layer → its slots: by name where the names of all layers agree but for the number, else by kind and first use."""
+    """Layer → its slots: by name where the names of layers agree but for the number, else by kind and first use.
+
+    An exporter's optimiser keeps the names of biases and calls matrices by numbers: such a layer has some of both.
+    """
     named = {layer: _by_name(subject, weights, layer) for layer, weights in by_layer.items()}
-    n_slots = len({slot for slots in named.values() for slot in slots})
+    n_having = Counter(slot for slots in named.values() for slot in slots)
     whole_layers = all(len(named[layer]) == len(weights) for layer, weights in by_layer.items())
-    if whole_layers and n_slots < 2 * max(len(weights) for weights in by_layer.values()):
-        return named
-    return {layer: _by_order(subject, weights, first_use) for layer, weights in by_layer.items()}
+    # few names in all are names that repeat; of many only those that every layer has are no chance
+    n_least = 2 if len(n_having) < 2 * max(len(weights) for weights in by_layer.values()) else len(by_layer)
+    found = {}
+    for layer, weights in by_layer.items():
+        agreed = {slot: one for slot, one in named[layer].items() if whole_layers and n_having[slot] >= n_least}
+        known = {one.id for one in agreed.values()}
+        found[layer] = agreed | _by_order(subject, [one for one in weights if one.id not in known], first_use)
+    return found
 
 
 def _by_name(subject: Subject, weights: list[Weight], layer: int) -> dict[Slot, Weight]:
-    number = re.compile(rf"(?<!\d){layer}(?!\d)")
-    return {Slot(number.sub("#", one.name, count=1), subject.roles[one.id].kind): one for one in weights}
+    found = {}
+    for one in weights:
+        at = _numbered(one.name, layer) or re.search(rf"(?<!\d){layer}(?!\d)", one.name)
+        name = one.name[: at.end() - len(str(layer))] + "#" + one.name[at.end() :] if at else one.name
+        found[Slot(name, subject.roles[one.id].kind)] = one
+    return found
 
 
 def _by_order(subject: Subject, weights: list[Weight], first_use: dict[str, int]) -> dict[Slot, Weight]:
     counted: dict[tuple[str, int | None], int] = {}
     found = {}
-    for weight in sorted(weights, key=lambda one: first_use.get(one.id, len(first_use))):
+    for weight in sorted(weights, key=lambda one: in_order(subject, one, first_use)):
         role = subject.roles[weight.id]
         n = counted[role.kind, role.expert] = counted.get((role.kind, role.expert), -1) + 1
         expert = "" if role.expert is None else f" of expert {role.expert}"
         found[Slot(f"{role.kind}{expert} {n}", role.kind)] = weight
     return found
+
+
+def first_uses(subject: Subject) -> dict[str, int]:
+    """Weight → its first use in the graph, as a number: by the order in which operations run. Empty without a graph.
+
+    The uses of a model are in no such order: those of an ONNX file are in that of its initializers.
+    """
+    if "first uses" not in subject.worked_out:
+        model = subject.model
+        at = {(one.part, one.scope, one.node): index for index, one in enumerate(model.operations)}
+        found: dict[str, int] = {}
+        for index, use in enumerate(model.uses):
+            runs = at.get((use.part, use.scope, use.node), len(at) + index)
+            found[use.weight] = min(runs, found.get(use.weight, runs))
+        subject.worked_out["first uses"] = found
+    return cast("dict[str, int]", subject.worked_out["first uses"])
+
+
+def in_order(subject: Subject, weight: Weight, first_use: dict[str, int]) -> tuple[int, int]:
+    """Where a weight stands among those of its kind; weights of no graph stay in the file's order.
+
+    By its attention (a decoder may make the keys of what it attends to before its own), then by its first use.
+    """
+    attention = subject.roles[weight.id].attention
+    return -1 if attention is None else attention, first_use.get(weight.id, _NEVER)
 
 
 Chosen = Callable[[Slot], bool]
@@ -144,7 +217,6 @@ def share_layers(
         alone = any(role.layer is not None for role in subject.roles.values())
         found = "only one layer was" if alone else "no repeated layers were"
         yield Refusal(scheme, (), f"{found} recognised in this model" + (", with none to share with" if alone else ""))
-    one_value = {id: group[0] for group in classes(t.ids for t in subject.found.ties) for id in group}
     for stack in everything:
         plan = plan_of(len(stack.layers))
         if isinstance(plan, str):
@@ -160,23 +232,22 @@ def share_layers(
             if chosen(slot):
                 yield Refusal(scheme, (), f"{slot.name} of {stack.title}: {reason}")
         for slot, weights in picked:
-            yield from _shared(scheme, stack, slot, weights, plan, one_value)
+            yield from _shared(scheme, stack, slot, weights, plan, one_value(subject))
 
 
 def _shared(
-    scheme: str, stack: Stack, slot: Slot, weights: tuple[Weight, ...], plan: Sequence[int], one_value: dict[str, str]
+    scheme: str, stack: Stack, slot: Slot, weights: tuple[Weight, ...], plan: Sequence[int], known: OneValue
 ) -> Iterator[Candidate]:
     for group in dict.fromkeys(plan):
         at = [index for index, number in enumerate(plan) if number == group]
         members = [weights[index] for index in at]
-        values = {one_value.get(weight.id, weight.id) for weight in members}
         ids = tuple(Member(id) for id in dict.fromkeys(weight.id for weight in members))
         regions = {weight.storage.region: weight.n_bytes for weight in members if weight.storage is not None}
         if len(ids) < 2 or len(regions) < 2:
             continue
         because = f"{slot.name}: layers {_spelled([stack.layers[index] for index in at])} of {stack.title} use one"
         saved = sum(regions.values()) - max(regions.values())
-        yield Candidate(scheme, ids, saved, len(values) == 1, because)
+        yield Candidate(scheme, ids, saved, known.holds(ids), because)
 
 
 def halves_and_thirds(subject: Subject) -> list[str]:

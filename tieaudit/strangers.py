@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from tieaudit import cost, structural
@@ -23,14 +24,6 @@ from tieaudit.untouched import differences
 N_MOST_BYTES_TRAINED = 1 << 30
 """Parameters in float64 of one module, up to which gradients are compared without being asked for: both modules,
 their gradients and what the backward pass keeps are several times that."""
-
-
-@dataclass
-class _Gathered:
-    """What the runs leave behind besides their outcome, by device."""
-
-    facts: dict[str, Any] = field(default_factory=dict)
-    training: list[Level] = field(default_factory=list)
 
 
 def compare(
@@ -55,46 +48,79 @@ def compare(
         "n_bytes_stored_after": cost.stored_bytes(after),
     }
     levels = [_same_weights(before, after), Level("regional", "not run", "no plan says what was rewritten")]
-    runners = [runner_for(model) for model in (before, after)]
-    wanted, why_not = _gradients_wanted(before, after, gradients)
-    reasons = [one for one in runners if isinstance(one, str)]
+    found = [runner_for(model) for model in (before, after)]
+    runners = [one for one in found if isinstance(one, Runner)]
+    reasons = [one for one in found if isinstance(one, str)]
     pairs, left = _pairs(before, after)
     if not reasons and not pairs:
         reasons = [f"no part of one is a part of the other: {', '.join(left)}"]
     if reasons:
-        if inputs is None and not any(isinstance(one, Runner) for one in runners) and levels[0].outcome != "held":
+        if inputs is None and not runners and levels[0].outcome != "held":
             levels[0] = _same_bytes(before, after)
         levels.append(Level("end to end", "not run", reasons[0]))
         levels += [Level("training", "not run", reasons[0])] if gradients else []
         return Proof(tuple(levels), facts=facts)
-    gathered = _Gathered(facts)
-    results = []
+    learns, why_not = _gradients_wanted(before, after, gradients)
+    runs = _Runs(before, after, inputs, max_drift, learns, facts)
     with Children(seconds, memory_bytes) as child:
-
-        def boxes(name: str) -> tuple[Sandbox, Sandbox]:
-            one, other = (child(runner, name) for runner in runners if isinstance(runner, Runner))
-            return one, other
-
-        for part, (path, other_path) in pairs.items():
-
-            def run(one: Sandbox, other: Sandbox, path: Paths = path, other_path: Paths = other_path) -> Compared:
-                pair = Pair(path, other_path, one, other, inputs, strangers=True)
-                across = one.runner is not other.runner
-                found = _within(run_pair(pair, _n_summed(before, across)), max_drift)
-                _measure(pair, found, gathered, cost.stored_bytes(before) + cost.stored_bytes(after))
-                if wanted and found.outcome == "held":
-                    gathered.training.append(_trained(pair, found))
-                return found
-
-            results += [(part, label, one) for label, one in on_each_device(device, boxes, run)]
-        gathered.facts.update(child.facts())
-    third = level_of(results)
+        third = runs.level(pairs, runners, device, child)
     if left:
         third = replace(third, because=f"{third.because}; not compared: {', '.join(left)}")
     levels.append(third)
-    if wanted or gradients or why_not:
-        levels.append(_worst(gathered.training, why_not or "the outputs were not found equal"))
-    return Proof(tuple(levels), (), third.max_difference if max_drift is not None else None, gathered.facts)
+    if learns or gradients or why_not:
+        levels.append(_worst(runs.training, why_not or "the outputs were not found equal"))
+    return Proof(tuple(levels), (), third.max_difference if max_drift is not None else None, facts)
+
+
+@dataclass
+class _Runs:
+    """Both models, part by part and device by device, and what the runs leave behind besides their outcome."""
+
+    before: Model
+    after: Model
+    inputs: Mapping[str, Array] | None
+    max_drift: float | None
+    learns: bool
+    """Whether gradients are compared as well."""
+    facts: dict[str, Any]
+    training: list[Level] = field(default_factory=list)
+
+    def level(
+        self, pairs: Mapping[str, tuple[Paths, Paths]], runners: Sequence[Runner], device: str, child: Children
+    ) -> Level:
+        """End to end: the worst of all parts and devices."""
+
+        def boxes(name: str) -> tuple[Sandbox, Sandbox]:
+            one, other = (child(runner, name) for runner in runners)
+            return one, other
+
+        results = []
+        for part, paths in pairs.items():
+            run = partial(self._run, paths)
+            results += [(part, label, one) for label, one in on_each_device(device, boxes, run)]
+        self.facts.update(child.facts())
+        return level_of(results)
+
+    def _run(self, paths: tuple[Paths, Paths], one: Sandbox, other: Sandbox) -> Compared:
+        pair = Pair(*paths, one, other, self.inputs, strangers=True)
+        across = one.runner is not other.runner
+        found = _within(run_pair(pair, _n_summed(self.before, across)), self.max_drift)
+        self._measure(pair, found)
+        if self.learns and found.outcome == "held":
+            self.training.append(_trained(pair, found))
+        return found
+
+    def _measure(self, pair: Pair, found: Compared) -> None:
+        """Latency and memory of both on this device; on the GPU beside what the CPU said."""
+        if found.baseline is None or not found.baseline.feeds or found.feed_after is None:
+            return
+        one = cost.measuring(pair.before, found.baseline.feeds[0], pair.sandbox)
+        other = cost.measuring(pair.after, found.feed_after, pair.other)
+        facts = cost.alternated(one, other, cost.stored_bytes(self.before) + cost.stored_bytes(self.after))
+        if pair.sandbox.device == "cuda":
+            self.facts["on_cuda"] = facts
+        else:
+            self.facts.update(facts)
 
 
 def _gradients_wanted(before: Model, after: Model, gradients: bool | None) -> tuple[bool, str]:
@@ -110,19 +136,6 @@ def _gradients_wanted(before: Model, after: Model, gradients: bool | None) -> tu
     if gradients is None and n_bytes > N_MOST_BYTES_TRAINED:
         return False, f"its parameters are {n_bytes / 1e9:.3g} GB in float64; --gradients compares them all the same"
     return True, ""
-
-
-def _measure(pair: Pair, found: Compared, gathered: _Gathered, n_bytes: int) -> None:
-    """Latency and memory of both on this device; on the GPU beside what the CPU said."""
-    if found.baseline is None or not found.baseline.feeds or found.feed_after is None:
-        return
-    one = cost.measuring(pair.before, found.baseline.feeds[0], pair.sandbox)
-    other = cost.measuring(pair.after, found.feed_after, pair.other)
-    facts = cost.alternated(one, other, n_bytes)
-    if pair.sandbox.device == "cuda":
-        gathered.facts["on_cuda"] = facts
-    else:
-        gathered.facts.update(facts)
 
 
 def _trained(pair: Pair, found: Compared) -> Level:

@@ -148,12 +148,12 @@ def _kind(weight: Weight) -> str:
 
 
 def _share(before: Model, after: Model, edit: Share, plan: Plan, written: Written, result: Check) -> None:
-    lossless, lone = plan.lossless, plan.into is not None and after.format == "safetensors"
+    lone = plan.into is not None and after.format == "safetensors"
     common = planned_value(before, edit)
     if common is None:
         result.problems.append(f"{edit.members[0].id}: the plan keeps its bytes, but it stores none")
         return
-    if lossless:
+    if plan.lossless or edit.lossless:
         for member in edit.members:
             original = before.by_id[member.id]
             if original.storage is not None and not same_value(common, original, member.view):

@@ -189,6 +189,8 @@ class Subject:
     demands: Demands = NO_DEMANDS
     locked: Locked | None = None
     """What the lock file says of this model; None: nothing was locked, or nobody looked."""
+    worked_out: dict[str, object] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What several schemes need and the first of them worked out, by its name: the stacks of layers."""
 
 
 @dataclass(frozen=True)

@@ -164,9 +164,9 @@ def test_functions_that_call_each_other_twice_do_not_take_for_ever(tmp_path: Pat
         functions.append(helper.make_function("mine", f"f{index}", ["a"], ["b"], inner, opset))
     functions.append(helper.make_function("mine", "f40", ["a"], ["b"], [helper.make_node("Relu", ["a"], ["b"])], opset))
     body = graph([helper.make_node("f0", ["w"], ["y"], domain="mine")], [rows("w", 3, 3)])
-    started = time.monotonic()
+    started = time.process_time()
     assert read(save(tmp_path / "m.onnx", body, functions)).uses
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 20
 
 
 def test_values_that_form_a_cycle_end(tmp_path: Path) -> None:
@@ -187,9 +187,9 @@ def test_reading_takes_linear_time(tmp_path: Path) -> None:
         nodes += [helper.make_node("Identity", [f"v{i}"], [f"v{i + 1}"]) for i in range(n_nodes)]
         nodes += [helper.make_node("Add", ["w", f"v{i}"], [f"z{i}"]) for i in range(n_nodes)]
         path = save(tmp_path / "m.onnx", graph(nodes, [rows("w", 2, 2)], outputs=[f"z{n_nodes - 1}"]))
-        started = time.monotonic()
+        started = time.process_time()
         read(path)
-        return time.monotonic() - started
+        return time.process_time() - started
 
     seconds(100)
     assert seconds(4000) < 12 * seconds(1000) + 0.5  # 16 times would be quadratic

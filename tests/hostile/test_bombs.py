@@ -28,10 +28,10 @@ def scan(path: Path, home: Path) -> Result:
     """`scan` as a user runs it: its own exit, in time, nothing written, nothing read outside of `home`."""
     runner = CliRunner()
     runner.invoke(main, ["scan", str(Path(__file__).parent / "nothing")])  # what is imported late is imported now
-    began = time.perf_counter()
+    began = time.process_time()
     with guarded(home.resolve()):
         result = runner.invoke(main, ["scan", str(path)])
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     assert "a fault in tieaudit" not in result.output
     return result

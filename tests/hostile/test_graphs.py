@@ -75,9 +75,9 @@ def test_functions_that_call_each_other_twice_each_cost_no_exponential_time(tmp_
     # 40 functions of two calls each: 2^40 visits for whoever follows every call
     calls = {f"F{index}": f"F{index + 1}" for index in range(39)} | {"F39": "Last"}
     path = changed(tmp_path / "m.onnx", lambda model: _functions(model, calls))
-    began = time.perf_counter()
+    began = time.process_time()
     assert run("plan", path).exit_code == 0
-    assert time.perf_counter() - began < 20
+    assert time.process_time() - began < 20
 
 
 def test_visits_are_counted_with_every_call_followed_and_a_function_that_calls_itself_has_no_end() -> None:
@@ -166,7 +166,7 @@ def test_names_that_two_nodes_each_make_cost_no_exponential_time(tmp_path: Path)
         model.graph.node.append(helper.make_node("MatMul", ["h", "t"], ["second"]))
 
     path = changed(tmp_path / "m.onnx", double)
-    began = time.perf_counter()
+    began = time.process_time()
     for scheme in ("dedup", "io", "untie"):
         assert run("plan", path, "--scheme", scheme).exit_code in (0, 2)
-    assert time.perf_counter() - began < 20
+    assert time.process_time() - began < 20

@@ -94,11 +94,11 @@ def test_a_recursive_glob_does_not_follow_links_that_lead_back(tmp_path: Path) -
         (tmp_path / name).symlink_to(".")
     (tmp_path / "sub").mkdir()
     tiny_onnx.lost(tmp_path / "sub" / "m.onnx")
-    began = time.perf_counter()
+    began = time.process_time()
     result = run("scan", f"{tmp_path}/**/*.onnx")
     assert result.exit_code == 0
     assert result.output.count("m.onnx ·") == 1
-    assert time.perf_counter() - began < 10
+    assert time.process_time() - began < 10
 
 
 def test_a_thousand_models_in_one_folder_cost_no_quadratic_time(tmp_path: Path) -> None:
@@ -110,12 +110,12 @@ def test_a_thousand_models_in_one_folder_cost_no_quadratic_time(tmp_path: Path) 
     for index in range(1000):
         (tmp_path / "onnx_files" / f"m{index}_fp16.onnx").touch()
         (tmp_path / "tensors" / f"m{index}.safetensors").touch()
-    began = time.perf_counter()
+    began = time.process_time()
     sources, _ = locate([str(tmp_path)])
     assert len(sources) == 2000
     for source in sources:
         alternative_of([source.path])
-    assert time.perf_counter() - began < 10  # 1000² looks at a folder took 15 s
+    assert time.process_time() - began < 10  # 1000² looks at a folder took 15 s
 
 
 def test_a_variant_made_while_the_tool_runs_is_seen(tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ Examples:
 @click.option("--inputs", type=click.Path(path_type=Path),
               help="Of a `package.module:factory`, sample inputs as an .npz; default: generated.")  # fmt: skip
 @click.option("--damage", is_flag=True,
-              help="How alike the weights of each candidate are that changes values, from a sample.")  # fmt: skip
+              help="How alike the weights of candidates are that change values, from a sample; of schemes with many "
+              "classes the largest ones (plan looks at all).")  # fmt: skip
 @click.option("--deep", is_flag=True, help="With --damage: read all of the weights that are compared, not a sample.")
 @click.option("--device", type=OneOf(["auto", "cpu", "cuda"]), default="auto", show_default=True,
               help="With --damage: where to compare them.")  # fmt: skip

@@ -16,7 +16,7 @@ _STANDARD = {
     **same(
         "Identity Cast CastLike Reshape Squeeze Unsqueeze Flatten Transpose Expand Slice Tile Split Pad Dropout "
         "DequantizeLinear QuantizeLinear DynamicQuantizeLinear DepthToSpace SpaceToDepth Trilu GatherElements "
-        "CenterCropPad ReverseSequence Compress",
+        "CenterCropPad ReverseSequence Compress SplitToSequence SequenceAt ConcatFromSequence",
         _VIEW,
     ),
     **same("Shape Size ConstantOfShape EyeLike", Meaning("shape")),

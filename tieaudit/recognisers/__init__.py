@@ -30,6 +30,8 @@ class Reading:
     """Index of a product with a learned matrix → what that matrix is there."""
     crossings: set[str] = field(default_factory=set)
     """Values that another stream attends to."""
+    attentions: dict[int, int] = field(default_factory=dict)
+    """Index of a product with a learned matrix → that of the attention which it feeds, or whose result it takes."""
     norms: set[int] = field(default_factory=set)
     """Operations that apply a learned scale to normalised values."""
 

@@ -95,6 +95,7 @@ def _tell(reading: Reading, core: _Core) -> None:
         kind, what = _KINDS[flags]
         told.append((one, kind))
         reading.project(one, kind, f"becomes {what} of the attention at {place}")
+        reading.attentions.setdefault(one.index, core.index)
     _tell_low_rank(reading, told, place)
     _note_crossing(reading, told)
 
@@ -159,6 +160,7 @@ def _tell_output(reading: Reading, core: _Core) -> None:
             if one is not None and index not in reading.kinds:
                 because = f"projects what the attention at {reading.at(core.index)} gives"
                 reading.project(one, "attention_output", because)
+                reading.attentions.setdefault(one.index, core.index)
 
 
 attention = Recogniser(

@@ -79,12 +79,22 @@ def _divides(reading: Reading, value: str) -> bool:
         if flow.does(index) in ("multiply", "divide") and len(data) == 2:
             makers = [flow.maker.get(one, -1) for one in data]
             short = [flow.does(maker) for maker in makers if maker >= 0]
+            short += ["root" for maker in makers if maker >= 0 and _one_over_root(reading, maker)]
             return any(one in ("root", "choose", "activate", "reduce", "view") or one == "adjust" for one in short)
         if flow.does(index) == "multiply" and len(data) == 1:  # times a number
             value = data[0]
             continue
         return False
     return False
+
+
+def _one_over_root(reading: Reading, index: int) -> bool:
+    """Whether an operation divides a number by a root, as the older exporter of PyTorch spells rsqrt."""
+    flow = reading.flow
+    data = [one for one in flow.data_inputs(index) if flow.is_data(one)]
+    if flow.does(index) != "divide" or len(data) != 1 or data[0] == flow.operations[index].inputs[0]:
+        return False
+    return data[0] in flow.maker and flow.does(flow.maker[data[0]]) == "root"
 
 
 def _is_root(reading: Reading, value: str) -> bool:

@@ -10,9 +10,10 @@ from tieaudit import __version__
 from tieaudit.checked import Checked, Judged, Run
 from tieaudit.depth import n_calls, shared_across_depth
 from tieaudit.equality import of_buffers
-from tieaudit.model import Member, Role, Tie, Weight
+from tieaudit.model import Member, Model, Role, Tie, Weight
 from tieaudit.plain import plain
 from tieaudit.reports import ReportFormat
+from tieaudit.saving import n_parameters_saved
 from tieaudit.tally import tally
 from tieaudit.verdict import Candidate, CannotTell, Crashed, Finding, Likeness, Report
 
@@ -77,7 +78,7 @@ def _model(report: Report) -> dict[str, object]:
             {"module": one.module, "n_calls": one.n_calls, "ids": list(one.ids)} for one in shared_across_depth(model)
         ],
         "constant_groups": [list(ids) for ids in found.constant_classes],
-        "candidates": [_candidate(candidate) for candidate in report.candidates],
+        "candidates": [_candidate(model, candidate) for candidate in report.candidates],
         "findings": [_finding(finding) for finding in report.findings],
         "cannot_tell": [_unsure(item) for item in report.cannot_tell],
         "crashed": [_crash(item) for item in report.crashed],
@@ -125,12 +126,13 @@ def _group(tie: Tie, buffers: bool) -> dict[str, object]:
     }
 
 
-def _candidate(candidate: Candidate) -> dict[str, object]:
+def _candidate(model: Model, candidate: Candidate) -> dict[str, object]:
     return {
         "scheme": candidate.scheme,
         "action": candidate.action,
         "members": [_member(member) for member in candidate.members],
         "n_bytes_saved": candidate.n_bytes_saved,
+        "n_parameters_saved": n_parameters_saved(model, [candidate]),
         "lossless": candidate.lossless,
         "because": candidate.because,
         "damage": candidate.damage,

@@ -30,5 +30,5 @@ class Scheme:
     """The policy that unequal weights get where the user names none."""
     page: str = ""
     """The text of `tieaudit explain NAME`."""
-    listed_by_scan: bool = False
-    """Whether `scan` lists its candidates (dedup repeats the ties, untie proposes no saving: not listed)."""
+    listed_by_scan: bool = True
+    """Whether `scan` lists its candidates: not those of dedup, which repeat the ties."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from tieaudit.errors import UsageError
 from tieaudit.model import Member, Weight
+from tieaudit.onevalue import one_value
 from tieaudit.schemes import Scheme
 from tieaudit.tables import seen_as
 from tieaudit.verdict import Candidate, Refusal, Subject
@@ -38,7 +39,7 @@ def _propose(subject: Subject, argument: str) -> Iterator[Candidate | Refusal]:
 def _share(subject: Subject, where: str, weights: list[Weight]) -> Iterator[Candidate | Refusal]:
     first, members = weights[0], [Member(weights[0].id)]
     for weight in weights[1:]:
-        view = seen_as(weight, first)
+        view = seen_as(subject, weight, first)
         if view is None:
             shapes = f"{list(weight.shape)} {weight.dtype} does not fit {list(first.shape)} {first.dtype}"
             yield Refusal("custom", (first.id, weight.id), f"{weight.id} cannot be one with {first.id}: {shapes}")
@@ -46,7 +47,7 @@ def _share(subject: Subject, where: str, weights: list[Weight]) -> Iterator[Cand
             members.append(Member(weight.id, view))
     regions = {one.storage.region: one.n_bytes for one in weights if one.storage is not None}
     if len(members) > 1 and len(regions) > 1:
-        lossless = any({one.id for one in members} <= set(tie.ids) for tie in subject.found.ties)
+        lossless = one_value(subject).holds(members)
         yield Candidate("custom", tuple(members), sum(regions.values()) - max(regions.values()), lossless, where)
 
 

@@ -58,6 +58,7 @@ def _constants(subject: Subject, ids: tuple[str, ...], declared: dict[str, int])
 
 dedup = Scheme(
     name="dedup",
+    listed_by_scan=False,
     summary="every lossless tie that the target can hold becomes one stored tensor",
     source="onnx-ir DeduplicateHashedInitializersPass sees equal bytes of one graph; here also transposes, subgraphs, "
     "parts and what the declaring class restores",

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tieaudit.schemes import Scheme
-from tieaudit.tables import embeddings, share_tables
+from tieaudit.tables import both_sides, share_tables
 from tieaudit.verdict import Candidate, Refusal, Subject
 
 
 def _propose(subject: Subject, argument: str) -> Iterator[Candidate | Refusal]:
-    sides = embeddings(subject)
-    if len(sides) < 2:
-        yield Refusal("encoder-decoder", (), "no second token embedding was recognised: an encoder's and a decoder's")
+    sides = both_sides(subject, "encoder-decoder")
+    if isinstance(sides, Refusal):
+        yield sides
         return
     yield from share_tables(subject, "encoder-decoder", sides, "embed the tokens of encoder and decoder")
 

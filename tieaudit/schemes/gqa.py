@@ -45,7 +45,8 @@ def _propose(subject: Subject, argument: str) -> Iterator[Candidate | Refusal]:
 gqa = Scheme(
     name="gqa",
     argument="G",
-    worth_comparing=lambda subject: (),
+    worth_comparing=lambda subject: ("8", "4", "2"),  # those that the model's heads can be divided into
+    listed_by_scan=False,  # how many heads there are only the format knows
     merge="mean",
     summary="G key and value heads for all, each the mean of a group of neighbours (ONNX, Hugging Face folders)",
     source=SOURCE,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import takewhile
 
-from tieaudit.model import Member, Weight, classes
+from tieaudit.model import Member, Weight
+from tieaudit.onevalue import OneValue, one_value
+from tieaudit.roles import projects
 from tieaudit.schemes import Scheme
 from tieaudit.verdict import Candidate, Refusal, Subject
 from tieaudit.view import AS_STORED, TRANSPOSED, View
@@ -13,7 +16,7 @@ from tieaudit.view import AS_STORED, TRANSPOSED, View
 def _propose(subject: Subject, argument: str) -> Iterator[Candidate | Refusal]:
     heads = _of_kind(subject, "output_head")
     embeddings = _of_kind(subject, "token_embedding")
-    one_value = _one_value(subject)
+    known, restored = one_value(subject), _restored(subject)
     if not heads or not embeddings:
         if not _tied_already(subject, embeddings):
             missing = "token embedding" if not embeddings else "output head"
@@ -21,11 +24,15 @@ def _propose(subject: Subject, argument: str) -> Iterator[Candidate | Refusal]:
         return
     done: set[frozenset[str]] = set()
     for head in heads:
-        fitting = [(weight, view) for weight in embeddings if (view := _view(weight, head)) is not None]
+        fitting = [(weight, view) for weight in embeddings if (view := _view(known, weight, head)) is not None]
         if not fitting:
             yield _unfit(subject, head, embeddings)
             continue
-        tied = [pair for pair in fitting if one_value.get(pair[0].id, pair[0].id) == one_value.get(head.id, head.id)]
+        tied = [
+            (weight, view)
+            for weight, view in fitting
+            if {weight.id, head.id} in restored or known.holds((Member(weight.id), Member(head.id, view)))
+        ]
         weight, view = tied[0] if tied else min(fitting, key=lambda pair: _distance(subject, pair[0], head))
         if weight.absent or head.absent or frozenset((weight.id, head.id)) in done:
             continue
@@ -78,23 +85,29 @@ def _of_kind(subject: Subject, kind: str) -> list[Weight]:
     return [weight for weight in subject.model.weights if subject.roles[weight.id].kind == kind]
 
 
-def _one_value(subject: Subject) -> dict[str, str]:
-    """Id → representative of its class under what was measured or is one by construction."""
-    groups = [tie.ids for tie in subject.found.ties if tie.origin in ("measured", "aliased", "absent")]
-    return {id: members[0] for members in classes(groups) for id in members}
+def _restored(subject: Subject) -> list[set[str]]:
+    """Pairs of which one is not stored: its loader makes it the other."""
+    absent = [tie for tie in subject.found.ties if tie.origin == "absent"]
+    known = subject.model.by_id
+    return [{id, other} for tie in absent for id in tie.ids for other in tie.ids if id in known and known[id].absent]
 
 
 def _tied_already(subject: Subject, embeddings: list[Weight]) -> bool:
     """One stored tensor that embeds and scores: nothing to propose, and nothing to refuse."""
-    ids = {weight.id for weight in embeddings}
-    return any(tie.origin in ("aliased", "absent") and ids & set(tie.ids) for tie in subject.found.ties)
+    tables = {weight.id for weight in embeddings}
+    for tie in subject.found.ties:
+        if tie.origin in ("aliased", "absent") and tables & set(tie.ids):
+            scores = any(subject.roles[id].kind == "output_head" for id in tie.ids if id in subject.roles)
+            if scores or any(projects(use) for id in tie.ids for use in subject.model.uses_of.get(id, ())):
+                return True
+    return False
 
 
-def _view(embedding: Weight, head: Weight) -> View | None:
+def _view(known: OneValue, embedding: Weight, head: Weight) -> View | None:
     if embedding.dtype != head.dtype or len(embedding.shape) != 2:
         return None
     if embedding.shape == head.shape:
-        return AS_STORED
+        return known.view(embedding.id, head.id) or AS_STORED
     return TRANSPOSED if embedding.shape == head.shape[::-1] else None
 
 
@@ -102,8 +115,9 @@ def _same_region(a: Weight, b: Weight) -> bool:
     return a.storage is not None and b.storage is not None and a.storage.region == b.storage.region
 
 
-def _distance(subject: Subject, embedding: Weight, head: Weight) -> tuple[bool, bool, bool, bool, bool]:
-    """Prefer the head's own part and scope, what is used, what the class answers, and the decoder's over the encoder's.
+def _distance(subject: Subject, embedding: Weight, head: Weight) -> tuple[bool, bool, bool, bool, int, bool]:
+    """Prefer the head's own part and scope, what is used, what the class answers, what stands in the head's own module,
+    and the decoder's over the encoder's.
 
     Where a class keeps a table for both sides and a copy in each (T5), its answer is the one that it ties the head to;
     a graph that does not read that table has its word first.
@@ -112,7 +126,10 @@ def _distance(subject: Subject, embedding: Weight, head: Weight) -> tuple[bool, 
     answer = next((id for id, kind in model.hints.items() if kind == "token_embedding"), embedding.id)
     unused = model.has_graph and not model.uses_of.get(embedding.id)
     is_encoder = "encoder" in (subject.roles[embedding.id].side or embedding.id.lower())
-    return embedding.part != head.part, embedding.scope != head.scope, unused, embedding.id != answer, is_encoder
+    path = zip(embedding.name.split("."), head.name.split("."), strict=False)
+    n_common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], path))
+    apart = embedding.part != head.part, embedding.scope != head.scope
+    return *apart, unused, embedding.id != answer, -n_common, is_encoder
 
 
 io = Scheme(
@@ -126,5 +143,4 @@ io = Scheme(
 Lossless where the two are already equal bit for bit. Where they differ, tying changes the model: it is refused with the
 measured difference unless --allow-lossy is given, and --merge says which values survive (keep:head, keep:embedding or
 mean). For trained, untied language models the head is the better survivor.""",
-    listed_by_scan=True,
 )

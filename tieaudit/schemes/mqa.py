@@ -15,7 +15,7 @@ def _propose(subject: Subject, argument: str) -> Iterator[Candidate | Refusal]:
 
 mqa = Scheme(
     name="mqa",
-    worth_comparing=lambda subject: (),
+    listed_by_scan=False,
     merge="mean",
     summary="one key and one value head for all, the mean of all heads (ONNX, Hugging Face folders)",
     source=f"Shazeer 2019, Fast Transformer Decoding (arXiv 1911.02150); {SOURCE}",

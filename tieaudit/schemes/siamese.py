@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tieaudit.model import Member, Weight
+from tieaudit.onevalue import one_value
 from tieaudit.schemes import Scheme
 from tieaudit.verdict import Candidate, Refusal, Subject
 
@@ -24,16 +25,15 @@ def _propose(subject: Subject, argument: str) -> Iterator[Candidate | Refusal]:
         yield Refusal("siamese", (), "no two towers with the same weights of the same shapes were recognised")
         return
     first, *others = best
-    equal = [set(tie.ids) for tie in subject.found.ties]
     for rest, weight in best[first].items():
         members = [weight, *(best[other][rest] for other in others)]
         regions = {one.storage.region: one.n_bytes for one in members if one.storage is not None}
         if len(regions) < 2:
             continue
-        lossless = any({one.id for one in members} <= ids for ids in equal)
+        ids = tuple(Member(one.id) for one in members)
         because = f"{rest} of {' and '.join(best)}"
         saved = sum(regions.values()) - max(regions.values())
-        yield Candidate("siamese", tuple(Member(one.id) for one in members), saved, lossless, because)
+        yield Candidate("siamese", ids, saved, one_value(subject).holds(ids), because)
 
 
 def _by_part(weights: list[Weight]) -> dict[str, dict[str, Weight]]:

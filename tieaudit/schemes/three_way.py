@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tieaudit.schemes import Scheme
-from tieaudit.tables import embeddings, heads, share_tables
+from tieaudit.tables import both_sides, heads, share_tables
 from tieaudit.verdict import Candidate, Refusal, Subject
 
 
 def _propose(subject: Subject, argument: str) -> Iterator[Candidate | Refusal]:
-    sides, scores = embeddings(subject), heads(subject)
-    if len(sides) < 2 or not scores:
-        missing = "second token embedding" if len(sides) < 2 else "output head"
-        yield Refusal("three-way", (), f"no {missing} was recognised: three-way needs an encoder, a decoder and a head")
+    sides, scores = both_sides(subject, "three-way"), heads(subject)
+    if isinstance(sides, Refusal):
+        yield sides
+        return
+    if not scores:
+        yield Refusal(
+            "three-way", (), "no output head was recognised: three-way needs an encoder, a decoder and a head"
+        )
         return
     yield from share_tables(subject, "three-way", [*sides, *scores], "embed the tokens of both sides and score them")
 

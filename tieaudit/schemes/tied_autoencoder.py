@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tieaudit.model import Member, Weight
+from tieaudit.onevalue import one_value
 from tieaudit.schemes import Scheme
+from tieaudit.stacks import first_uses, in_order
 from tieaudit.verdict import Candidate, Refusal, Subject
 from tieaudit.view import AS_STORED, TRANSPOSED, View
 
@@ -13,7 +15,7 @@ _NOT_OF_A_CHAIN = ("attention_", "token_", "position_", "type_", "output_head", 
 
 
 def _propose(subject: Subject, argument: str) -> Iterator[Candidate | Refusal]:
-    first_use = {use.weight: index for index, use in reversed(list(enumerate(subject.model.uses)))}
+    first_use = first_uses(subject)
     matrices = [one for one in subject.model.weights if len(one.shape) > 1 and one.is_float and not one.absent]
     alien = next((one for one in matrices if subject.roles[one.id].kind.startswith(_NOT_OF_A_CHAIN)), None)
     if alien is not None:
@@ -22,7 +24,7 @@ def _propose(subject: Subject, argument: str) -> Iterator[Candidate | Refusal]:
         )
         yield Refusal("tied-autoencoder", (alien.id,), because)
         return
-    chain = sorted(matrices, key=lambda one: first_use.get(one.id, len(first_use)))
+    chain = sorted(matrices, key=lambda one: in_order(subject, one, first_use))
     pairs = list(zip(chain, reversed(chain), strict=True))[: len(chain) // 2]
     views = [_mirrored(subject, *pair) for pair in pairs]
     if not pairs or len(chain) % 2 or None in views or _all_square(chain):
@@ -30,13 +32,12 @@ def _propose(subject: Subject, argument: str) -> Iterator[Candidate | Refusal]:
         because = f"the weights are no encoder with its mirror image behind it: {shapes}"
         yield Refusal("tied-autoencoder", (), because if chain else "this model has no matrices")
         return
-    equal = [set(tie.ids) for tie in subject.found.ties]
     for (one, other), view in zip(pairs, views, strict=True):
         if one.storage is None or other.storage is None or one.storage.region == other.storage.region or view is None:
             continue
-        lossless = any({one.id, other.id} <= ids for ids in equal)
+        ids = (Member(one.id), Member(other.id, view))
         because = f"{other.id} leads back from where {one.id} leads to"
-        yield Candidate("tied-autoencoder", (Member(one.id), Member(other.id, view)), other.n_bytes, lossless, because)
+        yield Candidate("tied-autoencoder", ids, other.n_bytes, one_value(subject).holds(ids), because)
 
 
 def _mirrored(subject: Subject, one: Weight, other: Weight) -> View | None:

@@ -58,7 +58,7 @@ def edit(model: Model, plan: Plan, dest: Path) -> Written:
     copied = {name for copies in changes.copies.values() for name, _ in copies}
     _check_nothing_random(model, changes.settings, set(changes.dropped), copied)
     shards = {name: _entries(checkpoint, name, changes) for name in checkpoint.headers}
-    written = []
+    written, beside = [], []
     for source in carried(folder):
         relative = source.relative_to(folder)
         name = relative.name if relative.parent == Path() else ""
@@ -76,9 +76,10 @@ def edit(model: Model, plan: Plan, dest: Path) -> Written:
             target.write_text(_index(checkpoint, shards, changes.aliases), encoding="utf-8", newline="")
         else:
             copy_file(source, target)
+            beside += [str(relative)] if name not in shards else []
         written.append(str(relative))
     renamed = {make_id(gone): make_id(kept) for gone, kept in changes.dropped.items()}
-    return Written(tuple(written), renamed)
+    return Written(tuple(written), renamed, copied=tuple(beside))
 
 
 def _edit_pickled(model: Model, plan: Plan, folder: Path, main: Path, dest: Path) -> Written:
@@ -87,7 +88,7 @@ def _edit_pickled(model: Model, plan: Plan, folder: Path, main: Path, dest: Path
     pickled = write_pickled.changes(model, plan.edits, plan.lossless)
     _check_nothing_random(model, settings, set(pickled.dropped), pickled.copied)
     shards = {Path(path) for path in model.parts[0].paths if path.endswith(".bin")}
-    written, index = [], None
+    written, beside, index = [], [], None
     for source in carried(folder):
         relative = source.relative_to(folder)
         target = dest / relative
@@ -101,10 +102,12 @@ def _edit_pickled(model: Model, plan: Plan, folder: Path, main: Path, dest: Path
             index = target
         else:
             copy_file(source, target)
+            beside.append(str(relative))
         written.append(str(relative))
     if index is not None:
         index.write_text(write_pickled.new_index(main, dest, pickled), encoding="utf-8", newline="")
-    return Written(tuple(written), {make_id(gone): make_id(kept) for gone, kept in pickled.dropped.items()})
+    renamed = {make_id(gone): make_id(kept) for gone, kept in pickled.dropped.items()}
+    return Written(tuple(written), renamed, copied=tuple(beside))
 
 
 def _check_unchanged(model: Model, checkpoint: Checkpoint) -> None:

@@ -43,8 +43,9 @@ def edit(model: Model, plan: Plan, dest: Path) -> Written:
         if reason is not None:
             raise RewriteRefused(f"{model.path}: {reason}", hint="nothing was written")
     files = write(model, list(bench.pieces.values()), dest, plan.data_names)
-    records = bench.records
-    return Written(files, bench.renamed(), records.rewritten(model.uses), records.adjusted(), records.repeated())
+    records, renamed = bench.records, bench.renamed()
+    made = records.rewritten(model.uses), records.adjusted(), records.repeated()
+    return Written(files.written, renamed, *made, copied=files.copied)
 
 
 def _why_not(bench: Bench, model: Model, edit: Edit, style: Style) -> str | None:

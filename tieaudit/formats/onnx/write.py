@@ -45,7 +45,15 @@ class Item(NamedTuple):
     """The data file as the model file will name it."""
 
 
-def write(model: Model, pieces: list[Piece], dest: Path, data_names: Mapping[str, str]) -> tuple[str, ...]:
+class Files(NamedTuple):
+    """Names of files relative to the destination."""
+
+    written: tuple[str, ...]
+    copied: tuple[str, ...]
+    """Of these, what lay beside the model and was only carried along."""
+
+
+def write(model: Model, pieces: list[Piece], dest: Path, data_names: Mapping[str, str]) -> Files:
     """Write every file of the model into the new folder `dest`; paths relative to it.
 
     `data_names`: new names of data files, by the old ones.
@@ -74,9 +82,8 @@ def write(model: Model, pieces: list[Piece], dest: Path, data_names: Mapping[str
             for path, location in piece.data_files:
                 if (target := _inside(relative.parent / location, piece)).as_posix() not in written:
                     written.append(_copy(path, dest, target))
-    if root == Path(model.path):
-        written.extend(_copy_rest(root, dest, set(written), sources))
-    return tuple(written)
+    rest = tuple(_copy_rest(root, dest, set(written), sources)) if root == Path(model.path) else ()
+    return Files((*written, *rest), rest)
 
 
 def _common_folder(pieces: list[Piece]) -> Path:

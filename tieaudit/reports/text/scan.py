@@ -9,6 +9,7 @@ from tieaudit.equality import of_buffers
 from tieaudit.model import Member, Model, Origin, Role, Tie
 from tieaudit.printable import columns, counted, printable, shorten, size
 from tieaudit.reports.text.page import LONGEST, Page, more, page_of, printed, reasons
+from tieaudit.saving import n_parameters_saved
 from tieaudit.verdict import Candidate, Finding, Report
 
 _MEANING: dict[Origin, str] = {
@@ -26,6 +27,8 @@ _PLACES = (
     *("norm_bias", "projection", "bias", "buffer", "other"),
 )
 """The order in which kinds of roles are counted on the screen."""
+_TABLES = ("token_embedding", "output_head", "output_head_bias", "position_embedding")
+"""Kinds of which somebody may have meant two to be one: each such candidate is shown by itself."""
 _MIN_NAME = 20
 _SHORT_ROLE = 24
 _N_MOST_USES = 3
@@ -273,10 +276,33 @@ def _candidates(report: Report, page: Page) -> list[str]:
         one for one in report.candidates if not any({member.id for member in one.members} <= ids for ids in known)
     ]
     chosen.sort(key=lambda candidate: -candidate.n_bytes_saved)
-    for candidate in chosen[: page.most.n_most_ties]:
+    tables = [one for one in chosen if report.subject.roles[one.members[0].id].kind in _TABLES]
+    for candidate in tables[: page.most.n_most_ties]:
         lines += _candidate(candidate, page)
-    title = page.paint("Candidates", "title") + f" ({len(chosen):,}): could be one tensor, are not"
-    return [title, *lines, *more(len(chosen) - page.most.n_most_ties, "  ")] if chosen else []
+    lines += more(len(tables) - page.most.n_most_ties, "  ")
+    lines += _by_scheme(report, [one for one in chosen if one not in tables], page)
+    title = (
+        page.paint("Candidates", "title")
+        + f" ({counted(len(chosen), 'class', 'classes')}): could be one tensor, are not"
+    )
+    return [title, *lines] if chosen else []
+
+
+def _by_scheme(report: Report, candidates: list[Candidate], page: Page) -> list[str]:
+    """What schemes would share of the layers, in sums: nobody meant these weights to be one."""
+    sums = []
+    for scheme in dict.fromkeys(one.scheme for one in candidates):
+        own = [one for one in candidates if one.scheme == scheme]
+        n_parameters = n_parameters_saved(report.subject.model, own)
+        sums.append(f"{scheme} {n_parameters:,} ({size(sum(one.n_bytes_saved for one in own))})")
+        verdicts = [one.likeness.verdict for one in own if one.likeness is not None]
+        if verdicts:
+            sums[-1] += f", {len(verdicts)} of {len(own)} compared: {', '.join(dict.fromkeys(verdicts))}"
+        sums[-1] += ", lossless" if all(one.lossless for one in own) else ""
+    if not sums:
+        return []
+    what = "in layers, parameters (bytes) less by scheme, values change; tieaudit plan tells the damage: "
+    return page.wrap(what + " · ".join(sums), "  ")
 
 
 def _candidate(candidate: Candidate, page: Page) -> list[str]:
