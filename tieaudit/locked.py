@@ -40,10 +40,14 @@ _SHA256 = re.compile(r"[0-9a-f]{64}|")
 def lock_of(subject: Subject, relative_to: Path) -> Locked:
     """What a lock file in the folder `relative_to` keeps of a model.
 
-    UnreadableModel if the bytes of a weight cannot be read: a lock of half a model would call the rest lost.
+    UnreadableModel if the bytes of a weight cannot be read, or if files with weights are elsewhere: a lock of half a
+    model would call the rest lost, or forget its ties.
     Cost: as `sealing.sealed`.
     """
     model, unreadable = subject.model, tuple(subject.found.unreadable)
+    if not model.weights_here:
+        away = model.metadata["weights"]
+        raise UnreadableModel(f"{model.path}: not locked, the weights are {away}", hint="fetch them, then lock again")
     if unreadable:
         because = subject.found.unreadable[unreadable[0]]
         raise UnreadableModel(f"{model.path}: not locked, {listed(unreadable)} cannot be read: {because}")

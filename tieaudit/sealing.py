@@ -13,7 +13,7 @@ from tieaudit.equality import copies, declared, of_buffers
 from tieaudit.model import Model, Tie, Weight, classes, storage_of
 from tieaudit.sealed import Change, Held, Locked, LockedMember, LockedTie
 from tieaudit.since import tie_changes
-from tieaudit.storage import blocks, no_values, reading
+from tieaudit.storage import blocks, reading
 from tieaudit.verdict import Subject
 from tieaudit.view import AS_STORED, TRANSPOSED, View
 
@@ -99,8 +99,8 @@ def _views(model: Model, anchor: str, ties: Sequence[Tie]) -> dict[str, View]:
 
 
 def _digest(subject: Subject, stored: Sequence[Weight]) -> str:
-    readable = (weight for weight in stored if weight.id not in subject.found.unreadable)
-    held = next((weight for weight in readable if not no_values(storage_of(weight))), None)
+    hidden = subject.unseen(weight.id for weight in stored)
+    held = next((weight for weight in stored if weight.id not in hidden), None)
     return "" if held is None else fingerprint(held)
 
 
@@ -164,11 +164,10 @@ def changes_since(subject: Subject) -> tuple[Change, ...]:
 
 
 def doubtful(subject: Subject) -> tuple[str, ...]:
-    """Members of locked ties whose bytes cannot be read, so that nothing is known about their ties."""
+    """Members of locked ties whose bytes nobody here has seen, so that nothing is known about their ties."""
     if subject.locked is None:
         return ()
-    members = dict.fromkeys(id for tie in subject.locked.ties for id in tie.ids)
-    return tuple(id for id in members if id in subject.found.unreadable)
+    return tuple(subject.unseen(dict.fromkeys(id for tie in subject.locked.ties for id in tie.ids)))
 
 
 def as_locked(subject: Subject) -> Locked:

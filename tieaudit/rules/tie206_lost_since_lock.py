@@ -15,7 +15,7 @@ MEANT = "if it is meant: run `tieaudit lock` and commit what it writes"
 
 def _examples() -> Examples:
     from tieaudit.sealing import as_locked
-    from tieaudit.toy import Broken, claim, ramp, toy
+    from tieaudit.toy import Away, Broken, claim, ramp, toy
 
     embed, head = "model.embed_tokens.weight", "lm_head.weight"
     w, other = ramp(64, 8), ramp(64, 8, seed=1)
@@ -34,7 +34,11 @@ def _examples() -> Examples:
             toy({embed: other, head: None}, declared=[(embed, head)], locked=tied),
             toy({embed: w, head: other}),
         ],
-        unsure=[toy({embed: w, head: Broken((64, 8))}, locked=tied)],
+        unsure=[
+            toy({embed: w, head: Broken((64, 8))}, locked=tied),
+            toy({embed: w, head: Away((64, 8))}, declared=[(embed, head)], locked=tied),
+            toy({embed: Away((64, 8)), "norm": ramp(8)}, locked=tied),  # no index: what else is stored is not known
+        ],
     )
 
 
@@ -70,7 +74,7 @@ def check(subject: Subject) -> Iterator[Finding | CannotTell]:
         `tieaudit lock` writes the new state, and the change of the lock file shows it to whoever reviews it.
 
     Cannot tell when:
-        The bytes of a weight of a locked tie cannot be read.
+        The bytes of a weight of a locked tie cannot be read, or are elsewhere (git-LFS, DVC).
 
     Sources:
         docs/lock.md; the ways in which ties get lost are those of TIE101 to TIE203.

@@ -13,7 +13,7 @@ _FIX = Fix("manual", "look whether it is meant; then run `tieaudit lock` and com
 
 def _examples() -> Examples:
     from tieaudit.sealing import as_locked
-    from tieaudit.toy import Broken, ramp, toy
+    from tieaudit.toy import Away, Broken, ramp, toy
 
     embed, head = "model.embed_tokens.weight", "lm_head.weight"
     w, other = ramp(64, 8), ramp(64, 8, seed=1)
@@ -32,7 +32,11 @@ def _examples() -> Examples:
             toy({embed: other, head: w}, locked=untied),
             toy({embed: w, head: None}, declared=[(embed, head)]),
         ],
-        unsure=[toy({embed: w, head: Broken((64, 8))}, locked=tied)],
+        unsure=[
+            toy({embed: w, head: Broken((64, 8))}, locked=tied),
+            toy({embed: w, head: Away((64, 8))}, declared=[(embed, head)], locked=tied),
+            toy({embed: Away((64, 8)), "norm": ramp(8)}, locked=tied),  # no index: what else is stored is not known
+        ],
     )
 
 
@@ -66,7 +70,7 @@ def check(subject: Subject) -> Iterator[Finding | CannotTell]:
         Look whether the change is meant; then `tieaudit lock` writes the new state.
 
     Cannot tell when:
-        The bytes of a weight of a locked tie cannot be read.
+        The bytes of a weight of a locked tie cannot be read, or are elsewhere (git-LFS, DVC).
 
     Sources:
         docs/lock.md.
