@@ -17,7 +17,7 @@ from tieaudit.equality import copies, of_buffers
 from tieaudit.model import Weight, classes, storage_of
 from tieaudit.roles import is_tied_head
 from tieaudit.sealing import fingerprint
-from tieaudit.storage import no_values, reading
+from tieaudit.storage import reading
 from tieaudit.verdict import Subject
 
 By = Literal["name", "values", "end of name", "role"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -71,6 +72,12 @@ def _by_uses(subject: Subject, tie: Tie) -> LockedTie:
     members = [LockedMember(one.id, kind, str(one.view), use=one.use.partition(" @ ")[0]) for one in tie.members]
     members.sort(key=lambda one: (one.view != str(AS_STORED), one.use, one.view))
     return LockedTie(tuple(members), "aliased", weight.dtype, weight.shape, _digest(subject, [weight]))
+
+
+def n_by_kind(subject: Subject) -> dict[str, int]:
+    """Kind of role → how many weights have it, absent ones included."""
+    kinds = Counter(subject.roles[one.id].kind for one in subject.model.weights if one.id in subject.roles)
+    return dict(sorted(kinds.items()))
 
 
 def _kind(subject: Subject, id: str) -> str:
@@ -158,7 +165,8 @@ def changes_since(subject: Subject) -> tuple[Change, ...]:
         return ()
     if not _latest or _latest[0][0]() is not subject:
         after = sealed(replace(subject, locked=None))
-        said = tuple(tie_changes(subject.locked.ties, after, subject.model.by_id))
+        roles = subject.locked.roles, n_by_kind(subject)
+        said = tuple(tie_changes(subject.locked.ties, after, subject.model.by_id, roles))
         _latest[:] = [(weakref.ref(subject), said)]
     return _latest[0][1]
 
@@ -171,5 +179,5 @@ def doubtful(subject: Subject) -> tuple[str, ...]:
 
 
 def as_locked(subject: Subject) -> Locked:
-    """A model's ties as a lock file would have them, without its totals: what the examples of rules need."""
-    return Locked(subject.model.path, subject.model.format, None, 0, 0, sealed(subject))
+    """A model's ties as a lock file would have them, without its totals of bytes: what the examples of rules need."""
+    return Locked(subject.model.path, subject.model.format, None, 0, 0, sealed(subject), n_by_kind(subject))
