@@ -153,6 +153,31 @@ def test_a_folder_that_cannot_be_written_keeps_nothing_and_harms_nothing(tmp_pat
     assert (tmp_path / FOLDER).read_text() == "a file is in the way"
 
 
+def test_a_cache_that_leads_elsewhere_by_a_link_is_none(tmp_path: Path, read: Callable[[], list[str]]) -> None:
+    home, victim = tmp_path.parent / "home", tmp_path.parent / "victim"
+    home.mkdir()
+    save(tmp_path / "w.safetensors", {"a": W})
+    old(tmp_path / "w.safetensors")
+    (tmp_path / FOLDER).symlink_to(home)
+    for _ in range(2):
+        run()
+        assert read() == ["w.safetensors"]
+    assert not list(home.iterdir())
+    # a link inside of it, to a folder or in the place of the mark
+    (tmp_path / FOLDER).unlink()
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / environment()).symlink_to(home)
+    (tmp_path / FOLDER / ".gitignore").symlink_to(victim)
+    run()
+    assert not list(home.iterdir())
+    (tmp_path / FOLDER / environment()).unlink()
+    run()
+    assert read() == ["w.safetensors"] * 2
+    assert not os.path.lexists(victim)
+    run()
+    assert read() == []
+
+
 def test_the_cache_is_no_commit_and_no_model(tmp_path: Path) -> None:
     save(tmp_path / "a.safetensors", {"a": W})
     run()
@@ -191,7 +216,7 @@ def test_an_answer_comes_back_as_it_was() -> None:
     known = Judged(replace(finding, fix=None), Place("p"), "1")
     answer = Checked(
         "path", "onnx", (Judged(finding, Place("p", 3), "0"),), (CannotTell("b", ("i",), "TIE101"),), (),
-        Summary(1, None, 2, 3, 4, "because"), 5, 6, ("k",), 1, (known,), False, 9, True, ("f",),
+        Summary(1, None, 2, 3, 4, "because"), 5, 6, ("k",), 1, (known,), False, 9, True, ("f",), False, ("TIE101",),
     )  # fmt: skip
     assert checked_of(json.loads(json.dumps(document_of(answer)))) == replace(answer, cached=True)
 
@@ -401,6 +426,11 @@ def data_where_no_model_is_looked_for(home: Path) -> tuple[Path, tuple[str, ...]
     return home, (), flip(exported(home, "node_modules/weights.bin"))
 
 
+def data_that_one_more_model_above_names(home: Path) -> tuple[Path, tuple[str, ...], Callable[[], object]]:
+    exported(home, "far/data/w.raw")
+    return home, ("far/data/w.raw",), lambda: (home / "b.onnx").write_bytes((home / "m.onnx").read_bytes())
+
+
 def the_groups_of_a_scheme(home: Path) -> tuple[Path, tuple[str, ...], Callable[[], object]]:
     edit(home / "tieaudit.toml", "expect = ['custom:groups/ties.txt']\n")()
     edit(home / "groups/ties.txt", "[[group]]\nmatch = ['none', 'such']\n")()
@@ -419,6 +449,7 @@ def the_groups_of_a_scheme(home: Path) -> tuple[Path, tuple[str, ...], Callable[
         the_lock_of_another_policy,
         data_called_like_a_text,
         data_where_no_model_is_looked_for,
+        data_that_one_more_model_above_names,
         the_groups_of_a_scheme,
     ],
     ids=lambda case: case.__name__,

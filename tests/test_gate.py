@@ -14,8 +14,10 @@ from tieaudit.checked import Checked, Judged, Place, Run
 from tieaudit.errors import CorruptFile, UsageError
 from tieaudit.gate import exit_code
 from tieaudit.judge import fingerprint, judged
+from tieaudit.load import Source
+from tieaudit.model import Model
 from tieaudit.patrol import Patrolled, Wanted, patrol
-from tieaudit.policy import Suppression, Terms
+from tieaudit.policy import Section, Suppression, Terms
 from tieaudit.toy import claim, ramp, toy
 from tieaudit.verdict import CannotTell, Crashed, Demands, Finding, Severity, Subject, Summary
 from tieaudit.whereabouts import lines_of_keys
@@ -88,6 +90,16 @@ def test_a_fingerprint_knows_code_names_and_shapes_and_neither_order_nor_values(
     assert fingerprint(TWICE.model, Finding((), "3", code="A")) != fingerprint(TWICE.model, Finding((), "4", code="A"))
 
 
+def test_names_that_hold_what_parts_names_are_told_from_each_other() -> None:
+    one, two = toy({"a": W, "b": W}), toy({"a\tfloat32\t[64, 8]\nb": W})
+    joined = tuple(two.model.by_id)
+    assert fingerprint(one.model, Finding(("a", "b"), "m")) != fingerprint(two.model, Finding(joined, "m"))
+    quoted = toy({'a", "float32", [64, 8]], ["b': W})
+    assert fingerprint(one.model, Finding(("a", "b"), "m")) != fingerprint(
+        quoted.model, Finding(tuple(quoted.model.by_id), "m")
+    )
+
+
 def test_a_finding_about_a_setting_points_to_its_line(tmp_path: Path) -> None:
     home = folder(tmp_path / "m", True, OTHER)
     (model,) = run(paths=(str(home),)).run.models
@@ -131,6 +143,82 @@ def test_suppressions_that_hide_nothing_are_findings_with_their_line(tmp_path: P
     (one,) = found.run.models[-1].findings
     assert (one.place, found.exit_code) == (Place("tieaudit.toml", 5), 1)
     assert "TIE202 on a hides nothing any more (so it is)" in one.finding.message
+
+
+@pytest.mark.parametrize(
+    ("select", "ignore", "stale"),
+    [
+        (None, (), True),
+        (("TIE201",), (), False),  # the rule of the suppression did not run
+        (("TIE202",), (), False),  # it did, and the rule that would say so was not selected
+        (("TIE202", "TIE901"), (), True),
+        (None, ("TIE901",), False),
+        (None, ("TIE202",), False),
+    ],
+)
+def test_the_command_line_decides_about_stale_suppressions_too(
+    tmp_path: Path, select: tuple[str, ...] | None, ignore: tuple[str, ...], stale: bool
+) -> None:
+    save(tmp_path / "w.safetensors", {"a": W, "b": W.copy()})
+    (tmp_path / "tieaudit.toml").write_text('[[suppress]]\ncode = "TIE202"\nweight = "a"\nreason = "so it is"\n')
+    said = [code for model in run(asked=Section(select=select, ignore=ignore)).run.models for code in codes(model)]
+    assert ("TIE901" in said) is stale
+
+
+def test_a_suppression_of_one_weight_hides_its_pair_and_no_copy_that_joins_later(tmp_path: Path) -> None:
+    def judged_with(*weights: str) -> tuple[list[str], int]:
+        known = tuple(Suppression("TIE201", weight, "a copy on purpose") for weight in weights)
+        found = said(toy({"a": W, "b": W.copy(), "c": W.copy()}, format="onnx"), Terms(suppressions=known), tmp_path)
+        return codes(found), len(found.used)
+
+    pair = said(TWICE, Terms(suppressions=(Suppression("TIE201", "b", "a copy on purpose"),)), tmp_path)
+    assert (codes(pair), pair.n_suppressed) == ([], 1)
+    # of three, two are copies: both have to be accepted, by two entries or by a pattern; one that fits is never stale
+    assert judged_with("b") == (["TIE201"], 1)
+    assert judged_with("b", "c") == ([], 2)
+    assert judged_with("[bc]") == (["TIE201"], 0)
+    assert judged_with("?") == ([], 1)
+
+
+def test_one_model_with_a_fault_that_nobody_foresaw_is_told_and_the_others_are_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        save(tmp_path / f"{name}.safetensors", {"a": W, "b": W.copy()})
+    load = Source.load
+
+    def failing(source: Source) -> Model:
+        if source.path.name == "a.safetensors":
+            raise ValueError("unforeseen")
+        return load(source)
+
+    monkeypatch.setattr(Source, "load", failing)
+    found = run()
+    assert found.exit_code == 2
+    assert [(path, "ValueError: unforeseen" in said) for path, said in found.run.errors] == [("a.safetensors", True)]
+    assert [(model.path, codes(model)) for model in found.run.models] == [("b.safetensors", ["TIE201"])]
+
+
+def test_a_repository_of_which_dvc_keeps_everything_is_not_clean(tmp_path: Path) -> None:
+    (tmp_path / "models.dvc").write_text("outs:\n- md5: 0.dir\n  path: models\n")
+    (tmp_path / "tieaudit.toml").touch()
+    found = run()
+    assert found.exit_code == 2
+    ((path, because),) = found.run.skipped
+    assert (path, because) == (
+        "models.dvc",
+        "cannot tell: DVC keeps models, which no model is known by; run `dvc pull` to see",
+    )
+    # beside a model that was judged it is one more thing that cannot be told
+    save(tmp_path / "w.safetensors", {"a": W})
+    assert run().exit_code == 0
+    assert run(strict=True).exit_code == 2
+    # what is here and is no model, or is excluded, is no question
+    (tmp_path / "models").mkdir()
+    assert run(strict=True).exit_code == 0
+    (tmp_path / "models").rmdir()
+    (tmp_path / "tieaudit.toml").write_text('exclude = ["models.dvc"]')
+    assert run(strict=True).exit_code == 0
 
 
 def test_a_run_about_some_models_does_not_call_a_suppression_stale(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from gate_readers import READERS, command_in, github, gitlab, junit, markdown, r
 from gate_runs import BROKEN, BY_HAND, MIXED, RUNS, E, judged, many, model
 
 from tieaudit.audit import rules
-from tieaudit.checked import Checked, Judged, Place, Run
+from tieaudit.checked import STALE, Checked, Judged, Place, Run
 from tieaudit.errors import UsageError
-from tieaudit.judge import STALE, chosen
+from tieaudit.judge import chosen
 from tieaudit.policy import Terms
 from tieaudit.registry import discover
 from tieaudit.reports import ReportFormat

@@ -22,7 +22,9 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tieaudit.audit import audit
 from tieaudit.cli import main
+from tieaudit.config import Settings
 from tieaudit.errors import UnreadableModel, UsageError
 from tieaudit.find import find
 from tieaudit.inline import quoted, value_of
@@ -30,8 +32,8 @@ from tieaudit.load import load_one
 from tieaudit.locked import NAME, changes, lock_of, lock_text, read_lock, write_lock
 from tieaudit.roles import roles
 from tieaudit.scan import look
-from tieaudit.sealed import Change, Locked
-from tieaudit.sealing import fingerprint, sealed
+from tieaudit.sealed import Change, Locked, LockedMember, LockedTie
+from tieaudit.sealing import as_locked, changes_since, fingerprint, sealed
 from tieaudit.since import tie_changes
 from tieaudit.toy import Broken, claim, ramp, toy
 from tieaudit.verdict import Subject
@@ -224,10 +226,82 @@ def test_a_stored_tensor_that_serves_fewer_operations_beside_its_copy_has_lost_a
     assert kinds(before, after) == ["lost"]
     assert kinds(after, before) == ["gained"]
     assert kinds(before, toy({"w": W}, uses=[("w", "Gather"), ("w", "MatMul")], format="onnx")) == ["members"]
-    assert kinds(before, toy({"w": W}, uses=[("w", "Gather")], format="onnx")) == ["lost"]
     three = toy({"w": W}, uses=[("w", "Gather"), ("w", "Gemm"), ("w", "MatMul")], format="onnx")
-    assert kinds(three, before) == ["lost"]
+    split = toy({"w": W, "w2": W.T.copy()}, uses=[("w", "Gather"), ("w", "Gemm"), ("w2", "MatMul")], format="onnx")
+    assert kinds(three, split)[0] == "lost"
     assert kinds(before, three) == ["members"]
+
+
+def test_a_stored_tensor_that_serves_fewer_operations_without_a_copy_has_lost_nothing() -> None:
+    before = toy({"w": W}, uses=[("w", "Gather"), ("w", "Gemm")], format="onnx")
+    three = toy({"w": W}, uses=[("w", "Gather"), ("w", "Gemm"), ("w", "MatMul")], format="onnx")
+    (change,) = since(before, toy({"w": W}, uses=[("w", "Gather")], format="onnx"))
+    assert change.message == "members: w serves one operation at most, before Gather and Gemm; no copy of it is stored"
+    (change,) = since(three, before)
+    assert change.message == "members: w serves Gather and Gemm, before Gather, Gemm and MatMul"
+    # a copy that was there before is no further one
+    beside = [("w", "Gather"), ("w", "Gemm"), ("w2", "MatMul")]
+    copied = toy({"w": W, "w2": W.copy()}, uses=[*beside, ("w", "Add")], format="onnx")
+    assert kinds(copied, toy({"w": W, "w2": W.copy()}, uses=beside, format="onnx")) == ["members"]
+
+
+def test_a_tensor_that_serves_fewer_operations_beside_one_trained_apart_has_lost_a_tie() -> None:
+    before = toy({EMBED: W}, uses=[(EMBED, "Gather"), (EMBED, "Gemm")], format="onnx")
+    uses = [(EMBED, "Gather"), (HEAD, "MatMul")]
+    after = toy({EMBED: W, HEAD: OTHER.T.copy()}, uses=uses, format="onnx", locked=as_locked(before))
+    (change,) = changes_since(after)
+    assert change.message == (
+        f"lost: {EMBED} serves one operation at most, before Gather and Gemm, beside 1 × output_head, 0 before; "
+        "2.0 kB again"
+    )
+
+
+def test_a_tie_of_a_few_bytes_that_splits_is_under_the_threshold_and_one_that_is_switched_off_is_not() -> None:
+    scale = ramp(64)  # 64 · 4 = 256 bytes, under min-n-bytes of 1,024
+    shared = toy({"scale": scale}, uses=[("scale", "Mul"), ("scale", "Add")], format="onnx")
+    split = toy({"scale": scale, "scale2": scale.copy()}, uses=[("scale", "Mul"), ("scale2", "Add")], format="onnx",
+                locked=as_locked(shared))  # fmt: skip
+    assert [change.kind for change in changes_since(split)] == ["lost"]
+    assert not [one for one in audit(split).findings if one.code in ("TIE206", "TIE207")]
+    assert audit(split, settings=Settings(min_n_bytes=256)).findings[0].code == "TIE206"
+    # nothing is stored again where only the declaration went, and 2,048 bytes are at stake all the same
+    before = as_locked(toy({EMBED: W, HEAD: W.copy()}, declared=[(EMBED, HEAD)]))
+    off = toy({EMBED: W, HEAD: W.copy()}, declared=[claim(EMBED, HEAD, active=False)], locked=before)
+    assert [one.n_bytes for one in audit(off).findings if one.code == "TIE206"] == [2048]
+
+
+def test_a_tie_under_new_names_of_which_one_is_gone_is_a_rename_and_a_loss() -> None:
+    before = toy({"a": W, "b": W.copy(), "c": W.copy()}, format="safetensors")
+    after = toy({"x": W, "y": W.copy()}, format="safetensors")
+    renamed, lost, *_ = since(before, after)
+    assert renamed.message == "renamed: a is now x, b is now y"
+    assert lost.message == "lost: c is no longer a (was measured); c is not there any more"
+
+
+@given(st.data())
+def test_whatever_became_of_ties_a_split_is_told_and_what_stands_is_not(data: st.DataObject) -> None:
+    def ties(names: list[str]) -> list[list[str]]:
+        home = {name: data.draw(st.integers(0, 3)) for name in names}
+        return [[name for name in names if home[name] == one] for one in range(4)]
+
+    def locked_as(groups: list[list[str]]) -> list[LockedTie]:
+        shown = (tuple(LockedMember(name, "other") for name in group) for group in groups if len(group) > 1)
+        digest = "{:064x}".format
+        return [
+            LockedTie(members, "aliased", "float32", (4, 4), digest(data.draw(st.integers(0, 2)))) for members in shown
+        ]
+
+    names = list("abcdef")[: data.draw(st.integers(2, 6))]
+    now = [name for name in [*names, "x", "y", "z"] if data.draw(st.booleans())]
+    before, after = ties(names), ties(now)
+    found = list(tie_changes(locked_as(before), locked_as(after), frozenset(now)))
+    for old in before:
+        lost = [change for change in found if change.kind == "lost" and set(change.before) == set(old)]
+        pieces = [set(old) & set(group) for group in after if set(old) & set(group)]
+        if len(pieces) > 1:
+            assert lost
+        if pieces == [set(old)]:
+            assert not lost
 
 
 def test_constants_and_buffers_are_not_locked() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -148,6 +149,7 @@ path = "old/**"
         ('[[suppress]]\ncode = "TIE1"\nweight = "a"\nreason = "b"', "expected the code of one rule, found 'TIE1'"),
         ('[[suppress]]\ncode = "TIE101"\nweight = "*"\nreason = "b"', "found one of every weight (*)"),
         ('[[suppress]]\ncode = "TIE101"\nweight = "a"\nreason = " "', "expected a text, found ' '"),
+        ('[per-path."a**\\\\"]\nexpect = []', "expected a pattern of paths as in a .gitignore"),
         ("suppress = 3", "expected entries [[suppress]]"),
         ("a = [", "expected TOML, found an error"),
     ],
@@ -253,10 +255,36 @@ def test_the_most_exact_severity_counts() -> None:
         ("models/a/model.onnx", "other/**", False),
         ("models/abc/model.onnx", "models/a", False),
         ("model.onnx", "**/model.onnx", True),
+        ("mycorp/llama/big", "**/llama/big", True),
+        ("xllama/big", "**/llama/big", False),  # a name is matched whole
+        ("a/b", "a/**/b", True),  # no folder in between is one of the ways, as in git
+        ("a/x/y/b", "a/**/b", True),
+        ("a/xb", "a/**/b", False),
+        ("models/a", "./models/a", True),
+        ("models/a/model.onnx", "./models/a", True),
+        ("models/a", "models/a/", True),
+        ("models/a", "models/**", True),
+        ("models", "models/**", True),  # a folder that is a model itself
+        ("other/models", "models/**", False),
+        ("models/a/b.onnx", "models/*.onnx", False),  # a star stays in its folder
+        ("models/a.onnx", "models/*.onnx", True),
+        ("models/m[1]", "models/m[1]", True),  # spelt out
+        ("models/m1", "models/m[1]", True),
+        ("!a", "!a", True),
+        ("#a/b", "#a", True),
+        ("a", "!b", False),
+        ("../elsewhere/m", "**/m", True),
+        (".", "**", True),
     ],
 )
 def test_patterns_of_paths(path: str, pattern: str, fits: bool) -> None:
     assert matches(path, pattern) is fits
+
+
+def test_a_pattern_that_means_every_folder_above_takes_no_power_of_the_depth() -> None:
+    path, begun = "/".join(["a"] * 1500), time.process_time()
+    assert not matches(path, "**/a/**/a/**/a/**/a/**/b")
+    assert time.process_time() - begun < 5  # 1500^4 steps would take years
 
 
 @pytest.mark.parametrize(
@@ -269,8 +297,19 @@ def test_patterns_of_paths(path: str, pattern: str, fits: bool) -> None:
     ],
 )
 def test_a_suppression_speaks_of_ids(weight: str, ids: list[str], hides: bool) -> None:
-    assert Suppression("TIE101", weight, "because").hides("TIE101", ids) is hides
-    assert not Suppression("TIE101", weight, "because").hides("TIE102", ids)
+    assert bool(Suppression("TIE101", weight, "because").named("TIE101", ids)) is hides
+    assert not Suppression("TIE101", weight, "because").named("TIE102", ids)
+
+
+def test_a_policy_that_is_given_by_way_of_the_folder_above_rules_by_path_all_the_same(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = write('[per-path."sub/**"]\nexpect = ["io"]\n').resolve()
+    (home / "sub").mkdir()
+    monkeypatch.chdir(home / "sub")
+    policy = govern.policy_for(Path("m.onnx"), Path("../tieaudit.toml"))
+    assert policy.root == str(home)
+    assert policy.terms("sub/m.onnx").demands.expect == ("io",)
 
 
 def test_the_page_names_every_key() -> None:

@@ -495,7 +495,9 @@ def test_a_folder_that_dvc_keeps_is_searched_where_it_is_and_named_where_it_is_n
     (tmp_path / "all.dvc").write_text("outs:\n- md5: 0.dir\n  nfiles: 2\n  path: all\n")
     (tmp_path / ".gitignore").write_text("/all\n")
     gathered = gather([], root=tmp_path)
-    assert skipped(gathered) == {"all.dvc": "DVC keeps all, which no model is known by; run `dvc pull` to see"}
+    assert skipped(gathered) == {
+        "all.dvc": "cannot tell: DVC keeps all, which no model is known by; run `dvc pull` to see"
+    }
     onnx_file(tmp_path / "all" / "a.onnx")
     assert found(tmp_path) == found(tmp_path, "all.dvc") == ["all/a.onnx"]
 

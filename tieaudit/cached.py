@@ -74,6 +74,8 @@ class Cache:
         Cost: one stat a file; a file whose times changed is digested if it is small.
         """
         path = self.entry(asked)
+        if not free_of_links(self.folder, path):
+            return None
         try:
             document = json.loads(read_whole(path, _MAX_ENTRY_BYTES))
             if document["format"] != _FORMAT or document["asked"] != asked:
@@ -91,7 +93,9 @@ class Cache:
 
         A folder that cannot be written keeps nothing, and nobody is worse off.
         """
-        if checked.crashed or checked.unreadable or not checked.weights_here or not since.is_telling:
+        path = self.entry(asked)
+        whole = not checked.crashed and not checked.unreadable and checked.weights_here
+        if not whole or not since.is_telling or not free_of_links(self.folder, path):
             return
         try:
             rows = [_row(file, since.wall_ns) for file in dict.fromkeys(files)]
@@ -107,7 +111,6 @@ class Cache:
             "folders": [[folder, _listing(Path(folder))] for folder in folders],
             "checked": document_of(checked),
         }
-        path = self.entry(asked)
         with suppress(OSError, UsageError):
             path.parent.mkdir(parents=True, exist_ok=True)
             ignored(self.folder)
@@ -116,9 +119,21 @@ class Cache:
 
 def ignored(folder: Path) -> None:
     """Have git leave a cache alone: it is nobody's commit, as pytest and ruff have it."""
-    mark = folder / ".gitignore"
-    if not mark.exists():
-        mark.write_text("# made by tieaudit\n*\n", encoding="utf-8")
+    with suppress(FileExistsError), open(folder / ".gitignore", "x", encoding="utf-8") as mark:  # through no link
+        mark.write("# made by tieaudit\n*\n")
+
+
+def free_of_links(folder: Path, file: Path) -> bool:
+    """Whether no folder on the way from a cache to one of its files is a link: a repository may hold one to anywhere.
+
+    `file` lies below `folder`. Cost: one question to the system for each folder.
+    """
+    here = file.parent
+    while not here.is_symlink():
+        if here == folder:
+            return True
+        here = here.parent
+    return False
 
 
 def question(path: str, shown_as: str, format_name: str, files: Sequence[Path], said: Sequence[object]) -> str:
@@ -239,7 +254,7 @@ def checked_of(document: Mapping[str, Any]) -> Checked:
         _typed(CannotTell(one["because"], tuple(one["ids"]), one["code"])) for one in document["cannot_tell"]
     )
     fields["crashed"] = ()
-    fields["used"], fields["files"] = tuple(document["used"]), tuple(document["files"])
+    fields.update((name, tuple(document[name])) for name in ("used", "ran", "files"))
     fields["summary"] = _typed(Summary(**document["summary"])) if document["summary"] is not None else None
     fields["cached"] = True
     return _typed(Checked(**fields))

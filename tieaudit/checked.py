@@ -14,7 +14,9 @@ from tieaudit.verdict import CannotTell, Crashed, Finding, Severity, Summary
 RANK: Mapping[Severity, int] = {"error": 0, "warning": 1, "info": 2}
 """Severities, the worst first."""
 
-OF_THE_POLICY = frozenset({"TIE901"})
+STALE = "TIE901"
+"""The rule about suppressions that hide nothing."""
+OF_THE_POLICY = frozenset({STALE})
 """Codes of the rules about the policy itself: they run once, on its file, and not on every model."""
 
 
@@ -57,7 +59,7 @@ class Checked:
     n_silenced: int = 0
     """Findings under their rule's threshold of bytes."""
     used: tuple[str, ...] = ()
-    """Keys of the suppressions that hid a finding here."""
+    """Keys of the suppressions that speak of a finding here."""
     n_suppressed: int = 0
     known: tuple[Judged, ...] = ()
     """Findings that the baseline holds."""
@@ -71,6 +73,8 @@ class Checked:
     """Files on which the answer rests, as they were opened."""
     cached: bool = False
     """Whether all of this comes from an earlier run over the same bytes."""
+    ran: tuple[str, ...] = ()
+    """Codes of the rules that ran to their end, and of those about the policy that are selected for this model."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ class Settings:
         1024,
         "bytes",
         "a tie, a stored copy or a fold that concerns fewer bytes is no finding",
-        ("TIE102", "TIE103", "TIE104", "TIE201", "TIE202", "TIE203", "TIE204", "TIE301"),
+        ("TIE102", "TIE103", "TIE104", "TIE201", "TIE202", "TIE203", "TIE204", "TIE206", "TIE207", "TIE301"),
     )
     min_n_bytes_constants: int = _setting(
         65_536,

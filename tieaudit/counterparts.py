@@ -17,7 +17,7 @@ from tieaudit.equality import copies, of_buffers
 from tieaudit.model import Weight, classes, storage_of
 from tieaudit.roles import is_tied_head
 from tieaudit.sealing import fingerprint
-from tieaudit.storage import no_values, reading
+from tieaudit.storage import reading
 from tieaudit.verdict import Subject
 
 By = Literal["name", "values", "end of name", "role"]
@@ -118,7 +118,7 @@ class Side:
         """A stored weight of the value whose bytes can be read; None for constants, which tie nothing."""
         for id in value.stored:
             weight = self.weights[id]
-            known = id not in self.subject.found.unreadable and not no_values(storage_of(weight))
+            known = not self.subject.unseen((id,))
             if known and weight.n_elements > 0 and id not in self.subject.found.constants:
                 return weight
         return None

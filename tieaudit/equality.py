@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tieaudit.model import Declaration, Model, Tie, Weight, classes
-from tieaudit.storage import Region, no_values
+from tieaudit.storage import Region
 from tieaudit.verdict import Found, Subject
 from tieaudit.view import AS_STORED, Repack, View
 
@@ -25,16 +25,14 @@ class Equality:
         self._home = {id: index for index, ids in enumerate(classes([*groups, *found.constant_classes])) for id in ids}
 
     def same(self, a: str, b: str) -> bool | None:
-        """Whether two stored weights are the same value; None if the bytes of one of them could not be read."""
+        """Whether two stored weights are the same value; None if nobody has seen the bytes of one of them."""
         if a == b:
             return True
         if a in self._home and self._home[a] == self._home.get(b):
             return True
-        if a in self._found.unreadable or b in self._found.unreadable:
+        if self._found.unseen(self._model, (a, b)):
             return None
         one, other = self._model.by_id[a], self._model.by_id[b]
-        if any(weight.storage is not None and no_values(weight.storage) for weight in (one, other)):
-            return None
         return one.n_elements == 0 and one.shape == other.shape and one.dtype == other.dtype
 
     def groups(self, ids: Iterable[str]) -> list[list[str]]:
@@ -197,17 +195,6 @@ def declared(model: Model, *, active: bool) -> list[Declared]:
         known = tuple(id for id in members if id in model.by_id)
         if len(known) > 1:
             found.append(Declared(known, tuple(claimed)))
-    return found
-
-
-def unread(subject: Subject, ids: Iterable[str]) -> dict[str, str]:
-    """Those of `ids` whose bytes nobody has seen, and why: a read failed, or they are elsewhere."""
-    found = {}
-    for id in ids:
-        weight = subject.model.by_id[id]
-        why = subject.found.unreadable.get(id) or (no_values(weight.storage) if weight.storage is not None else "")
-        if why:
-            found[id] = why
     return found
 
 

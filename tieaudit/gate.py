@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tieaudit.cached import Cache, Moment, content_of, question
-from tieaudit.checked import RANK, Checked, Run
+from tieaudit.checked import RANK, STALE, Checked, Run
 from tieaudit.errors import TieAuditError, WeightsNotHere, in_one_line
 from tieaudit.formats import Format
 from tieaudit.load import Source
+from tieaudit.pointers import KEPT_AWAY
 from tieaudit.policy import Policy, Section, Suppression, Terms
 from tieaudit.registry import choose, discover
 from tieaudit.sealed import Locked
@@ -123,7 +126,9 @@ def work(job: Job) -> Outcome:
         checked = judge(model, job.terms, job.base, job.shown_as, job.locked)
     except WeightsNotHere as error:
         return weights_elsewhere(job.shown_as, job.format_name, str(error))
-    except (TieAuditError, OSError, RecursionError, MemoryError) as error:
+    except Exception as error:  # also what nobody foresaw: the other models are judged all the same
+        if os.environ.get("TIEAUDIT_TRACEBACK") and not isinstance(error, TieAuditError):
+            traceback.print_exc()
         return (job.shown_as, str(in_one_line(error, str(job.path))))
     files = [*job.files, *(Path(path) for part in model.parts for path in part.paths)]
     checked = replace(checked, files=tuple(dict.fromkeys(map(str, files))))
@@ -135,7 +140,8 @@ def work(job: Job) -> Outcome:
 def stale(
     run: Run, policies: Iterable[tuple[Policy, Sequence[tuple[str, str]]]]
 ) -> Iterator[tuple[Policy, dict[str, Suppression]]]:
-    """Suppressions that hid nothing, by policy; judged only where all models that they speak of were read.
+    """Suppressions that hid nothing, by policy; judged only where their rule ran on all models that they speak of, and
+    where the rule that says so is selected, on the command line too.
 
     `policies`: each with the models that it rules in this run: (relative to its root, as the run shows it).
     """
@@ -144,10 +150,10 @@ def stale(
         found: dict[str, Suppression] = {}
         for one in policy.suppressions:
             concerned = [by_path.get(shown_as) for path, shown_as in paths if policy.concerns(one, path)]
-            if all(model is not None and model.weights_here for model in concerned):
+            if all(model is not None and model.weights_here and one.code in model.ran for model in concerned):
                 if not any(model is not None and one.key in model.used for model in concerned):
                     found[one.key] = one
-        if found:
+        if found and any(STALE in by_path[shown_as].ran for _, shown_as in paths if shown_as in by_path):
             yield policy, found
 
 
@@ -155,16 +161,18 @@ def exit_code(run: Run, fail_on: str, strict: bool, *, changed_only: bool = Fals
     """0 clean · 1 findings that count · 2 the job was not done whole; 2 beats 1.
 
     Not whole: something unreadable, a crashed rule, nothing to look at, no model whose weights are here; `strict`: a
-    rule that cannot tell. Named files that are no models, and a change that touches none, are no failure.
+    rule that cannot tell, or what DVC keeps elsewhere and may be a model. Named files that are no models, and a change
+    that touches none, are no failure.
     """
     models = [model for model in run.models if model.summary is not None or not model.weights_here]
     if run.errors or any(model.crashed or model.unreadable for model in run.models):
         return 2
-    if models and not any(model.weights_here for model in models):
+    kept_away = any(because.startswith(KEPT_AWAY) for _, because in run.skipped)
+    if (models or kept_away) and not any(model.weights_here for model in models):
         return 2
     if not models and not run.skipped and not changed_only:
         return 2
-    if strict and any(model.cannot_tell for model in run.models):
+    if strict and (kept_away or any(model.cannot_tell for model in run.models)):
         return 2
     worst = min((RANK[judged.finding.severity] for _, judged in run.findings), default=len(RANK))
     return int(worst <= RANK[fail_on])  # type: ignore[index]

@@ -15,7 +15,7 @@ from typing import Any
 
 from tieaudit.config import rows
 from tieaudit.errors import UsageError
-from tieaudit.policy import Policy, Section, Suppression
+from tieaudit.policy import Policy, Section, Suppression, matches
 from tieaudit.spelling import Key, Where, count, flag, n_bytes, severity, table_of, text_of, texts, values_of
 from tieaudit.whole import read_whole
 
@@ -33,7 +33,7 @@ def policy_for(path: Path, given: Path | None = None) -> Policy:
     if given is not None:
         if not os.path.isfile(given):
             raise UsageError(f"{given}: expected a policy file, found none")
-        found = _read(given.absolute())
+        found = _read(Path(os.path.abspath(given)))  # what is below `a/..` is not below `a`
         if found is None:
             raise UsageError(f"{given}: expected a table [tool.tieaudit], found none")
         return found
@@ -171,9 +171,20 @@ def _sections(value: Any, where: Where) -> tuple[tuple[str, Section], ...]:
     found = []
     for pattern, content in table_of(value, where).items():
         here = where.at(f'"{pattern}"')
+        _pattern(pattern, here)
         values = values_of(table_of(content, here), here, keys)
         found.append((pattern, Section(**{name.replace("-", "_"): item for name, item in values.items()})))
     return tuple(found)
+
+
+def _pattern(value: Any, where: Where) -> str:
+    """A pattern of paths that can be read."""
+    text = text_of(value, where)
+    try:
+        matches("", text)
+    except UsageError:
+        raise where.refuse("a pattern of paths as in a .gitignore", text) from None
+    return text
 
 
 def _suppressions(value: Any, where: Where) -> tuple[Suppression, ...]:
@@ -237,16 +248,16 @@ KEYS = (
 _TABLES = (
     Key("severity", "table", "code, family or name = error, warning or info", _severities),
     Key("thresholds", "table", "the thresholds of docs/thresholds.md, with dashes", _thresholds),
-    Key("per-path", "tables", "pattern of paths = a section of its own; the last that matches wins", _sections,
+    Key("per-path", "tables", "pattern of paths, as in a .gitignore = a section; the last that matches wins", _sections,
         per_path=False),
     Key("suppress", "entries", "single findings that are known: code, weight, reason, and path for some models only",
         _suppressions, per_path=False),
 )  # fmt: skip
 _OF_A_SUPPRESSION = (
     Key("code", "code", "the rule", _code),
-    Key("weight", "id", "id of the weight, or a pattern", text_of),
+    Key("weight", "id", "id of the weight, or a pattern; of several weights all but one", text_of),
     Key("reason", "text", "why this is right as it is", text_of),
-    Key("path", "pattern", "models it speaks of", text_of),
+    Key("path", "pattern", "models it speaks of, as in a .gitignore", _pattern),
 )
 _OF_THE_RUN = ("exclude", "respect_gitignore", "fail_on", "strict", "baseline", "lock")
 
@@ -299,6 +310,10 @@ def page() -> str:
     lines += ["| key | holds | meaning |", "|---|---|---|"]
     lines += [f"| `{key.name}` | {key.takes} | {key.meaning} |" for key in _OF_A_SUPPRESSION]
     lines += [
+        "",
+        "A finding about several weights is hidden where all of them but one are named, by one entry or by several:",
+        "the one is what the others are copies of. So a copy that joins later is heard of. Patterns of paths begin at",
+        "the folder of the policy if they have a slash before their end, and mean a folder with all below it.",
         "",
         "Codes: [rules](rules/README.md). Sizes: [thresholds](thresholds.md). What is searched:",
         "[repositories](repositories.md). A repository set up from nothing: [in CI](ci.md).",

@@ -7,9 +7,10 @@ that git could not read either is passed over, as git does. Source: gitignore(5)
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from tieaudit.errors import UsageError
 
 if TYPE_CHECKING:
     from pathspec import GitIgnoreSpec
+    from pathspec.patterns.gitignore.spec import GitIgnoreSpecPattern
 
     Layers = tuple[tuple[int, GitIgnoreSpec], ...]
     """Patterns, those of the outermost folder first, each with the length of that folder's path below the top."""
@@ -27,22 +29,72 @@ _N_MOST_BYTES = 1 << 20
 
 def patterns(lines: Iterable[str]) -> GitIgnoreSpec:
     """Patterns in the syntax of `.gitignore`. UsageError names one that cannot be read."""
-    from pathspec import GitIgnoreSpec
-
     lines = list(lines)
     for line in lines:
         if (because := _unusable(line)) is not None:
             raise UsageError(f"exclude: expected a pattern as in .gitignore, found {line[:80]!r}: {because}")
-    return GitIgnoreSpec.from_lines(lines)
+    return _spec(lines)
+
+
+def _spec(lines: Iterable[str]) -> GitIgnoreSpec:
+    """Compiled patterns. Python's own expressions, whatever else is installed: no other engine knows atomic groups."""
+    from pathspec import GitIgnoreSpec
+
+    return GitIgnoreSpec.from_lines(lines, _steady(), backend="simple")
+
+
+@cache
+def _steady() -> type[GitIgnoreSpecPattern]:
+    """Patterns as pathspec reads them, that take no more than quadratic time."""
+    from pathspec.patterns.gitignore.spec import GitIgnoreSpecPattern
+
+    class Steady(GitIgnoreSpecPattern):
+        @classmethod
+        def pattern_to_regex(cls, pattern: str) -> tuple[str | None, bool | None]:  # type: ignore[override]
+            regex, include = super().pattern_to_regex(pattern)
+            return None if regex is None else steady(regex), include
+
+    return Steady
+
+
+_STAR, _FOLDERS, _ANY_FOLDER = "[^/]*", "(?:/.+)?", "^(?:.+/)?"
+"""What pathspec makes of `*`, of `/**` inside of a pattern, and of `**/` at its beginning."""
+_SLASH = re.compile(r"(?<!\[\^)/")
+"""A slash of the path, not that of `[^/]`."""
+_NOT = re.compile(r"(?<!\\)\[\^(?![/\]])")
+"""How a set of other characters begins. In git none of them is a slash (wildmatch.c, WM_PATHNAME)."""
+
+
+def steady(regex: str) -> str:
+    """The same expression without the backtracking that takes a power of a name's length: n^7 for `*a*a*a*a*a*a*b`.
+
+    What stands between two stars has one length, so its first place is as good as any later one: the second star takes
+    what is in between. The same holds for the folders between two `**`. So neither is ever tried again (an atomic
+    group), and only the last star and the last `**` are searched from the end.
+    """
+    regex = _NOT.sub("[^/", regex)
+    anywhere = regex.startswith(_ANY_FOLDER)
+    parts = regex.removeprefix(_ANY_FOLDER).split(_FOLDERS)
+    parts = ["/".join(map(_steady_name, _SLASH.split(part))) for part in parts]
+    *before, last = parts
+    if not before:
+        return (_ANY_FOLDER if anywhere else "") + last
+    first = f"^(?>(?:.+?/)??{before[0]}(?=/))" if anywhere else f"(?>{before[0]}(?=/))"
+    return "".join([first, *(f"(?>(?:/.+?)??{part}(?=/))" for part in before[1:]), _FOLDERS, last])
+
+
+def _steady_name(name: str) -> str:
+    """The expression of one name, up to the next slash, with all stars but the last at their first place for good."""
+    begin, *chunks = name.split(_STAR)
+    if len(chunks) < 2:
+        return name
+    *inner, last = chunks
+    return "".join([begin, *(f"(?>{_STAR}?{chunk})" for chunk in inner if chunk), _STAR, last])
 
 
 def _unusable(line: str) -> str | None:
-    import re
-
-    from pathspec import GitIgnoreSpec
-
     try:
-        GitIgnoreSpec.from_lines([line])
+        _spec([line])
     except (ValueError, re.error, OverflowError, RecursionError) as error:
         return str(error) or type(error).__name__
     return None
@@ -91,12 +143,10 @@ def is_ignored(layers: Layers, name: str, *, folder: bool = False) -> bool:
 @lru_cache(maxsize=64)
 def _readable(lines: tuple[str, ...]) -> GitIgnoreSpec:
     """Patterns of a file; compiled once, though thousands of named files may ask for those of one repository."""
-    from pathspec import GitIgnoreSpec
-
     try:
-        return GitIgnoreSpec.from_lines(lines)
+        return _spec(lines)
     except Exception:  # one bad line: whichever error the expression compiler has for it, that line is passed over
-        return GitIgnoreSpec.from_lines([line for line in lines if _unusable(line) is None])
+        return _spec([line for line in lines if _unusable(line) is None])
 
 
 def _lines(path: Path | None) -> list[str] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,8 @@ from tieaudit.registry import nearest
 from tieaudit.rules import Rule
 from tieaudit.scan import look
 from tieaudit.sealed import Locked
-from tieaudit.verdict import CannotTell, Demands, Finding, Found, Subject
+from tieaudit.verdict import CannotTell, Crashed, Demands, Finding, Found, Subject
 from tieaudit.whereabouts import place_of, shown
-
-STALE = "TIE901"
 
 
 def chosen(terms: Terms, *, of_the_policy: bool = False) -> dict[str, Rule]:
@@ -68,22 +67,34 @@ def judged(subject: Subject, terms: Terms, base: Path, shown_as: str, *, of_the_
         unreadable=bool(subject.found.unreadable),
         n_bytes_read=subject.found.n_bytes_read,
         weights_here=model.weights_here,
+        ran=_ran(terms, report.crashed),
     )
 
 
+def _ran(terms: Terms, crashed: Collection[Crashed]) -> tuple[str, ...]:
+    """Codes of the rules that said all they had to say, with those about the policy that these terms select."""
+    every = {**chosen(terms), **chosen(terms, of_the_policy=True)}
+    return tuple(sorted(every.keys() - {one.code for one in crashed}))
+
+
 def _hiding(terms: Terms, code: str, ids: tuple[str, ...], used: dict[str, None]) -> bool:
-    """Whether a suppression hides what a rule says of these weights; all that do are used."""
-    hiding = [one.key for one in terms.suppressions if one.hides(code, ids)]
-    used.update(dict.fromkeys(hiding))
-    return bool(hiding)
+    """Whether suppressions hide what a rule says of these weights; all that speak of one of them are used.
+
+    All of the weights but one have to be named, the one that the others are copies of: a weight that joins them later
+    is none that anybody accepted.
+    """
+    named = {one.key: set(one.named(code, ids)) for one in terms.suppressions}
+    used.update((key, None) for key, weights in named.items() if weights)
+    accepted = set().union(*named.values())
+    return bool(accepted) and len(set(ids) - accepted) <= 1
 
 
 def fingerprint(model: Model, finding: Finding) -> str:
     """What makes two findings the same one in two runs: see `Judged.fingerprint`; its message where it has no ids."""
     known = [(id, model.by_id.get(id)) for id in sorted(finding.ids)]
-    rows = [f"{id}\t{one.dtype}\t{list(one.shape)}" if one is not None else id for id, one in known]
-    text = "\n".join([finding.code, *(rows or [finding.message])])
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    rows = [[id, one.dtype, list(one.shape)] if one is not None else [id] for id, one in known]
+    text = json.dumps([finding.code, rows or finding.message])  # quoted: a name may hold whatever parts two names
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def weights_elsewhere(shown_as: str, format_name: str, because: str) -> Checked:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -19,7 +18,7 @@ from tieaudit.model import Model
 from tieaudit.printable import listed, printable
 from tieaudit.replacing import replace_whole
 from tieaudit.sealed import Change, Held, Locked, LockedMember, LockedTie
-from tieaudit.sealing import sealed
+from tieaudit.sealing import n_by_kind, sealed
 from tieaudit.since import tie_changes
 from tieaudit.summary import summary
 from tieaudit.verdict import Subject
@@ -41,7 +40,7 @@ def lock_of(subject: Subject, relative_to: Path) -> Locked:
     """What a lock file in the folder `relative_to` keeps of a model.
 
     UnreadableModel if the bytes of a weight cannot be read, WeightsNotHere if they are elsewhere: a lock of half a
-    model would call the rest lost. Cost: as `sealing.sealed`.
+    model would call the rest lost, or forget its ties. Cost: as `sealing.sealed`.
     """
     if not subject.model.weights_here:
         said = f"{subject.model.path}: not locked, the weights are {subject.model.metadata['weights']}"
@@ -51,7 +50,6 @@ def lock_of(subject: Subject, relative_to: Path) -> Locked:
         because = subject.found.unreadable[unreadable[0]]
         raise UnreadableModel(f"{model.path}: not locked, {listed(unreadable)} cannot be read: {because}")
     total = summary(model, subject.found)
-    kinds = Counter(subject.roles[weight.id].kind for weight in model.weights if weight.id in subject.roles)
     return Locked(
         path=key_of(model, relative_to),
         format=model.format,
@@ -59,7 +57,7 @@ def lock_of(subject: Subject, relative_to: Path) -> Locked:
         n_bytes=total.n_bytes,
         n_bytes_duplicate=total.n_bytes_duplicate,
         ties=sealed(subject),
-        roles=dict(sorted(kinds.items())),
+        roles=n_by_kind(subject),
     )
 
 
@@ -79,7 +77,8 @@ def key_of(model: Model, relative_to: Path) -> str:
 
 def changes(before: Locked, after: Locked, present: frozenset[str] = frozenset()) -> tuple[Change, ...]:
     """What changed of a model since it was locked: ties first (see `since.tie_changes`), then the counts."""
-    return (*tie_changes(before.ties, after.ties, present), *_counted(before, after))
+    ties = tie_changes(before.ties, after.ties, present, (before.roles, after.roles))
+    return (*ties, *_counted(before, after))
 
 
 def _counted(before: Locked, after: Locked) -> Iterator[Change]:

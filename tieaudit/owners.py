@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tieaudit.formats import Format
 from tieaudit.load import describe, formats, owner_of
-from tieaudit.pointers import DVC, dvc_targets, elsewhere
+from tieaudit.pointers import DVC, KEPT_AWAY, N_FOLDERS_UP, dvc_targets, elsewhere
 
 Claim = tuple[Path, Format]
 """A file, there or not, and the format whose `group` says which model it is of."""
@@ -20,8 +20,6 @@ Claim = tuple[Path, Format]
 CONFIG = "config.json"
 MANIFEST = "genai_config.json"
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5,6}-of-(?P<total>\d{5,6})(?P<kind>\.safetensors|\.bin)", re.DOTALL)
-_N_FOLDERS_UP = 2
-"""How far above an external data file its model is looked for."""
 
 
 class Owners:
@@ -62,8 +60,13 @@ class Owners:
         if path.parent.name == "blobs" and path.parent.parent.name.startswith("models--"):
             return "a blob of a Hugging Face cache: name the snapshot that leads to it"
         if path.name.endswith(DVC):
-            kept = ", ".join(one.name for one in dvc_targets(path)) or "nothing below its folder"
-            return f"DVC keeps {kept}, which no model is known by; run `dvc pull` to see"
+            kept = dvc_targets(path)
+            if not kept:
+                return "DVC keeps nothing below its folder"
+            names = ", ".join(one.name for one in kept)
+            if all(map(os.path.lexists, kept)):
+                return f"DVC keeps {names}, which is no model"
+            return f"{KEPT_AWAY}{names}, which no model is known by; run `dvc pull` to see"
         away = elsewhere(path)
         if away is not None:
             return f"{away.because}, and its name is none of a model"
@@ -116,7 +119,7 @@ class Owners:
 
     def _by_data(self, path: Path) -> list[Claim]:
         """Models that name this file as one that holds their weights."""
-        for folder in (path.parent, *path.parent.parents)[: _N_FOLDERS_UP + 1]:
+        for folder in (path.parent, *path.parent.parents)[: N_FOLDERS_UP + 1]:
             name = os.path.relpath(path, folder).replace(os.sep, "/")
             if models := self._data_of(folder).get(name):
                 return [claim for model in models for claim in self.at(model)]

@@ -19,6 +19,10 @@ from pathlib import Path
 LFS_MAGIC = b"version https://git-lfs"
 DVC = ".dvc"
 """What DVC appends to the name of a file or folder that it keeps; the file itself is ignored by git."""
+KEPT_AWAY = "cannot tell: DVC keeps "
+"""How the reason begins for which a note is skipped whose output is not here and may be a model."""
+N_FOLDERS_UP = 2
+"""How far above a file that holds only weights the model that names it is looked for."""
 N_MOST_BYTES = 1024
 """A pointer is smaller than that, and a model is not."""
 _N_MOST_BYTES_DVC = 1 << 20

@@ -10,9 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from tieaudit.config import DEFAULTS, Settings
+from tieaudit.ignored import patterns
 from tieaudit.verdict import NO_DEMANDS, Demands, Severity
+
+if TYPE_CHECKING:
+    from pathspec import GitIgnoreSpec
 
 
 @dataclass(frozen=True)
@@ -33,10 +39,10 @@ class Suppression:
         """What tells it from others, in one line."""
         return " ".join(part for part in (self.code, self.weight, self.path) if part)
 
-    def hides(self, code: str, ids: Iterable[str]) -> bool:
-        """Whether it speaks of a finding of this rule about these weights."""
+    def named(self, code: str, ids: Iterable[str]) -> list[str]:
+        """Those of the weights of a finding that it speaks of; none of another rule."""
         pattern = self.weight.replace("[", "[[]")  # names have brackets; only `*` and `?` stand for others
-        return code == self.code and any(id == self.weight or fnmatchcase(id, pattern) for id in ids)
+        return [id for id in ids if code == self.code and (id == self.weight or fnmatchcase(id, pattern))]
 
 
 def files_in(schemes: Iterable[str]) -> tuple[str, ...]:
@@ -162,13 +168,22 @@ class Policy:
 
 
 def matches(path: str, pattern: str) -> bool:
-    """Whether a model's path, or a folder above it, fits a pattern; `*` goes through slashes, as `**` does.
+    """Whether a model's path, or a folder above it, fits a pattern, as in a .gitignore of the policy's folder.
 
-    A pattern without a slash fits any single name on the way, as in a .gitignore.
+    A pattern with a slash before its end begins at the root; `./` says nothing. `folder/**` is the folder, too: it may
+    be a model itself. A path that is spelt out fits whatever its characters mean in a pattern. UsageError for a
+    pattern that cannot be read.
     """
-    steps = path.split("/")
-    if "/" not in pattern.rstrip("/"):
-        return any(fnmatchcase(step, pattern.rstrip("/")) for step in steps)
-    wanted = pattern.strip("/").removesuffix("/**")
-    wanted = wanted.replace("**/", "*") if wanted.startswith("**/") else wanted
-    return any(fnmatchcase("/".join(steps[:n]), wanted) for n in range(1, len(steps) + 1))
+    while pattern.startswith("./"):
+        pattern = pattern[2:]
+    if path == pattern or path.startswith(f"{pattern}/") and "/" in pattern:
+        return True
+    return any(_spec(pattern).match_file(name) for name in (path, f"{path}/"))
+
+
+@lru_cache(maxsize=512)
+def _spec(pattern: str) -> GitIgnoreSpec:
+    """A pattern of the policy: one that begins as a comment or a negation does means what is called so."""
+    lines = [f"\\{pattern}" if pattern.startswith(("!", "#")) else pattern]
+    folder = pattern.removesuffix("/**").lstrip("/")
+    return patterns([*lines, f"/{folder}"] if folder and pattern.endswith("/**") else lines)

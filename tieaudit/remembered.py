@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tieaudit.cached import FOLDER, Moment, checked_of, document_of, environment, ignored, settled
+from tieaudit.cached import FOLDER, Moment, checked_of, document_of, environment, free_of_links, ignored, settled
 from tieaudit.checked import Run
 from tieaudit.errors import UsageError
 from tieaudit.ignored import exclude_file
+from tieaudit.pointers import N_FOLDERS_UP
 from tieaudit.replacing import replace_text
 from tieaudit.whole import read_whole
 
@@ -58,6 +59,8 @@ class Memory:
 
     def recall(self) -> Remembered | None:
         """The run, if everything it rests on looks as it did; None otherwise."""
+        if not free_of_links(self.folder, self.file):
+            return None
         try:
             document = json.loads(read_whole(self.file, _MAX_BYTES))
             if document["format"] != _FORMAT or document["state"] != self.state:
@@ -78,7 +81,8 @@ class Memory:
         crashes or unreadable bytes: those are tried again.
         """
         run = found.run
-        if again is None or again.state != self.state or run.errors or not self.since.is_telling:
+        told = again is not None and again.state == self.state and not run.errors and self.since.is_telling
+        if not told or not free_of_links(self.folder, self.file):
             return
         if any(model.crashed or model.unreadable for model in run.models):
             return
@@ -151,11 +155,13 @@ def _steering(roots: Sequence[Path]) -> Iterator[str]:
 def _below(root: Path, walked: set[str], written: frozenset[str]) -> Iterator[tuple[bytes, os.stat_result | None]]:
     """(bytes that tell a file from any other, its stat where the content matters) of everything below, in order.
 
-    Of a file those beside it: which of them are one model with it depends on what else lies there. `walked` gets the
-    folders that were looked into.
+    Of a file those beside it and in the folders just above: which of them are one model with it depends on what else
+    lies there. `walked` gets the folders that were looked into.
     """
     deep = os.path.isdir(root)
-    waiting = [os.fspath(root if deep else root.parent)]
+    # a named file may be data of a model in a folder above: see owners.py
+    above = (root.parent, *root.parent.parents)[: N_FOLDERS_UP + 1]
+    waiting = [os.fspath(root)] if deep else [os.fspath(one) for one in above]
     while waiting:
         folder = waiting.pop()
         walked.add(folder)

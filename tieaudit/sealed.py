@@ -113,6 +113,8 @@ class Change:
     """Ids that they are now, or that are new."""
     n_bytes: int = 0
     """Bytes that are stored again."""
+    n_bytes_tie: int = 0
+    """Of one copy of the value that the tie holds: what is at stake, whether or not it is stored again."""
 
     @property
     def message(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from tieaudit.equality import copies, declared, of_buffers
 from tieaudit.model import Model, Tie, Weight, classes, storage_of
 from tieaudit.sealed import Change, Held, Locked, LockedMember, LockedTie
 from tieaudit.since import tie_changes
-from tieaudit.storage import blocks, no_values, reading
+from tieaudit.storage import blocks, reading
 from tieaudit.verdict import Subject
 from tieaudit.view import AS_STORED, TRANSPOSED, View
 
@@ -73,6 +74,12 @@ def _by_uses(subject: Subject, tie: Tie) -> LockedTie:
     return LockedTie(tuple(members), "aliased", weight.dtype, weight.shape, _digest(subject, [weight]))
 
 
+def n_by_kind(subject: Subject) -> dict[str, int]:
+    """Kind of role → how many weights have it, absent ones included."""
+    kinds = Counter(subject.roles[one.id].kind for one in subject.model.weights if one.id in subject.roles)
+    return dict(sorted(kinds.items()))
+
+
 def _kind(subject: Subject, id: str) -> str:
     role = subject.roles.get(id)
     return role.kind if role is not None else OTHER
@@ -99,8 +106,8 @@ def _views(model: Model, anchor: str, ties: Sequence[Tie]) -> dict[str, View]:
 
 
 def _digest(subject: Subject, stored: Sequence[Weight]) -> str:
-    readable = (weight for weight in stored if weight.id not in subject.found.unreadable)
-    held = next((weight for weight in readable if not no_values(storage_of(weight))), None)
+    hidden = subject.unseen(weight.id for weight in stored)
+    held = next((weight for weight in stored if weight.id not in hidden), None)
     return "" if held is None else fingerprint(held)
 
 
@@ -158,19 +165,19 @@ def changes_since(subject: Subject) -> tuple[Change, ...]:
         return ()
     if not _latest or _latest[0][0]() is not subject:
         after = sealed(replace(subject, locked=None))
-        said = tuple(tie_changes(subject.locked.ties, after, subject.model.by_id))
+        roles = subject.locked.roles, n_by_kind(subject)
+        said = tuple(tie_changes(subject.locked.ties, after, subject.model.by_id, roles))
         _latest[:] = [(weakref.ref(subject), said)]
     return _latest[0][1]
 
 
 def doubtful(subject: Subject) -> tuple[str, ...]:
-    """Members of locked ties whose bytes cannot be read, so that nothing is known about their ties."""
+    """Members of locked ties whose bytes nobody here has seen, so that nothing is known about their ties."""
     if subject.locked is None:
         return ()
-    members = dict.fromkeys(id for tie in subject.locked.ties for id in tie.ids)
-    return tuple(id for id in members if id in subject.found.unreadable)
+    return tuple(subject.unseen(dict.fromkeys(id for tie in subject.locked.ties for id in tie.ids)))
 
 
 def as_locked(subject: Subject) -> Locked:
-    """A model's ties as a lock file would have them, without its totals: what the examples of rules need."""
-    return Locked(subject.model.path, subject.model.format, None, 0, 0, sealed(subject))
+    """A model's ties as a lock file would have them, without its totals of bytes: what the examples of rules need."""
+    return Locked(subject.model.path, subject.model.format, None, 0, 0, sealed(subject), n_by_kind(subject))

@@ -6,33 +6,44 @@ Nothing is read: what is needed of the bytes is in the digests.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from tieaudit.printable import listed, printable, size
 from tieaudit.sealed import Change, LockedMember, LockedTie
 
 
 def tie_changes(
-    before: Sequence[LockedTie], after: Sequence[LockedTie], present: Container[str] = frozenset()
+    before: Sequence[LockedTie],
+    after: Sequence[LockedTie],
+    present: Container[str] = frozenset(),
+    roles: tuple[Mapping[str, int], Mapping[str, int]] = ({}, {}),
 ) -> Iterator[Change]:
     """What became of each tie, lost ones first in the order of the lock; then what is new.
 
     `present`: ids of the model as it is now. A member that is there, but outside the tie, is lost from it; one that is
     not there may have been renamed, and is taken as such where the tie has another name in its place. Ties that share
     no name are matched by the digest of their value, then by what their members are for, where that is unambiguous.
+    `roles`: kind → how many weights, before and after: a tensor that serves fewer operations has lost a tie where a
+    copy of it, or one more weight for its purpose, serves the others.
     Cost: linear in the members.
     """
     paired = _paired(before, after, present)
     partners = {id(new) for _, new in paired if new is not None}
+    n_before, n_after = _n_copies(before), _n_copies(after)
     for old, new in paired:
-        yield from _Between(old, new, present).changes() if new is not None else [_gone(old, present)]
+        between: Iterable[Change] = [_gone(old, present, _more(old, *roles))]
+        if new is not None:
+            copied = n_after.get(new.ids[0], 1) > n_before.get(old.ids[0], 1)
+            beside = "beside a copy of it" if copied else _more(old, *roles)
+            between = _Between(old, new, present, beside).changes()
+        yield from (replace(change, n_bytes_tie=old.n_bytes) for change in between)
     pieces = {tie_id: index for index, old in enumerate(before) if not old.by_uses for tie_id in old.ids}
     for new in after:
         homes = {pieces.get(one) for one in new.ids}
         split_off = len(homes) == 1 and None not in homes  # what a tie fell into is told as its loss
         if id(new) not in partners and not (split_off and not new.by_uses):
-            yield _new(new)
+            yield replace(_new(new), n_bytes_tie=new.n_bytes)
 
 
 def _paired(
@@ -74,14 +85,32 @@ def _by_purpose(tie: LockedTie) -> object:
     return (tuple(sorted(tie.shape)), roles) if set(roles) != {"other"} else None
 
 
-def _gone(old: LockedTie, present: Container[str]) -> Change:
+def _n_copies(ties: Sequence[LockedTie]) -> dict[str, int]:
+    """Id → how often its value is stored."""
+    return {one: tie.n_copies for tie in ties if not tie.by_uses for one in tie.ids}
+
+
+def _more(tie: LockedTie, before: Mapping[str, int], after: Mapping[str, int]) -> str:
+    """Words for one more weight of a tie's purpose than there was; a table that is its own head is a head, too."""
+    kind = tie.members[0].role
+    for one in ("output_head", kind) if kind == "token_embedding" else (kind,):
+        n_before, n_now = before.get(one, 0), after.get(one, 0)
+        if n_now > n_before and one not in ("other", "buffer"):
+            return f"beside {n_now:,} × {printable(one)}, {n_before:,} before"
+    return ""
+
+
+def _gone(old: LockedTie, present: Container[str], beside: str) -> Change:
     stay = tuple(one for one in old.ids if one in present)
     if old.by_uses:
         name = printable(old.ids[0])
-        said = f"{name} serves one operation only, before {_uses(old)}"
-        if not stay:
-            said = f"{name}, which served {_uses(old)}, is not there, nor is another tie of its value"
-        return Change("lost", said, old.ids, stay, old.n_bytes)
+        if stay:  # a copy would have made it a tie of two names
+            said = f"{name} serves one operation at most, before {_uses(old)}"
+            if beside:
+                return Change("lost", f"{said}, {beside}; {size(old.n_bytes)} again", old.ids, stay, old.n_bytes)
+            return Change("members", f"{said}; no copy of it is stored", old.ids, stay)
+        said = f"{name}, which served {_uses(old)}, is not there, nor is another tie of its value"
+        return Change("lost", said, old.ids)
     anchor = old.anchor
     others = tuple(one for one in old.ids if one != anchor)
     said = f"{listed(others)} {_is(others)} no longer {printable(anchor)} (was {old.origin})"
@@ -118,6 +147,8 @@ class _Between:
     old: LockedTie
     new: LockedTie
     present: Container[str]
+    beside: str = ""
+    """What may serve the operations that the tensor of a tie by uses does not serve any more, or empty."""
 
     def changes(self) -> Iterator[Change]:
         if self.old.by_uses:
@@ -145,8 +176,8 @@ class _Between:
         if old.ids != new.ids:
             yield Change("renamed", f"{name} is now {printable(new.ids[0])}", old.ids, new.ids)
         n_before, n_now = len(old.members), len(new.members)
-        if n_now < n_before:
-            said = f"{name} serves {n_now:,} operations only, {n_before:,} before: {_uses(new)}, before {_uses(old)}"
+        if n_now < n_before and self.beside:
+            said = f"{name} serves {_uses(new)} only, before {_uses(old)}, {self.beside}; {size(old.n_bytes)} again"
             yield Change("lost", said, old.ids, new.ids, old.n_bytes)
         elif _readers(old) != _readers(new):
             yield Change("members", f"{name} serves {_uses(new)}, before {_uses(old)}", old.ids, new.ids)
@@ -172,14 +203,15 @@ class _Between:
         missing = tuple(one for one in old.ids if one not in new.ids)
         fresh = tuple(one for one in new.ids if one not in old.ids)
         now = {one: one for one in old.ids if one in new.ids}
-        if missing and len(fresh) >= len(missing) and not self._missing():
+        if missing and fresh and not self._missing():
             now |= self._renames(missing, fresh)
-            names = sorted((one, now[one]) for one in missing)
+            names = sorted((one, now[one]) for one in missing if one in now)
             said = ", ".join(f"{printable(one)} is now {printable(other)}" for one, other in names[:4])
             said += f" and {len(names) - 4:,} more" if len(names) > 4 else ""
-            yield Change("renamed", said, missing, tuple(other for _, other in names))
+            yield Change("renamed", said, tuple(one for one, _ in names), tuple(other for _, other in names))
+            missing = tuple(one for one in missing if one not in now)
             fresh = tuple(one for one in fresh if one not in now.values())
-        elif missing:
+        if missing:
             yield self._lost(missing)
         if fresh:
             anchor = new.anchor if new.anchor not in fresh else next(one for one in new.ids if one not in fresh)
@@ -200,12 +232,15 @@ class _Between:
         return Change("lost", said, old.ids, rest, old.n_bytes if not gone else 0)
 
     def _renames(self, missing: Sequence[str], fresh: Sequence[str]) -> dict[str, str]:
-        """Old names to new ones: of one role where there is one, else in order."""
+        """Old names to new ones, as far as there are new ones: of one role where there is one, then in order."""
         roles = {member.id: member.role for member in (*self.old.members, *self.new.members)}
         left, found = list(fresh), dict[str, str]()
-        for one in missing:
-            found[one] = next((other for other in left if roles[other] == roles[one]), left[0])
-            left.remove(found[one])
+        for alike in (True, False):
+            for one in missing:
+                fitting = [other for other in left if roles[other] == roles[one] or not alike]
+                if one not in found and fitting:
+                    found[one] = fitting[0]
+                    left.remove(fitting[0])
         return found
 
     def _copies(self, now: dict[str, str]) -> Iterator[Change]:

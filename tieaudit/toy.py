@@ -1,6 +1,7 @@
 """Small in-memory models for the examples of rules and schemes, and for tests.
 
-It refuses nothing that a real loader could produce: absent weights, shared regions, unreadable bytes, several parts.
+It refuses nothing that a real loader could produce: absent weights, shared regions, unreadable bytes, pointers, several
+parts.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from numpy.typing import NDArray
 
 from tieaudit.errors import CorruptFile
 from tieaudit.find import find
-from tieaudit.model import Declaration, Model, Part, Use, Weight, make_id
+from tieaudit.model import NOT_HERE, Declaration, Model, Part, Use, Weight, make_id
 from tieaudit.roles import roles
 from tieaudit.sealed import Locked
-from tieaudit.storage import FileStorage, MemoryStorage, Region, Storage
+from tieaudit.storage import FileStorage, MemoryStorage, NotHere, Region, Storage
 from tieaudit.verdict import NO_DEMANDS, Demands, Subject
 from tieaudit.view import AS_STORED, TRANSPOSED
 
@@ -40,7 +41,15 @@ class At:
     file: str = "weights.bin"
 
 
-Value = Array | Broken | At | None
+@dataclass(frozen=True)
+class Away:
+    """A tensor whose file is elsewhere: a git-LFS pointer is in its place."""
+
+    shape: tuple[int, ...] = (4, 3)
+    dtype: str = "float32"
+
+
+Value = Array | Broken | Away | At | None
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,7 @@ def toy(
     """A model in memory, with its ties found and its roles told.
 
     Args:
-        weights: name → values, `None` for a declared but absent weight, `Broken` or `At` for the special cases.
+        weights: name → values, `None` for a declared but absent weight; `Broken`, `Away` or `At` for the special cases.
         declared: classes of names that the model's class ties, or `claim(...)` for more detail.
         uses: `(name, "Op")`, `(name, "Transpose Op")` through a Transpose node, or whole `Use` objects.
         parts: name → part, for a model in several files.
@@ -158,11 +167,16 @@ def toy(
         declarations=tuple(claims),
         hints={ids[name]: kind for name, kind in (roles_by_class or {}).items()},
         flags=flags or {},
-        metadata=metadata or {},
+        metadata={**_whereabouts(weights), **(metadata or {})},
         notes=notes,
         has_graph=format == "onnx",
     )
     return Subject(model, find(model), roles(model), demands, locked)
+
+
+def _whereabouts(weights: Mapping[str, Value]) -> dict[str, str]:
+    away = [name for name, value in weights.items() if isinstance(value, Away)]
+    return {"weights": f"{NOT_HERE}{away[0]}.safetensors (a git-LFS pointer)"} if away else {}
 
 
 def _stored(
@@ -178,6 +192,8 @@ def _stored(
         return shapes.get(name, shape), "float32", None
     if isinstance(value, Broken):
         return value.shape, value.dtype, _Unreadable(4 * int(np.prod(value.shape)), f"{name}.safetensors")
+    if isinstance(value, Away):
+        return value.shape, value.dtype, NotHere(f"{name}.safetensors#{name}", "a git-LFS pointer")
     if isinstance(value, At):
         data = np.ascontiguousarray(value.values).tobytes()
         storage = _Placed(value.file, value.offset, len(data), data)

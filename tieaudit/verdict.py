@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from tieaudit.model import Member, Model, Role, Tie
 from tieaudit.sealed import Locked
+from tieaudit.storage import no_values
 from tieaudit.view import View
 
 Severity = Literal["error", "warning", "info"]
@@ -57,6 +58,24 @@ class Found:
     """Bytes of tensors read from files to find all that."""
     overlaps: tuple[Overlap, ...] = ()
     """Slices: names that share some of their bytes."""
+
+    def unseen(self, model: Model, ids: Iterable[str]) -> dict[str, str]:
+        """Those of `ids` whose values nobody here has seen, and why: the one question about bytes that are not known.
+
+        A read failed; a weight is stored and has no values here (a pointer, the meta device); or files with weights
+        are elsewhere, and one of them may hold what is not stored in those that are here.
+        """
+        elsewhere = "" if model.weights_here else model.metadata["weights"]
+        found: dict[str, str] = {}
+        for id in ids:
+            weight = model.by_id.get(id)
+            if weight is None or weight.storage is None:
+                why = elsewhere
+            else:
+                why = self.unreadable.get(id) or no_values(weight.storage)
+            if why:
+                found[id] = why
+        return found
 
 
 @dataclass(frozen=True)
@@ -191,6 +210,15 @@ class Subject:
     """What the lock file says of this model; None: nothing was locked, or nobody looked."""
     worked_out: dict[str, object] = field(default_factory=dict, init=False, repr=False, compare=False)
     """What several schemes need and the first of them worked out, by its name: the stacks of layers."""
+
+    def unseen(self, ids: Iterable[str]) -> dict[str, str]:
+        """Those of `ids` whose values nobody here has seen, and why; see `Found.unseen`."""
+        return self.found.unseen(self.model, ids)
+
+    @property
+    def seen_whole(self) -> bool:
+        """Whether the values of every stored weight were there to be read; else what is not found may still be."""
+        return self.model.weights_here and not self.unseen(one.id for one in self.model.weights if not one.absent)
 
 
 @dataclass(frozen=True)

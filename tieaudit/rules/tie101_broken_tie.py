@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tieaudit.equality import Declared, Equality, declared, stored, unread
+from tieaudit.equality import Declared, Equality, declared, stored
 from tieaudit.printable import listed, printable, size
 from tieaudit.remedy import LIVE, command, declare_untied
 from tieaudit.rules import Examples, rule
@@ -93,7 +93,7 @@ def check(subject: Subject) -> Iterator[Finding | CannotTell]:
         if any(equality.same(groups[0][0], group[0]) is False for group in groups[1:]):
             yield _finding(subject, claimed, groups)
         elif len(groups) > 1:
-            lost = tuple(unread(subject, ids))
+            lost = tuple(subject.unseen(ids))
             yield CannotTell(f"whether {listed(ids)} are equal, as declared: {listed(lost)} cannot be read", ids)
 
 

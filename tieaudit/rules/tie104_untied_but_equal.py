@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tieaudit.equality import Declared, Equality, copies, declared, n_bytes_extra, stored, unread
+from tieaudit.equality import Declared, Equality, copies, declared, n_bytes_extra, stored
 from tieaudit.model import UNWRITTEN, classes
 from tieaudit.printable import listed, printable, size
 from tieaudit.remedy import rewrite, share
@@ -78,7 +78,7 @@ def check(subject: Subject) -> Iterator[Finding | CannotTell]:
             message = f"{_who(claimed)}, but {listed(tuple(group))} are equal bit for bit: {size(n_bytes)} stored again"
             evidence = {"claimed_by": claimed.claimed_by, "condition": claimed.condition}
             yield Finding(tuple(group), message, rewrite(model, "dedup", [share(group)]), evidence, n_bytes)
-        lost = tuple(unread(subject, ids))
+        lost = tuple(subject.unseen(ids))
         if lost and len(groups) > 1:
             because = f"whether {listed(ids)} are equal, though declared untied: {listed(lost)} cannot be read"
             yield CannotTell(because, ids)

@@ -15,7 +15,7 @@ from tieaudit.verdict import Candidate, CannotTell, Demands, Finding, Fix, Subje
 
 
 def _examples() -> Examples:
-    from tieaudit.toy import claim, ramp, toy
+    from tieaudit.toy import Away, Broken, claim, ramp, toy
 
     embed, head = "model.embed_tokens.weight", "lm_head.weight"
     w = ramp(64, 8)
@@ -35,6 +35,8 @@ def _examples() -> Examples:
         unsure=[
             toy({"conv.weight": ramp(8, 4)}, demands=io),
             toy({embed: w, head: ramp(60, 8)}, demands=io),
+            toy({embed: w, head: Broken((64, 8))}, declared=[claim(embed, head, active=False)], demands=io),
+            toy({embed: Away((64, 8)), head: Away((64, 8))}, declared=[(embed, head)], demands=io),
         ],
     )
 
@@ -70,7 +72,8 @@ def check(subject: Subject) -> Iterator[Finding | CannotTell]:
         have been trained apart: tie them where they are trained, or with `--allow-lossy` and a `--merge`.
 
     Cannot tell when:
-        The scheme finds nothing in this model that it could tie: no output head was recognised, shapes do not fit.
+        The scheme finds nothing in this model that it could tie: no output head was recognised, shapes do not fit. Or
+        the bytes of a member cannot be read, or are elsewhere (git-LFS, DVC), and those that were read do not differ.
 
     Sources:
         onnx/onnx#3278 (an exported ALBERT stores its one layer several times), onnx/onnx#4149 and
@@ -84,12 +87,28 @@ def check(subject: Subject) -> Iterator[Finding | CannotTell]:
         candidates = [one for one in proposals if isinstance(one, Candidate) and one.action != "fit"]
         missing = [one for one in candidates if not _one(subject, one)]
         for candidate in missing:
-            yield _finding(subject, asked, candidate)
+            hidden = _undecided(subject, candidate)
+            if hidden:
+                because = f"the bytes of {listed(hidden)} cannot be read"
+                yield CannotTell(f"whether the expected tie {printable(asked)} is there: {because}", hidden)
+            else:
+                yield _finding(subject, asked, candidate)
         if not candidates:
             refusals = [one.because for one in proposals]
             if refusals or not _any_tie(subject):
                 because = refusals[0] if refusals else "nothing in this model is tied, and nothing fits"
                 yield CannotTell(f"whether the expected tie {asked} is there: {because}")
+
+
+def _undecided(subject: Subject, candidate: Candidate) -> tuple[str, ...]:
+    """Members that nobody has seen, where those that were seen may still be one tensor with them."""
+    ids = tuple(dict.fromkeys(member.id for member in candidate.members))
+    hidden = subject.unseen(ids)
+    seen = [id for id in ids if id not in hidden]
+    equality = Equality(subject.model, subject.found)
+    if any(equality.same(seen[0], id) is False for id in seen[1:]):
+        return ()
+    return tuple(hidden)
 
 
 def _one(subject: Subject, candidate: Candidate) -> bool:

@@ -12,7 +12,7 @@ from tieaudit.verdict import CannotTell, Demands, Finding, Fix, Subject
 
 
 def _examples() -> Examples:
-    from tieaudit.toy import Broken, ramp, toy
+    from tieaudit.toy import Away, Broken, ramp, toy
 
     w = ramp(64, 8)  # 64 · 8 · 4 = 2,048 bytes
     return Examples(
@@ -21,7 +21,10 @@ def _examples() -> Examples:
             toy({"a": w, "b": w.copy()}, format="onnx", demands=Demands(max_duplicate_bytes=2048)),
             toy({"a": w, "b": w.copy()}, format="onnx"),
         ],
-        unsure=[toy({"a": w, "b": Broken((64, 8))}, format="onnx", demands=Demands(max_duplicate_bytes=0))],
+        unsure=[
+            toy({"a": w, "b": Broken((64, 8))}, format="onnx", demands=Demands(max_duplicate_bytes=0)),
+            toy({"a": w, "b": Away((64, 8))}, demands=Demands(max_duplicate_bytes=0)),
+        ],
     )
 
 
@@ -53,7 +56,8 @@ def check(subject: Subject) -> Iterator[Finding | CannotTell]:
         `--scheme dedup`, which the findings on the single classes recommend, too.
 
     Cannot tell when:
-        Bytes of a weight cannot be read: they may be a copy. Nothing is said if the rest alone is over the limit.
+        Bytes of a weight cannot be read, or are elsewhere (git-LFS, DVC): they may be a copy. Nothing is said if the
+        rest alone is over the limit.
 
     Sources:
         The owner's policy.
@@ -67,6 +71,7 @@ def check(subject: Subject) -> Iterator[Finding | CannotTell]:
         message = f"{size(n_bytes)} ({n_bytes:,} bytes) are stored again, {size(limit)} ({limit:,} bytes) may be"
         fix = Fix("manual", "see the findings on the single copies, or raise max-duplicate-bytes")
         yield Finding(ids, message, fix, {"n_bytes": n_bytes, "limit": limit}, n_bytes)
-    elif subject.found.unreadable:
-        lost = counted(len(subject.found.unreadable), "weight")
-        yield CannotTell(f"whether more than {size(limit)} are stored again: {lost} cannot be read")
+    elif not subject.seen_whole:
+        lost = subject.unseen(one.id for one in subject.model.weights if not one.absent)
+        what = f"the bytes of {counted(len(lost), 'weight')}" if lost else "the weights"
+        yield CannotTell(f"whether more than {size(limit)} are stored again: {what} cannot be read")

@@ -55,7 +55,8 @@ def check(subject: Subject) -> Iterator[Finding | CannotTell]:
         By hand: find out which tie is missing (`tieaudit scan`), or state the new size.
 
     Cannot tell when:
-        It cannot be told which weights are parameters and which are buffers.
+        It cannot be told which weights are parameters and which are buffers; or there are too many only if weights
+        whose bytes cannot be read are no copies of others.
 
     Sources:
         The owner's policy.
@@ -66,7 +67,19 @@ def check(subject: Subject) -> Iterator[Finding | CannotTell]:
     total = summary(subject.model, subject.found)
     if total.n_parameters is None:
         yield CannotTell(f"whether there are more than {limit:,} parameters: {total.n_parameters_because}")
+    elif total.n_parameters - (n_unseen := _n_unseen(subject)) <= limit < total.n_parameters:
+        because = f"{total.n_parameters:,} are named, and {n_unseen:,} of them cannot be read: they may be copies"
+        yield CannotTell(f"whether there are more than {limit:,} parameters: {because}")
     elif total.n_parameters > limit:
         message = f"the model has {total.n_parameters:,} parameters, {total.n_parameters - limit:,} more than {limit:,}"
         fix = Fix("manual", "find the tie that is missing with `tieaudit scan`, or raise max-parameters")
         yield Finding((), message, fix, {"n_parameters": total.n_parameters, "limit": limit})
+
+
+def _n_unseen(subject: Subject) -> int:
+    """Elements of weights that were counted though nobody has seen whether they are copies."""
+    if not subject.model.weights_here:
+        return 0  # then it is the class that counts, and a class knows what it ties
+    counted = [one for one in subject.model.weights if one.parameter and not one.absent]
+    hidden = subject.unseen(one.id for one in counted)
+    return sum(one.n_elements for one in counted if one.id in hidden)

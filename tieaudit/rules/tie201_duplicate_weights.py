@@ -86,9 +86,8 @@ def check(subject: Subject) -> Iterator[Finding | CannotTell]:
 
 
 def _possible_copies(subject: Subject) -> tuple[str, ...]:
-    """Unreadable weights of which another one has the element type and, in any order, the dimensions."""
+    """Weights without readable bytes of which another one has the element type and, in any order, the dimensions."""
     crowds: dict[tuple[str, tuple[int, ...]], list[str]] = {}
-    for weight in subject.model.weights:
+    for weight in (one for one in subject.model.weights if not one.absent):
         crowds.setdefault((weight.dtype, tuple(sorted(weight.shape))), []).append(weight.id)
-    unreadable = subject.found.unreadable
-    return tuple(id for crowd in crowds.values() if len(crowd) > 1 for id in crowd if id in unreadable)
+    return tuple(subject.unseen(id for crowd in crowds.values() if len(crowd) > 1 for id in crowd))

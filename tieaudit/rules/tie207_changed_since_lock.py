@@ -13,11 +13,12 @@ _FIX = Fix("manual", "look whether it is meant; then run `tieaudit lock` and com
 
 def _examples() -> Examples:
     from tieaudit.sealing import as_locked
-    from tieaudit.toy import Broken, ramp, toy
+    from tieaudit.toy import Away, Broken, ramp, toy
 
     embed, head = "model.embed_tokens.weight", "lm_head.weight"
     w, other = ramp(64, 8), ramp(64, 8, seed=1)
     tied = as_locked(toy({embed: w, head: None}, declared=[(embed, head)]))
+    served = as_locked(toy({embed: w}, uses=[(embed, "Gather"), (embed, "Gemm")], format="onnx"))
     untied = as_locked(toy({embed: w, head: other}))
 
     return Examples(
@@ -25,6 +26,7 @@ def _examples() -> Examples:
             toy({embed: w, head: None}, declared=[(embed, head)], locked=untied),
             toy({"wte.weight": w, head: None}, declared=[("wte.weight", head)], locked=tied),
             toy({embed: w, head: None, "tail": None}, declared=[(embed, head, "tail")], locked=tied),
+            toy({embed: w}, uses=[(embed, "Gather")], format="onnx", locked=served),  # the head was cut off
         ],
         good=[
             toy({embed: w, head: None}, declared=[(embed, head)], locked=tied),
@@ -32,7 +34,11 @@ def _examples() -> Examples:
             toy({embed: other, head: w}, locked=untied),
             toy({embed: w, head: None}, declared=[(embed, head)]),
         ],
-        unsure=[toy({embed: w, head: Broken((64, 8))}, locked=tied)],
+        unsure=[
+            toy({embed: w, head: Broken((64, 8))}, locked=tied),
+            toy({embed: w, head: Away((64, 8))}, declared=[(embed, head)], locked=tied),
+            toy({embed: Away((64, 8)), "norm": ramp(8)}, locked=tied),  # no index: what else is stored is not known
+        ],
     )
 
 
@@ -48,9 +54,9 @@ def check(subject: Subject) -> Iterator[Finding | CannotTell]:
 
     What it does:
         Compares the model with its entry in `tieaudit.lock`. Reports ties that were not there, ties with other or
-        renamed members. Lost ties belong to lost-since-lock. A tie whose common value is another one is still the same
-        tie: a model that was trained further is no finding (`tieaudit lock --check` says so). Without an entry it says
-        nothing.
+        renamed members, and stored tensors that serve more operations, or fewer while no other tensor serves the rest.
+        Lost ties belong to lost-since-lock. A tie whose common value is another one is still the same tie: a model
+        that was trained further is no finding (`tieaudit lock --check` says so). Without an entry it says nothing.
 
     Why it matters:
         What changed on purpose is committed with its lock; what changed without anybody noticing is how a model with
@@ -66,7 +72,7 @@ def check(subject: Subject) -> Iterator[Finding | CannotTell]:
         Look whether the change is meant; then `tieaudit lock` writes the new state.
 
     Cannot tell when:
-        The bytes of a weight of a locked tie cannot be read.
+        The bytes of a weight of a locked tie cannot be read, or are elsewhere (git-LFS, DVC).
 
     Sources:
         docs/lock.md.
@@ -77,4 +83,5 @@ def check(subject: Subject) -> Iterator[Finding | CannotTell]:
     for change in changes_since(subject):
         if change.kind not in ("lost", "value") and not set(unsure) & {*change.before, *change.after}:
             known = tuple(id for id in change.after if id in subject.model.by_id)
-            yield Finding(known, f"{change.kind}: {change.said}", _FIX, {"locked": list(change.before)}, change.n_bytes)
+            at_stake = max(change.n_bytes, change.n_bytes_tie)
+            yield Finding(known, f"{change.kind}: {change.said}", _FIX, {"locked": list(change.before)}, at_stake)
