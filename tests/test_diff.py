@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from tieaudit.called import key_of
 from tieaudit.cli import main
 from tieaudit.difference import Difference, Told, difference, shown
 from tieaudit.errors import TieAuditError
@@ -366,7 +367,7 @@ def test_real_models_have_lost_nothing_to_themselves(corpus: Path, tmp_path: Pat
     for source in sources:
         try:
             subject = look(source.load())
-            one = lock_of(subject, corpus)
+            one = lock_of(subject, key_of(source, corpus))
         except TieAuditError:  # what cannot be read is the business of other tests
             continue
         assert set(between(subject, subject)) <= {"kept"}, source.path

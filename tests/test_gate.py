@@ -17,7 +17,7 @@ from tieaudit.judge import fingerprint, judged
 from tieaudit.load import Source
 from tieaudit.model import Model
 from tieaudit.patrol import Patrolled, Wanted, patrol
-from tieaudit.policy import Section, Suppression, Terms
+from tieaudit.policy import Policy, Section, Suppression, Terms
 from tieaudit.toy import claim, ramp, toy
 from tieaudit.verdict import CannotTell, Crashed, Demands, Finding, Severity, Subject, Summary
 from tieaudit.whereabouts import lines_of_keys
@@ -315,14 +315,15 @@ def judged_as(severity: Severity) -> Judged:
     ],
 )
 def test_exit_codes(
-    models: list[Checked], errors: list[tuple[str, str]], fail_on: str, strict: bool, code: int
+    models: list[Checked], errors: list[tuple[str, str]], fail_on: Severity, strict: bool, code: int
 ) -> None:
-    assert exit_code(Run(tuple(models), tuple(errors)), fail_on, strict) == code
+    policy = Policy("", fail_on=fail_on, strict=strict)
+    assert exit_code(Run(tuple(models), tuple(errors)), lambda path: policy) == code
 
 
 def test_a_change_that_touches_no_model_and_a_file_that_is_none_are_no_failure() -> None:
-    assert exit_code(Run(()), "info", False, changed_only=True) == 0
-    assert exit_code(Run((), skipped=(("README.md", "no model"),)), "info", False) == 0
+    assert exit_code(Run(()), lambda path: Policy(""), changed_only=True) == 0
+    assert exit_code(Run((), skipped=(("README.md", "no model"),)), lambda path: Policy("")) == 0
 
 
 def test_a_baseline_keeps_what_is_known_and_lets_new_findings_count(tmp_path: Path) -> None:

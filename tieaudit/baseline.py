@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -91,9 +90,10 @@ def write_baseline(path: Path, models: Iterable[tuple[str, Checked]], keep: Call
     """Write all findings of these models, (key, model), as the baseline; how many there are. Atomic.
 
     `keep`: which models, by key, keep what the baseline holds of them, because nobody looked. Sorted and one finding a
-    line, so that a review shows what came and went.
+    line, so that a review shows what came and went. UsageError or CorruptFile, with the file as it is, if there is one
+    already that is no baseline.
     """
-    before = _entries(path) if keep is not None and os.path.lexists(path) else []
+    before = _entries(path) if path.exists() else []  # also where nothing is kept: another file stays as it is
     kept = [json.dumps(entry) for entry in before if keep is not None and keep(entry["path"])]
     rows = [
         json.dumps(
@@ -114,8 +114,3 @@ def write_baseline(path: Path, models: Iterable[tuple[str, Checked]], keep: Call
     inside = f"\n  {lines}\n " if rows else ""
     replace_text(path, f'{{"schema": "{SCHEMA}",\n "findings": [{inside}]}}\n')
     return len(rows)
-
-
-def key_of(model_path: Path, baseline: Path) -> str:
-    """How a baseline calls a model: its path relative to the baseline's folder, POSIX."""
-    return Path(os.path.relpath(model_path, baseline.absolute().parent)).as_posix()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tieaudit.cached import Cache, Moment, content_of, question
+from tieaudit.called import known_by
 from tieaudit.checked import RANK, STALE, Checked, Run
 from tieaudit.errors import TieAuditError, WeightsNotHere, in_one_line
 from tieaudit.formats import Format
@@ -58,19 +59,14 @@ class Gate:
     asked: Section | None = None
     """What the command line says over every policy."""
     n_jobs: int = 1
-    several: frozenset[Path] = frozenset()
-    """Folders that hold several models of one path, such as the precisions of an export: each is known by its file."""
     cache_of: Callable[[Policy], Cache | None] = lambda policy: None
     locked_of: Callable[[Policy, Source], Locked | None] = lambda policy, source: None
-
-    def known_by(self, source: Source) -> Path:
-        """The path by which reports, policies and baselines call a model."""
-        return source.files[0] if source.path in self.several and source.files else source.path
 
     def job(self, source: Source) -> Job:
         """What is to be done about one source. UsageError for a policy that cannot be read."""
         policy = self.policy_of(source.path)
-        relative = shown(self.known_by(source), Path(policy.root))
+        path = known_by(source)
+        relative = shown(path, Path(policy.root))
         live = source.format.named is not None and source.format.named(str(source.path))
         return Job(
             source.path,
@@ -78,7 +74,7 @@ class Gate:
             source.files,
             policy.terms(relative, self.asked),
             self.base,
-            str(source.path) if live else shown(self.known_by(source), self.base),
+            str(source.path) if live else shown(path, self.base),
             None if live else self.cache_of(policy),
             self.locked_of(policy, source),
         )
@@ -157,22 +153,23 @@ def stale(
             yield policy, found
 
 
-def exit_code(run: Run, fail_on: str, strict: bool, *, changed_only: bool = False) -> int:
+def exit_code(run: Run, policy_of: Callable[[str], Policy], *, strict: bool = False, changed_only: bool = False) -> int:
     """0 clean · 1 findings that count · 2 the job was not done whole; 2 beats 1.
 
-    Not whole: something unreadable, a crashed rule, nothing to look at, no model whose weights are here; `strict`: a
-    rule that cannot tell, or what DVC keeps elsewhere and may be a model. Named files that are no models, and a change
-    that touches none, are no failure.
+    Not whole: something unreadable, a crashed rule, nothing to look at, no model whose weights are here; where a policy
+    is strict (`strict`: everywhere) a rule that cannot tell, or what DVC keeps elsewhere and may be a model. Named
+    files that are no models, and a change that touches none, are no failure. What counts, the policy of each model says
+    (`policy_of`: of a path as the run shows it).
     """
     models = [model for model in run.models if model.summary is not None or not model.weights_here]
     if run.errors or any(model.crashed or model.unreadable for model in run.models):
         return 2
-    kept_away = any(because.startswith(KEPT_AWAY) for _, because in run.skipped)
+    kept_away = [path for path, because in run.skipped if because.startswith(KEPT_AWAY)]
     if (models or kept_away) and not any(model.weights_here for model in models):
         return 2
     if not models and not run.skipped and not changed_only:
         return 2
-    if strict and (kept_away or any(model.cannot_tell for model in run.models)):
+    unsure = [*kept_away, *(model.path for model in run.models if model.cannot_tell)]
+    if any(strict or policy_of(path).strict for path in unsure):
         return 2
-    worst = min((RANK[judged.finding.severity] for _, judged in run.findings), default=len(RANK))
-    return int(worst <= RANK[fail_on])  # type: ignore[index]
+    return int(any(RANK[one.finding.severity] <= RANK[policy_of(model.path).fail_on] for model, one in run.findings))

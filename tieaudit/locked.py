@@ -5,7 +5,6 @@ The format is a small part of TOML, one fact or one tie a line; docs/decisions/l
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import TypeVar
 from tieaudit.dtypes import TABLE
 from tieaudit.errors import UnreadableModel, UsageError, WeightsNotHere
 from tieaudit.inline import INTEGER, quoted, value_of
-from tieaudit.model import Model
 from tieaudit.printable import listed, printable
 from tieaudit.replacing import replace_whole
 from tieaudit.sealed import Change, Held, Locked, LockedMember, LockedTie
@@ -36,8 +34,8 @@ _BARE = re.compile(r"[A-Za-z0-9_-]+")
 _SHA256 = re.compile(r"[0-9a-f]{64}|")
 
 
-def lock_of(subject: Subject, relative_to: Path) -> Locked:
-    """What a lock file in the folder `relative_to` keeps of a model.
+def lock_of(subject: Subject, key: str) -> Locked:
+    """What a lock file keeps of a model under its `key` (see `called.key_of`).
 
     UnreadableModel if the bytes of a weight cannot be read, WeightsNotHere if they are elsewhere: a lock of half a
     model would call the rest lost, or forget its ties. Cost: as `sealing.sealed`.
@@ -51,7 +49,7 @@ def lock_of(subject: Subject, relative_to: Path) -> Locked:
         raise UnreadableModel(f"{model.path}: not locked, {listed(unreadable)} cannot be read: {because}")
     total = summary(model, subject.found)
     return Locked(
-        path=key_of(model, relative_to),
+        path=key,
         format=model.format,
         n_parameters=total.n_parameters,
         n_bytes=total.n_bytes,
@@ -59,20 +57,6 @@ def lock_of(subject: Subject, relative_to: Path) -> Locked:
         ties=sealed(subject),
         roles=n_by_kind(subject),
     )
-
-
-def key_of(model: Model, relative_to: Path) -> str:
-    """The path under which a model is locked: from the lock's folder, with forward slashes.
-
-    A variant of an export is known by its first file, since its folder is that of the plain one; a live module by its
-    name.
-    """
-    path = model.path
-    if "alternative_of" in model.metadata and model.parts and model.parts[0].paths:
-        path = model.parts[0].paths[0]
-    if not os.path.lexists(path):
-        return path
-    return Path(os.path.relpath(os.path.realpath(path), os.path.realpath(relative_to))).as_posix()
 
 
 def changes(before: Locked, after: Locked, present: frozenset[str] = frozenset()) -> tuple[Change, ...]:

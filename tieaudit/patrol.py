@@ -7,32 +7,26 @@ rest only where something has to be read.
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tieaudit.cached import FOLDER, Cache, Moment
-from tieaudit.checked import Checked, Run
+from tieaudit.checked import Run
 from tieaudit.govern import forget, policy_for
 from tieaudit.policy import Policy, Section
-from tieaudit.printable import counted, listed, printable
 from tieaudit.remembered import Memory, Remembered, memory
-from tieaudit.verdict import Severity
 from tieaudit.whereabouts import shown
 
 if TYPE_CHECKING:
-    from tieaudit.baseline import Known
     from tieaudit.gate import Gate
     from tieaudit.load import Source
     from tieaudit.overhaul import Fixing
     from tieaudit.repository import Gathered
-    from tieaudit.sealed import Locked
 
 N_MOST_JOBS = 8
 """Processes that are used unless more are asked for: each takes what its model and its libraries take."""
-BASELINE = "tieaudit-baseline.json"
 
 
 @dataclass(frozen=True)
@@ -101,9 +95,7 @@ def _memory(wanted: Wanted, ruling: Policy, begun: Moment) -> Memory | None:
     if not all(os.path.lexists(path) for path in wanted.paths):
         return None  # a glob, a live module, or nothing at all
     asked = repr((wanted.paths, wanted.config, wanted.asked, wanted.baseline, wanted.strict))
-    baseline = _baseline(wanted, ruling)
-    steering = [Path(ruling.root, ruling.lock), *([baseline] if baseline is not None else [])]
-    steering += [wanted.config] if wanted.config is not None else []
+    steering = [Path(ruling.root, ruling.lock), *(one for one in (wanted.baseline, wanted.config) if one is not None)]
     written = frozenset(os.path.abspath(name) for name in wanted.outputs)
     return memory(_cache_folder(wanted, ruling), asked, _roots(wanted), steering, begun, written)
 
@@ -115,26 +107,34 @@ def _roots(wanted: Wanted) -> list[Path]:
 def _looked(wanted: Wanted, ruling: Policy, progress: Progress) -> Patrolled:
     """The run made anew."""
     from tieaudit.gate import Gate, exit_code
+    from tieaudit.known import set_apart, written
+    from tieaudit.locks import Locks
 
     base = Path.cwd()
+
+    def policy_of(path: str) -> Policy:
+        return policy_for(base / path, wanted.config)
+
     notes = _interrupted(wanted)
     gathered = _gathered(wanted, base)
     policies = {source: policy_for(source.path, wanted.config) for source in gathered.sources}
-    locks = _Locks(wanted.config)
+    locks = Locks(wanted.config)
     gate = Gate(
         base=base,
         policy_of=lambda path: policy_for(path, wanted.config),
         asked=wanted.asked,
         n_jobs=wanted.n_jobs or min(_n_cores(), N_MOST_JOBS),
-        several=_several(gathered.sources),
         cache_of=lambda policy: None if wanted.no_cache else Cache(_cache_folder(wanted, policy)),
         locked_of=locks.of,
     )
     run = gate.check(gathered.sources, lambda path: progress(path, len(gathered.sources)))
     run = replace(run, errors=(*gathered.errors, *run.errors), skipped=gathered.skipped, root=str(base))
     run = _with_stale(run, policies, gathered, gate)
-    run, said = _with_baseline(run, wanted, ruling, gathered.complete)
-    notes = (*notes, *said)
+    if wanted.write_baseline:
+        notes = (*notes, *written(run, wanted.baseline, policy_of, ruling, gathered.complete))
+    else:
+        run, said = set_apart(run, wanted.baseline, policy_of)
+        notes = (*notes, *said)
     failed = False
     if wanted.fixing is not None:
         run, said, failed = _fixed(run, wanted, wanted.fixing, gathered, gate)
@@ -144,11 +144,9 @@ def _looked(wanted: Wanted, ruling: Policy, progress: Progress) -> Patrolled:
             facts = {**again.run.facts, "n_fixed": run.facts["n_fixed"]}
             return replace(again, run=replace(again.run, facts=facts), notes=(*notes, *again.notes), failed=failed,
                            exit_code=max(again.exit_code, int(failed)))  # fmt: skip
-    fail_on: Severity = ruling.fail_on
-    strict = wanted.strict or ruling.strict
-    facts = {**run.facts, "fail_on": fail_on, "strict": strict, **({"since": wanted.since} if wanted.since else {})}
-    run = replace(run, policy=shown(Path(ruling.file), base) if ruling.file else "", facts=facts)
-    code = exit_code(run, fail_on, strict, changed_only=wanted.since is not None)
+    run = replace(run, policy=shown(Path(ruling.file), base) if ruling.file else "")
+    run = replace(run, facts={**run.facts, **_facts(wanted, policies.values() or [ruling], base)})
+    code = exit_code(run, policy_of, strict=wanted.strict, changed_only=wanted.since is not None)
     if wanted.write_baseline and code == 1:
         code = 0
     code = max(code, int(failed))
@@ -159,10 +157,24 @@ def _looked(wanted: Wanted, ruling: Policy, progress: Progress) -> Patrolled:
     return Patrolled(run, code, notes, failed, locks.files | _consulted(wanted, policies.values()))
 
 
+def _facts(wanted: Wanted, policies: Iterable[Policy], base: Path) -> dict[str, object]:
+    """What decides about the exit code: one word where all policies say the same, else each policy's."""
+    each = {shown(Path(one.file), base) if one.file else "": one for one in policies}
+    said: dict[str, dict[str, object]] = {
+        "fail_on": {file: one.fail_on for file, one in each.items()},
+        "strict": {file: wanted.strict or one.strict for file, one in each.items()},
+    }
+    since = {"since": wanted.since} if wanted.since else {}
+    return {name: next(iter(of.values())) if len({*of.values()}) == 1 else of for name, of in said.items()} | since
+
+
 def _consulted(wanted: Wanted, policies: Iterable[Policy]) -> frozenset[str]:
-    return frozenset(
-        file for policy in {one.file: one for one in policies}.values() for file in policy.consults(wanted.asked)
-    )
+    """Files besides policies and models on which a run under these policies rests."""
+    from tieaudit.known import named_by
+
+    each = {one.file: one for one in policies}.values()
+    baselines = {str(file) for one in each if (file := named_by(one)) is not None}
+    return frozenset(baselines).union(*(one.consults(wanted.asked) for one in each))
 
 
 def _interrupted(wanted: Wanted) -> tuple[str, ...]:
@@ -235,14 +247,9 @@ def _cache_folder(wanted: Wanted, policy: Policy) -> Path:
     return wanted.cache_dir or Path(policy.root) / FOLDER
 
 
-def _several(sources: Sequence[Source]) -> frozenset[Path]:
-    """Paths that name more than one of these models."""
-    counts = Counter(source.path for source in sources)
-    return frozenset(path for path, n in counts.items() if n > 1)
-
-
 def _with_stale(run: Run, policies: dict[Source, Policy], gathered: Gathered, gate: Gate) -> Run:
     """The run, with what is to be said of suppressions that hide nothing: only if it was about all models."""
+    from tieaudit.called import known_by
     from tieaudit.gate import stale
     from tieaudit.judge import of_the_policy
 
@@ -250,7 +257,7 @@ def _with_stale(run: Run, policies: dict[Source, Policy], gathered: Gathered, ga
         return run
     ruled: dict[str, tuple[Policy, list[tuple[str, str]]]] = {}
     for source, policy in policies.items():
-        path = gate.known_by(source)
+        path = known_by(source)
         pair = (shown(path, Path(policy.root)), shown(path, gate.base))
         ruled.setdefault(policy.file, (policy, []))[1].append(pair)
     found_on: dict[str, set[str]] = {}
@@ -259,121 +266,3 @@ def _with_stale(run: Run, policies: dict[Source, Policy], gathered: Gathered, ga
             found_on.setdefault(one.finding.code, set()).update(one.finding.ids)
     said = [of_the_policy(policy, found, gate.base, found_on) for policy, found in stale(run, ruled.values())]
     return replace(run, models=(*run.models, *(one for one in said if one is not None)))
-
-
-def _baseline(wanted: Wanted, ruling: Policy) -> Path | None:
-    return wanted.baseline or (Path(ruling.root, ruling.baseline) if ruling.baseline else None)
-
-
-def _with_baseline(run: Run, wanted: Wanted, ruling: Policy, complete: bool) -> tuple[Run, tuple[str, ...]]:
-    """Known findings set apart, or written."""
-    from tieaudit.baseline import apart, followed, key_of, read_baseline, write_baseline
-
-    base, named = Path(run.root), _baseline(wanted, ruling)
-    if wanted.write_baseline:
-        file = named or Path(ruling.root, BASELINE)
-        keyed = [(key_of(base / model.path, file), model) for model in run.models]
-        seen = {key for key, model in keyed if model.weights_here and not model.unreadable}
-        unseen = {key_of(base / path, file) for path, _ in run.errors} | ({key for key, _ in keyed} - seen)
-        whole = complete and not unseen
-        n = write_baseline(
-            file, keyed, None if whole else lambda key: key in unseen or not complete and key not in seen
-        )
-        note = f"wrote {counted(n, 'known finding')} to {shown(file, base)}"
-        unnamed = f'; to have it read, say baseline = "{BASELINE}" in the policy' if named is None else ""
-        return run, (note + unnamed,)
-    if named is None:
-        return run, ()
-    known = read_baseline(named)
-    keyed = [(key_of(base / model.path, named), model) for model in run.models]
-    known = followed(known, keyed, lambda key: os.path.lexists(named.absolute().parent / key))
-    models = tuple(apart(model, key, known) for key, model in keyed)
-    return replace(run, models=models), _gone(models, known, named, base)
-
-
-def _gone(models: Sequence[Checked], known: Known, file: Path, base: Path) -> tuple[str, ...]:
-    n_left = sum(len(model.known) for model in models)
-    n_known = sum(known.values())
-    if n_left >= n_known:
-        return ()
-    return (f"{counted(n_known - n_left, 'known finding')} of {shown(file, base)} no longer found in this run",)
-
-
-class _Locks:
-    """The lock files of a run, each read once, and which of their entries were asked for."""
-
-    def __init__(self, given: Path | None) -> None:
-        self._given = given
-        """The policy that rules every model; None: each has its own."""
-        self._read: dict[Path, dict[str, Locked]] = {}
-        self._asked: set[tuple[Path, str]] = set()
-        self._not_in: dict[Path, list[Path]] = {}
-        self._candidates: dict[str, tuple[Path, ...]] = {}
-
-    @property
-    def files(self) -> frozenset[str]:
-        """The lock files that were asked for, there or not."""
-        return frozenset(map(str, self._read))
-
-    def of(self, policy: Policy, source: Source) -> Locked | None:
-        """What is locked of a model: under the name of its first file where it is a variant, else under its own."""
-        nearest = None
-        if policy.root not in self._candidates:
-            self._candidates[policy.root] = tuple(self._files(policy))
-        for file in self._candidates[policy.root]:
-            if file not in self._read:
-                from tieaudit.locked import read_lock
-
-                self._read[file] = read_lock(file) if os.path.lexists(file) else {}
-            known = self._read[file]
-            nearest = nearest or (file if known else None)
-            names = [_locked_as(path, file) for path in (*source.files[:1], source.path)] if known else []
-            name = next((name for name in names if name in known), None)
-            if name is not None:
-                self._asked.add((file, name))
-                return known[name]
-        if nearest is not None:
-            self._not_in.setdefault(nearest, []).append(source.path)
-        return None
-
-    def _files(self, policy: Policy) -> Iterator[Path]:
-        """Where a model may be locked: beside its own policy, and in the folders above, where `tieaudit lock` may have
-        been run for all that lies below; without a policy there up to the top of the repository."""
-        home = Path(policy.root)
-        yield home / policy.lock
-        above = home.parents if self._given is None else ()
-        inside = not os.path.lexists(home / ".git") and any(os.path.lexists(one / ".git") for one in above)
-        for folder in above:
-            outer = policy_for(folder)
-            if outer.file and outer.root == str(folder):
-                yield folder / outer.lock
-            elif inside:
-                yield folder / Policy.lock
-            inside = inside and not os.path.lexists(folder / ".git")
-
-    def gone(self, base: Path) -> list[str]:
-        """Sentences about models that are locked and not there, for a run about everything."""
-        left = [
-            (file, name)
-            for file, known in self._read.items()
-            for name in known
-            if (file, name) not in self._asked and not os.path.lexists(file.parent / name)
-        ]
-        return [
-            f"{shown(file, base)} holds {printable(name)}, which is not there: if that is meant, run `tieaudit lock`"
-            for file, name in left
-        ]
-
-    def unlocked(self, base: Path) -> list[str]:
-        """Sentences about models that no lock holds, although there is one for them: a tie of theirs can get lost."""
-        return [
-            f"{shown(file, base)} does not hold {listed(tuple(shown(path, base) for path in paths))}: "
-            "if ties are to be kept there, run `tieaudit lock`"
-            for file, paths in self._not_in.items()
-        ]
-
-
-def _locked_as(path: Path, file: Path) -> str:
-    if not os.path.lexists(path):
-        return str(path)
-    return Path(os.path.relpath(os.path.realpath(path), os.path.realpath(file.parent))).as_posix()

@@ -69,6 +69,7 @@ def lock(paths: tuple[str, ...], to: Path | None, check: bool) -> None:
 def _locked(paths: Sequence[str], file: Path, before: Mapping[str, Locked]) -> tuple[dict[str, Locked], list[str]]:
     """Every model that is to be locked, and lines about what changed. UnreadableModel after saying what is unreadable:
     half a lock would call the rest lost."""
+    from tieaudit.called import key_of
     from tieaudit.govern import policy_for
     from tieaudit.locked import changes, lock_of
     from tieaudit.patrol import excluded_by_its_own
@@ -90,12 +91,10 @@ def _locked(paths: Sequence[str], file: Path, before: Mapping[str, Locked]) -> t
         try:
             with progress(source.path.name) as shown:
                 subject = look(source.load(), progress=shown)
-                one = lock_of(subject, file.parent)
+                one = lock_of(subject, key_of(source, file.parent))
         except (TieAuditError, OSError, RecursionError, MemoryError) as error:
             errors.append((str(source.path), str(in_one_line(error, str(source.path)))))
             continue
-        if one.path in found:
-            errors.append((one.path, f"{one.path}: two models of this path; lock each by naming its file"))
         found[one.path] = one
         old = before.get(one.path)
         present = frozenset(subject.model.by_id)

@@ -84,6 +84,9 @@ class Format:
     """Whether `edit` writes what a share's members apply to the common value, as operations of the program."""
     has_parts: bool = False
     """Whether files of one folder may be parts of one model, so that one of them means all."""
+    stands_for_folder: Callable[[Sequence[Path]], bool] | None = None
+    """Whether a model of several files is the one that their folder stands for, among models of this format there;
+    any other is known by its first file. None: a folder never holds several."""
     sure_names: tuple[str, ...] = ()
     """Endings of names by which a file is known to be of this format although its content is not here."""
     data_names: Callable[[Path], set[str]] | None = None

@@ -20,5 +20,6 @@ FORMAT = Format(
     holds_adjustments=True,
     data_names=later("tieaudit.formats.onnx.discover:external_locations"),
     has_parts=True,
+    stands_for_folder=later("tieaudit.formats.onnx.discover:stands_for_folder"),
     sure_names=(".onnx",),
 )

@@ -223,6 +223,28 @@ def alternative_of(files: Sequence[Path]) -> str | None:
     return None
 
 
+def stands_for_folder(files: Sequence[Path]) -> bool:
+    """Whether the model of several files is the plain one of its folder: no variant, and the only such one.
+
+    A variant is known by its file also where it lies there alone: the plain one that joins it later is another model.
+    """
+    if _is_variant(files):
+        return False
+    folder, own = files[0].parent, {file.name for file in files}
+    others = [file for file in _models_of(folder) if file.parent == folder and file.name not in own]
+    if all(_parse(file.stem).variant for file in others):  # mostly so, and nothing has to be opened
+        return True
+    groups = _grouped(folder, [file for file in _models_of(folder) if file.parent == folder])
+    plain = [one for one in groups if len(one) > 1 and not _is_variant(one)]
+    return all(own.intersection(file.name for file in one) for one in plain)
+
+
+def _is_variant(files: Sequence[Path]) -> bool:
+    """Whether all files of a model are of one variant, by their names."""
+    variants = {_parse(file.stem).variant for file in files}
+    return len(variants) == 1 and "" not in variants
+
+
 @lru_cache(maxsize=4)
 def _beside(folder: Path, changed_ns: int) -> dict[str, _Name]:
     """Stem → name of every model of a folder. Kept while the folder does not change: each of thousands asks."""
