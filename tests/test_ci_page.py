@@ -235,10 +235,13 @@ def test_inputs_of_the_action_run_nothing(tmp_path: Path, fixtures_dir: Path) ->
         assert "${{" not in step.get("run", "")
 
 
-def test_the_hook_sees_what_can_change_a_judgement_and_nothing_else() -> None:
+def test_the_hook_sees_all_that_can_change_a_judgement_and_no_text_or_source() -> None:
     (hook,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())
-    wanted = re.compile(hook["files"])
+    files, exclude = re.compile(hook["files"]), re.compile(hook["exclude"])
     seen = ["a/model.onnx", "model.safetensors", "m/config.json", "model.safetensors.index.json", "pytorch_model.bin"]
     seen += ["model.onnx.data", "model.onnx_data", "last.ckpt", "a.pt", "a.pt2", "model.onnx.dvc"]
-    assert [name for name in seen if not wanted.search(name)] == []
-    assert [name for name in ("README.md", "tokenizer.json", "myconfig.json", "a.py") if wanted.search(name)] == []
+    seen += ["genai_config.json", "model.onnx_data_1", "data/w.raw", "model.data", "a/tieaudit.lock", "tieaudit.toml"]
+    seen += ["pyproject.toml", "tieaudit-baseline.json", "weights.dvc", "m/encoder.weight"]
+    passed = [name for name in seen if files.search(name) and not exclude.search(name)]
+    assert passed == seen
+    assert [name for name in ("README.md", "docs/a.png", "a.py") if not exclude.search(name)] == []

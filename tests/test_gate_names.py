@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import tiny_onnx
 from click.testing import CliRunner, Result
 from gate_models import OTHER, W, folder, save
 
+from tieaudit.cached import FOLDER
 from tieaudit.called import key_in
 from tieaudit.cli import main
 from tieaudit.locked import NAME, read_lock
@@ -233,3 +235,65 @@ def test_a_baseline_is_written_over_a_baseline_only() -> None:
     assert done.exit_code == 2 and "the baseline cannot be read" in done.output
     for _ in range(2):
         assert tieaudit("check", "--write-baseline", "--baseline", "new.json").exit_code == 0
+
+
+# --- files that steer ---
+
+
+def a_repository_with_two_policies() -> None:
+    for place in ("a", "b"):
+        save(Path(place, "m.safetensors"), {"a": W, "b": W.copy()})
+        Path(place, "tieaudit.toml").write_text('baseline = "known.json"\nlock = "locks/ties.lock"\n')
+        Path(place, "locks").mkdir()
+    Path("README.md").write_text("models")
+    assert tieaudit("lock", "a").exit_code == tieaudit("lock", "b").exit_code == 0
+    assert tieaudit("check", "--write-baseline").exit_code == 0
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "a")
+
+
+@pytest.mark.parametrize("name", ["tieaudit.toml", "known.json", "locks/ties.lock"])
+def test_a_change_of_what_steers_a_check_checks_the_models_that_it_concerns(name: str) -> None:
+    a_repository_with_two_policies()
+    for words in (("--since", "HEAD"), ("README.md",)):
+        assert called(*words) == []
+    file = Path("b", name)
+    file.write_text(f"{file.read_text()}\n")
+    assert called("--since", "HEAD") == called(str(file)) == called("README.md", str(file)) == ["b/m.safetensors"]
+    if name == "tieaudit.toml":  # a policy that asks for more makes the hook fail, not only the next run
+        file.write_text('max-parameters = 1\nignore = ["TIE201"]\n')
+        for words in (("--since", "HEAD"), (str(file),), (str(file),)):  # the last one as remembered
+            assert "TIE109" in tieaudit("check", *words).output
+        file.unlink()
+        assert called("--since", "HEAD") == ["b/m.safetensors"]
+
+
+def test_a_pyproject_steers_a_check_only_if_it_holds_the_policy() -> None:
+    save(Path("m.safetensors"), {"a": W})
+    Path("pyproject.toml").write_text("[project]\n")
+    assert called("pyproject.toml") == []
+    Path("pyproject.toml").write_text("[tool.tieaudit]\nexpect = []\n")
+    assert called("pyproject.toml") == ["m.safetensors"]
+
+
+def test_the_groups_of_an_expected_scheme_and_a_policy_that_is_given_steer_a_check() -> None:
+    save(Path("m/m.safetensors"), {"a": W})
+    Path("m/groups.toml").write_text('[[group]]\nmatch = ["a", "b"]\n')
+    Path("m/tieaudit.toml").write_text('expect = ["custom:groups.toml"]\n')
+    assert called("m/groups.toml") == ["m/m.safetensors"]
+    Path("given.toml").write_text("")
+    assert called("given.toml") == []
+    assert called("given.toml", "--config", "given.toml") == ["m/m.safetensors"]
+    assert called("m/tieaudit.toml", "--config", "given.toml") == []
+
+
+def test_what_is_remembered_of_a_run_about_a_policy_rests_on_all_that_it_rules() -> None:
+    model = save(Path("deep/down/m.safetensors"), {"a": W})
+    Path("tieaudit.toml").write_text("")
+    time.sleep(0.2)  # what changed a moment ago is not remembered
+    for _ in range(2):
+        assert tieaudit("check", "tieaudit.toml").exit_code == 0
+    assert list(Path(FOLDER).glob("*/runs/*.json")) != []
+    save(model.parent / "new.safetensors", {"a": W, "b": W.copy()})
+    assert tieaudit("check", "tieaudit.toml").exit_code == 1

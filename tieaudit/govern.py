@@ -41,6 +41,20 @@ def policy_for(path: Path, given: Path | None = None) -> Policy:
     return _upwards(start if start.is_dir() else start.parent) or Policy(str(Path.cwd()))
 
 
+def steered_by(file: Path, given: Path | None = None) -> Path | None:
+    """The folder whose models may be judged otherwise when this file changes, comes or goes: one of a policy, its lock,
+    its baseline, or the groups of a scheme; None for any other file. `given`: as in `policy_for`.
+    """
+    full = os.path.abspath(file)
+    folder, name = Path(full).parent, os.path.basename(full)
+    if given is None and (name == OWN or name == Policy.lock):  # also one that is gone
+        return folder
+    policy = policy_for(folder, given)
+    steering = [policy.file, *(os.path.join(policy.root, one) for one in (policy.lock, policy.baseline) if one)]
+    known = {os.path.abspath(one) for one in (*steering, *policy.consults()) if one}
+    return Path(policy.root) if full in known else None
+
+
 def forget() -> None:
     """Read policies anew from here on: each run sees the files as they are."""
     _here.cache_clear()
@@ -293,8 +307,8 @@ def page() -> str:
         "`tieaudit check` and `tieaudit lock` read `tieaudit.toml`, or the table `[tool.tieaudit]` of `pyproject.toml`",
         "from the nearest folder upwards from each model, and from nowhere else ([why](decisions/policy.md)).",
         "In one folder the former rules. Unknown keys are refused. Where `check` has an option of a key's name, the",
-        "option has the last word. `respect-gitignore` comes from the policy under which a search begins, all else from",
-        "that of each model; what either of them excludes is left out.",
+        "option has the last word. `respect-gitignore` comes from the policy under which a search begins, all else",
+        "from that of each model; what either of them excludes is left out.",
         "",
         "```toml",
         *EXAMPLE.splitlines(),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from tieaudit.cached import FOLDER, Cache, Moment
 from tieaudit.checked import Run
-from tieaudit.govern import forget, policy_for
+from tieaudit.govern import forget, policy_for, steered_by
 from tieaudit.policy import Policy, Section
 from tieaudit.remembered import Memory, Remembered, memory
 from tieaudit.whereabouts import shown
@@ -101,7 +101,9 @@ def _memory(wanted: Wanted, ruling: Policy, begun: Moment) -> Memory | None:
 
 
 def _roots(wanted: Wanted) -> list[Path]:
-    return [Path(os.path.abspath(path)) for path in wanted.paths or ["."]]
+    """Where a run looks, absolute: of a file that steers it, the folder whose models that concerns."""
+    paths = [Path(os.path.abspath(path)) for path in wanted.paths or ["."]]
+    return [path if path.is_dir() else steered_by(path, wanted.config) or path for path in paths]
 
 
 def _looked(wanted: Wanted, ruling: Policy, progress: Progress) -> Patrolled:
@@ -219,6 +221,7 @@ def _gathered(wanted: Wanted, base: Path) -> Gathered:
                 exclude=policy.exclude,
                 respect_gitignore=policy.respect_gitignore,
                 since=wanted.since,
+                steered_by=lambda file: steered_by(file, wanted.config),
             )
         )
     sources = {

@@ -7,7 +7,7 @@ belongs to. Nothing of a model is read here beyond the first bytes of its files,
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,18 +49,21 @@ def gather(
     exclude: Sequence[str] = (),
     respect_gitignore: bool = True,
     since: str | None = None,
+    steered_by: Callable[[Path], Path | None] = lambda file: None,
 ) -> Gathered:
     """The models below the paths (none: below `root`), or those among them that changed since a revision.
 
     A folder is searched to the bottom, links to folders not followed; hidden folders, virtual environments and
     node_modules never. A file that is named is looked at even if git ignores it, a folder that is named too, but not
     what is ignored inside of it. `exclude` holds for everything: patterns of .gitignore, relative to `root`.
+    `steered_by`: the folder whose models a file says something about without being a part of them, such as a policy;
+    named or changed it means all of them.
 
     Paths are relative to the working directory. UsageError for a pattern that cannot be read, for a revision that git
     does not know, and for a path outside of `root` together with a revision.
     Cost: linear in the files that are not ignored; a few processes of git with `since`, else none.
     """
-    run = _Run(root, ignored.patterns(exclude), respect_gitignore)
+    run = _Run(root, ignored.patterns(exclude), respect_gitignore, steered_by)
     whole = True
     if since is not None:
         whole = False
@@ -119,6 +122,7 @@ class _Run:
     root: Path
     excluded: GitIgnoreSpec
     respect_gitignore: bool
+    steered_by: Callable[[Path], Path | None] = lambda file: None
     owners: Owners = field(default_factory=Owners)
     claims: dict[tuple[str, Path], tuple[Format, list[Path]]] = field(default_factory=dict)
     errors: list[tuple[str, str]] = field(default_factory=list)
@@ -224,6 +228,8 @@ class _Run:
             self._skip(path, "excluded by the policy", asked_for)
         elif folder:
             self.walk(path)
+        elif (steered := self.steered_by(Path(path))) is not None:
+            self.walk(str(self.shown(str(steered))))
         else:
             shown = self.shown(path)
             folders = [kept for kept in self._kept_by(shown) if kept.is_dir()]
