@@ -406,9 +406,18 @@ def a_repository_that_ends(home: Path) -> tuple[Path, tuple[str, ...], Callable[
     return home, ("models",), lambda: (home / ".git").rmdir()
 
 
-def the_policy_of_the_working_directory(home: Path) -> tuple[Path, tuple[str, ...], Callable[[], object]]:
-    edit(home / "here/tieaudit.toml", "fail-on = 'error'\n")()
-    return home / "here", ("../there",), edit(home / "here/tieaudit.toml", "fail-on = 'info'\n")
+def the_policy_of_another_folder(home: Path) -> tuple[Path, tuple[str, ...], Callable[[], object]]:
+    (home / "here").mkdir()
+    edit(home / "there/tieaudit.toml", "fail-on = 'error'\n")()
+    return home / "here", ("../there",), edit(home / "there/tieaudit.toml", "fail-on = 'info'\n")
+
+
+def the_baseline_of_another_policy(home: Path) -> tuple[Path, tuple[str, ...], Callable[[], object]]:
+    (home / "here").mkdir()
+    edit(home / "there/tieaudit.toml", "baseline = '../far/known.json'\n")()
+    text = '{"schema": "tieaudit/baseline/1", "findings": [%s]}'
+    edit(home / "far/known.json", text % "")()
+    return home / "here", ("../there",), edit(home / "far/known.json", text % '{"path": "gone", "fingerprint": "0"}')
 
 
 def the_lock_of_another_policy(home: Path) -> tuple[Path, tuple[str, ...], Callable[[], object]]:
@@ -445,7 +454,8 @@ def the_groups_of_a_scheme(home: Path) -> tuple[Path, tuple[str, ...], Callable[
         what_the_repository_excludes,
         what_the_repository_of_a_worktree_excludes,
         a_repository_that_ends,
-        the_policy_of_the_working_directory,
+        the_policy_of_another_folder,
+        the_baseline_of_another_policy,
         the_lock_of_another_policy,
         data_called_like_a_text,
         data_where_no_model_is_looked_for,

@@ -326,7 +326,7 @@ def on_a_full_disk(*words: str, **streams: object) -> subprocess.CompletedProces
 def test_on_a_full_disk_every_file_is_the_old_one_or_none_and_the_exit_code_says_so(tmp_path: Path) -> None:
     for number in range(8):  # so that lock, baseline and report take more than 512 bytes
         save(Path(f"{number}.safetensors"), {"a": W, "b": W.copy()})
-    Path("tieaudit-baseline.json").write_text("the old one")
+    Path("tieaudit-baseline.json").write_text('{"schema": "tieaudit/baseline/1", "findings": []}')
     Path("report.json").write_text("the old one")
     before = visible()
     for words, file in (

@@ -89,6 +89,8 @@ class Run:
     """(path, reason) of what was named and is no model: exit code 0."""
     root: str = "."
     """What paths are relative to: the folder of the policy, or the working directory."""
+    top: str = ""
+    """The work tree of git that holds the root, absolute; empty where there is none."""
     policy: str = ""
     """The file that the policy comes from, as shown; empty where there is none."""
     facts: Mapping[str, object] = field(default_factory=dict)

@@ -110,7 +110,7 @@ def write(folder: Path, steps: Sequence[Step]) -> Journal:
 def read(folder: Path) -> Journal | None:
     """The journal in a folder; None if what it says is done. CorruptFile if it is none of ours, or leads elsewhere."""
     file = folder / _JOURNAL
-    if _OVER in folder.name:
+    if has_ended(folder):
         return None
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -130,6 +130,11 @@ def _is_step(step: Step) -> bool:
     texts = all(one is None or isinstance(one, str) for one in (step.before, step.after))
     plain = isinstance(step.name, str) and step.name and "\0" not in step.name
     return bool(texts and plain) and not os.path.isabs(step.name) and ".." not in Path(step.name).parts
+
+
+def has_ended(folder: Path) -> bool:
+    """Whether what lies in a journal's folder is only the rest of a replacement that is over."""
+    return _OVER in folder.name
 
 
 def interrupted(path: Path) -> list[Path]:

@@ -15,13 +15,13 @@ from tieaudit.audit import audit
 from tieaudit.checked import Checked, Run
 from tieaudit.errors import ParityFailed, TieAuditError, in_one_line
 from tieaudit.gate import Gate, Job
-from tieaudit.journal import interrupted, recover
+from tieaudit.journal import has_ended, interrupted, recover
 from tieaudit.judge import chosen
 from tieaudit.load import Source
 from tieaudit.mend import Mended, Mending, mend, mending, place_in
 from tieaudit.model import Model
 from tieaudit.preview import preview, shown
-from tieaudit.printable import counted, printable, size
+from tieaudit.printable import N_MOST_MESSAGE, counted, printable, size
 from tieaudit.scan import look
 from tieaudit.verdict import Report
 from tieaudit.whereabouts import shown as shown_path
@@ -57,16 +57,13 @@ def put_back(paths: Iterable[Path]) -> list[str]:
 
     RewriteRefused if somebody may be at work there.
     """
-    return [sentence for path in paths for sentence in recover(path)]
+    return [printable(sentence, N_MOST_MESSAGE) for path in paths for sentence in recover(path)]
 
 
-def begun(paths: Iterable[Path]) -> list[str]:
-    """Sentences about such replacements, without touching them: what is read there may be half of each."""
-    return [
-        f"{folder.parent}: a replacement of its files was interrupted: `tieaudit check --fix --in-place` puts them back"
-        for path in paths
-        for folder in interrupted(path)
-    ]
+def begun(paths: Iterable[Path]) -> list[Path]:
+    """Folders of such replacements, without touching them: what is read there may be half of each."""
+    found = {folder.parent.absolute() for path in paths for folder in interrupted(path) if not has_ended(folder)}
+    return sorted(found)
 
 
 def overhaul(
@@ -112,7 +109,7 @@ def overhaul(
             failed = True
             found = in_one_line(error, str(source.path))
             kind = "its proof failed" if isinstance(found, ParityFailed) else "refused"
-            said.append(f"not mended, {kind}: {found}")
+            said.append(printable(f"not mended, {kind}: {found}", N_MOST_MESSAGE))
     return Overhauled(tuple(said), frozenset(fixed), failed)
 
 

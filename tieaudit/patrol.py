@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tieaudit.cached import FOLDER, Cache, Moment
 from tieaudit.checked import Run
+from tieaudit.errors import UnreadableModel
 from tieaudit.govern import forget, policy_for, steered_by
 from tieaudit.policy import Policy, Section
 from tieaudit.remembered import Memory, Remembered, memory
-from tieaudit.whereabouts import shown
+from tieaudit.whereabouts import shown, work_tree
 
 if TYPE_CHECKING:
     from tieaudit.gate import Gate
@@ -117,7 +119,7 @@ def _looked(wanted: Wanted, ruling: Policy, progress: Progress) -> Patrolled:
     def policy_of(path: str) -> Policy:
         return policy_for(base / path, wanted.config)
 
-    notes = _interrupted(wanted)
+    notes = _put_back(wanted)
     gathered = _gathered(wanted, base)
     policies = {source: policy_for(source.path, wanted.config) for source in gathered.sources}
     locks = Locks(wanted.config)
@@ -130,7 +132,13 @@ def _looked(wanted: Wanted, ruling: Policy, progress: Progress) -> Patrolled:
         locked_of=locks.of,
     )
     run = gate.check(gathered.sources, lambda path: progress(path, len(gathered.sources)))
-    run = replace(run, errors=(*gathered.errors, *run.errors), skipped=gathered.skipped, root=str(base))
+    run = replace(
+        run,
+        errors=(*_unended(wanted, gathered, base), *gathered.errors, *run.errors),
+        skipped=gathered.skipped,
+        root=str(base),
+        top=work_tree(base),
+    )
     run = _with_stale(run, policies, gathered, gate)
     if wanted.write_baseline:
         notes = (*notes, *written(run, wanted.baseline, policy_of, ruling, gathered.complete))
@@ -179,13 +187,37 @@ def _consulted(wanted: Wanted, policies: Iterable[Policy]) -> frozenset[str]:
     return frozenset(baselines).union(*(one.consults(wanted.asked) for one in each))
 
 
-def _interrupted(wanted: Wanted) -> tuple[str, ...]:
-    """What a run that was killed while it replaced files has left: put back where files are replaced, else told."""
-    from tieaudit.overhaul import begun, put_back
+def _put_back(wanted: Wanted) -> tuple[str, ...]:
+    """Sentences about what a run that was killed while it replaced files had begun, and what is put back now, where
+    files are replaced again."""
+    if wanted.fixing is None or not wanted.fixing.in_place:
+        return ()
+    from tieaudit.overhaul import put_back
 
-    places = [Path(path) for path in wanted.paths or ["."] if os.path.lexists(path)]
-    in_place = wanted.fixing is not None and wanted.fixing.in_place
-    return tuple(put_back(places) if in_place else begun(places))
+    return tuple(put_back(place for path in wanted.paths or ["."] for place in _there(path)))
+
+
+def _unended(wanted: Wanted, gathered: Gathered, base: Path) -> list[tuple[str, str]]:
+    """(path, message) of every replacement that was begun and not put back: nobody can judge files that are half of
+    the old and half of the new ones, whatever the rules say of them."""
+    from tieaudit.overhaul import begun
+
+    places = [place for path in wanted.paths or ["."] for place in _there(path)]
+    if not all(place.is_dir() for place in places):  # a file stands for its model, which has others
+        places += [source.path for source in gathered.sources]
+    said = "a replacement of its files was begun and has not ended: `tieaudit check --fix --in-place` puts them back"
+    return [(home, f"{home}: {said}") for home in (shown(one, base) for one in begun(places))]
+
+
+def _there(path: str) -> list[Path]:
+    """What is there of a path or a glob."""
+    if os.path.lexists(path):
+        return [Path(path)]
+    from tieaudit.load import expand
+
+    with suppress(UnreadableModel):  # a live module, or what is said to be not there when it is looked for
+        return expand(path)
+    return []
 
 
 def _fixed(

@@ -212,6 +212,7 @@ def _document(run: Run) -> dict[str, Any]:
         "models": [document_of(model) for model in run.models],
         "skipped": [list(pair) for pair in run.skipped],
         "root": run.root,
+        "top": run.top,
         "policy": run.policy,
         "facts": dict(run.facts),
     }
@@ -219,10 +220,10 @@ def _document(run: Run) -> dict[str, Any]:
 
 def _run_of(document: Mapping[str, Any]) -> Run:
     return Run(
-        tuple(checked_of(model) for model in document["models"]),
-        (),
-        tuple((str(path), str(because)) for path, because in document["skipped"]),
-        str(document["root"]),
-        str(document["policy"]),
-        dict(document["facts"]),
+        models=tuple(checked_of(model) for model in document["models"]),
+        skipped=tuple((str(path), str(because)) for path, because in document["skipped"]),
+        root=str(document["root"]),
+        top=str(document["top"]),
+        policy=str(document["policy"]),
+        facts=dict(document["facts"]),
     )

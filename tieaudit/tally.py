@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tieaudit.checked import RANK, Checked, Judged, Run
 from tieaudit.printable import counted
@@ -118,6 +119,32 @@ def quiet(model: Checked) -> bool:
 def where(judged: Judged, model: Checked) -> str:
     """The file to look at: that of the finding, else the model; as it is, to be made harmless by who shows it."""
     return judged.place.path or model.path or "."
+
+
+def from_the_top(run: Run) -> Run:
+    """The run with its paths as services that show a repository want them: from the top of the work tree, where one
+    lies in it; whoever starts the check in a folder further down gets the same."""
+    if not run.top or run.top == run.root:
+        return run
+    top = run.top.rstrip("/") + "/"
+
+    def moved(path: str) -> str:
+        full = os.path.normpath(os.path.join(run.root, path)) if path else ""
+        return full[len(top) :] or "." if f"{full}/".startswith(top) else path
+
+    def placed(found: tuple[Judged, ...]) -> tuple[Judged, ...]:
+        return tuple(replace(one, place=replace(one.place, path=moved(one.place.path))) for one in found)
+
+    return replace(
+        run,
+        models=tuple(
+            replace(one, path=moved(one.path), findings=placed(one.findings), known=placed(one.known))
+            for one in run.models
+        ),
+        errors=tuple((moved(path), message) for path, message in run.errors),
+        skipped=tuple((moved(path), reason) for path, reason in run.skipped),
+        root=run.top,
+    )
 
 
 def said(model: Checked) -> Iterator[str]:

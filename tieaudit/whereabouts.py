@@ -63,6 +63,11 @@ def shown(path: Path, base: Path) -> str:
     return relative.as_posix()
 
 
+def work_tree(folder: Path) -> str:
+    """The work tree of git that holds an absolute folder; empty where there is none."""
+    return next((str(one) for one in (folder, *folder.parents) if os.path.lexists(one / ".git")), "")
+
+
 def _beside(model: Model, name: str) -> Path | None:
     """The file of this name that belongs to the model."""
     files = [Path(path) for part in model.parts for path in part.paths if Path(path).name == name]

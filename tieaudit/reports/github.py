@@ -13,7 +13,7 @@ from typing import Literal
 from tieaudit.checked import Checked, Judged, Run
 from tieaudit.printable import counted, inert, printable
 from tieaudit.reports import ReportFormat
-from tieaudit.tally import not_read, tally, where, worst_first
+from tieaudit.tally import from_the_top, not_read, tally, where, worst_first
 from tieaudit.verdict import Severity
 
 _N_MOST = 10
@@ -52,6 +52,7 @@ def _property(text: str) -> str:
 
 def _of_run(run: Run, settings: Mapping[str, object]) -> str:
     """What could not be judged and the worst findings first, within GitHub's limits; the verdict is plain text."""
+    run = from_the_top(run)
     shown: list[_Annotation] = []
     n_of: dict[_Kind, int] = {"error": 0, "warning": 0, "notice": 0}
     # the last notice says what is missing

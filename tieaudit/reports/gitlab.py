@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from tieaudit.checked import Checked, Judged, Run
 from tieaudit.printable import printable
 from tieaudit.reports import ReportFormat
-from tieaudit.tally import not_read, where
+from tieaudit.tally import from_the_top, not_read, where
 from tieaudit.verdict import Severity
 
 _SEVERITIES: Mapping[Severity, str] = {"error": "critical", "warning": "major", "info": "info"}
@@ -23,7 +23,7 @@ _LONGEST_PATH = 4096
 def _of_run(run: Run, settings: Mapping[str, object]) -> str:
     """Findings, and what could not be judged: a report that leaves it out would read as clean."""
     seen: dict[str, int] = {}
-    entries = [_numbered(entry, seen) for entry in _entries(run)]
+    entries = [_numbered(entry, seen) for entry in _entries(from_the_top(run))]
     # ASCII, and no `##` that a runner may take for a command where the report is printed to its log
     return json.dumps(entries, indent=1, ensure_ascii=True).replace("##", "#\\u0023") + "\n"
 

@@ -10,7 +10,7 @@ from tieaudit.checked import Run
 from tieaudit.reports.sarif.descriptors import descriptors
 from tieaudit.reports.sarif.places import BASE
 from tieaudit.reports.sarif.results import grouped, notifications, result
-from tieaudit.tally import tally
+from tieaudit.tally import from_the_top, tally
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 _N_MOST_RESULTS = 5000
@@ -22,7 +22,7 @@ _N_MOST_INDENTED = 200
 
 def of_run(run: Run, settings: Mapping[str, object]) -> str:
     """The log as text. Cost: linear; where names that do not compress make it too large, a few times that."""
-    n_most = _N_MOST_RESULTS
+    run, n_most = from_the_top(run), _N_MOST_RESULTS
     text = _log(run, n_most)
     while n_most > 1 and _n_bytes_uploaded(text) > _N_MOST_BYTES:
         n_most //= 2
