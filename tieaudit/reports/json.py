@@ -179,6 +179,7 @@ def document_of_run(run: Run) -> dict[str, object]:
         "schema": SCHEMA_OF_RUNS,
         "tool": {"name": "tieaudit", "version": __version__},
         "root": run.root,
+        "top": run.top,
         "policy": run.policy,
         "facts": plain(run.facts),
         "totals": asdict(tally(run)),
