@@ -203,6 +203,7 @@ def _checked(model: Checked) -> dict[str, object]:
         "cannot_tell": [_unsure(item) for item in model.cannot_tell],
         "crashed": [_crash(item) for item in model.crashed],
         "n_rules": model.n_rules,
+        "ran": list(model.ran),
         "n_silenced": model.n_silenced,
         "n_suppressed": model.n_suppressed,
         "used": list(model.used),
