@@ -1,0 +1,103 @@
+"""Gate, up and down of a feed-forward told by the shapes of the matrices that stand together, whatever they are called.
+
+Two matrices of which one takes what the other gives are up and down; two alike and one reversed are gate, up and down.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from tieaudit.model import Weight
+from tieaudit.words import FEED, Path
+
+_UPS = re.compile(r"(^|_)up(_|$)")
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    id: str
+    rest: str
+    """Its path inside what holds the feed-forward."""
+    n_in: int
+    n_out: int
+
+
+def feed_kinds(
+    weights: Iterable[Weight], paths: Mapping[str, Path], widths: frozenset[int], biases: Mapping[tuple[str, ...], int]
+) -> dict[str, str]:
+    """Weight id → ffn_gate, ffn_up, ffn_gate_up or ffn_down, where the shapes leave one reading.
+
+    `widths`: sizes of the stream, where they are known (columns of a token table); `biases`: module → size of its bias,
+    which tells the side of a matrix that is its output. Cost: linear in the weights.
+    """
+    held: dict[tuple[object, ...], list[_Matrix]] = {}
+    for weight in weights:
+        path = paths[weight.id]
+        holder = holder_of(path)
+        if holder is None or path.end != "weight" or len(weight.shape) not in (2, 3) or "norm" in path.leaf:
+            continue
+        first, second = weight.shape[-2:]
+        turned = path.turned
+        if first != second and (size := biases.get(path.modules)) in (first, second):
+            turned = size == second
+        n_out, n_in = (second, first) if turned else (first, second)
+        rest = ".".join(path.modules[len(holder) :])
+        held.setdefault((holder, len(weight.shape)), []).append(_Matrix(weight.id, rest, n_in, n_out))
+    found: dict[str, str] = {}
+    for matrices in held.values():
+        if len(matrices) in (2, 3):
+            found.update(_read(sorted(matrices, key=lambda one: natural(one.rest)), widths))
+    return found
+
+
+def holder_of(path: Path) -> tuple[str, ...] | None:
+    """The modules down to the innermost one that is called a feed-forward, with the number of its expert."""
+    modules = path.modules
+    for index in range(len(modules) - 1, -1, -1):
+        inner = any(not part.isdigit() for part in modules[index + 1 :])
+        if FEED.search(modules[index]) and (inner or index < len(modules) - 1):
+            if index + 1 < len(modules) and modules[index + 1].isdigit() and inner:
+                return modules[: index + 2]
+            return modules[: index + 1]
+    return None
+
+
+def natural(text: str) -> tuple[tuple[int, int, str], ...]:
+    """A key by which net.10 comes after net.2."""
+    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)|\.", text) if part)
+
+
+def _read(matrices: list[_Matrix], widths: frozenset[int]) -> dict[str, str]:
+    first, *others = matrices
+    if not others:
+        return {}
+    if len(others) == 1:
+        for up, down in ((first, others[0]), (others[0], first)):
+            if up.n_in == down.n_out and up.n_out in (down.n_in, 2 * down.n_in) and _leads(up, down, widths):
+                return {up.id: "ffn_up" if up.n_out == down.n_in else "ffn_gate_up", down.id: "ffn_down"}
+        return {}
+    for down in matrices:
+        alike = [one for one in matrices if one is not down]
+        if all((one.n_in, one.n_out) == (down.n_out, down.n_in) for one in alike) and down.n_in != down.n_out:
+            gate = _gate(alike)
+            return {down.id: "ffn_down", **{one.id: "ffn_gate" if one is gate else "ffn_up" for one in alike}}
+    return {}
+
+
+def _leads(up: _Matrix, down: _Matrix, widths: frozenset[int]) -> bool:
+    """Whether the stream goes into `up`: by its width where that is known, else because it is widened."""
+    if up.n_in == down.n_in:  # all square: by their order
+        return natural(up.rest) < natural(down.rest)
+    if (up.n_in in widths) != (down.n_in in widths):
+        return up.n_in in widths
+    return up.n_out > up.n_in
+
+
+def _gate(alike: list[_Matrix]) -> _Matrix:
+    """Of two that are multiplied: the one that says so, or that comes first in the order of their numbers."""
+    for one, other in (alike, alike[::-1]):
+        if "gate" in one.rest and "gate" not in other.rest or _UPS.search(other.rest) and not _UPS.search(one.rest):
+            return one
+    return alike[0]
