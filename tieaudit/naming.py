@@ -62,7 +62,7 @@ class Names:
             path = self.paths[weight.id]
             if path.modules and (path.end == "weight" or len(weight.shape) > 1):
                 self.beside.setdefault(path.modules[:-1], {}).setdefault(path.modules[-1], weight)
-        self.holders = {path.modules[:-1] for path in self.paths.values()}
+        self.holders = {path.modules[:n] for path in self.paths.values() for n in range(len(path.modules))}
         """Modules that hold others."""
         self.vectors = {
             (self.paths[weight.id].modules, self.paths[weight.id].end): weight.shape[0]
@@ -125,7 +125,7 @@ class Names:
         return twice
 
     def _kind(self, weight: Weight, path: Path) -> str | None:
-        if _BUFFERS.search(weight.name.lower()):
+        if _BUFFERS.search(weight.name.lower()) and not (path.end == "bias" and self._owner(path) is not None):
             return "buffer"
         if len(weight.name) == 1:
             return None  # too little to go by
@@ -155,10 +155,14 @@ class Names:
         known = self.vocabularies | ({n for n in self.tables.rows if n not in self.tables.widths})
         return len(weight.shape) == 1 and weight.shape[0] in known and path.leaf in HEAD | {"cls", "unembed"}
 
+    def _owner(self, path: Path) -> Weight | None:
+        """The matrix of a module."""
+        owner = self.beside.get(path.modules[:-1], {}).get(path.modules[-1]) if path.modules else None
+        return owner if owner is not None and len(owner.shape) > 1 and self.paths[owner.id].end == "weight" else None
+
     def _is_norm(self, path: Path) -> bool:
         """Called a norm and no matrix, or a vector with a bias of its size in one module."""
-        owner = self.beside.get(path.modules[:-1], {}).get(path.modules[-1]) if path.modules else None
-        if owner is not None and len(owner.shape) > 1 and path.end in ("weight", "bias"):
+        if path.end in ("weight", "bias") and self._owner(path) is not None:
             return False
         if _NORM.search(path.leaf):
             return True
@@ -334,7 +338,9 @@ class Names:
                 return "router"
         if mixer and not attention and leaf in ("in_proj", "out_proj", "x_proj", "dt_proj", "output", "o", "wo"):
             return "projection"
-        if weight.id in self.feeds and not attention:
+        whole = f"{around}.{leaf}"
+        inner = max((match.start() for match in FEED.finditer(whole)), default=-1)
+        if weight.id in self.feeds and inner > max((match.start() for match in _ATTENTION.finditer(whole)), default=-1):
             return self.feeds[weight.id]
         if leaf in _NUMBERED and not attention:
             return self._numbered_feed(weight, path, bool(feed))
