@@ -217,6 +217,10 @@ def test_two_matrices_of_a_tables_shape_without_a_name_are_no_head() -> None:
 
 def test_the_width_of_the_stream_tells_up_from_down_where_experts_are_narrow() -> None:
     """32 inside 64: what narrows is up, though elsewhere it is what widens."""
-    rows = [("wte.weight", (997, 64), ""), ("h.0.mlp.net.0.weight", (32, 64), ""), ("h.0.mlp.net.2.weight", (64, 32), "")]
+    rows = [
+        ("wte.weight", (997, 64), ""),
+        ("h.0.mlp.net.0.weight", (32, 64), ""),
+        ("h.0.mlp.net.2.weight", (64, 32), ""),
+    ]
     told = roles_by_name(model_of_names(rows))
     assert [told[make_id(name)].kind for name, _, _ in rows[1:]] == ["ffn_up", "ffn_down"]

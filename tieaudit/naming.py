@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from tieaudit.model import Model, Role, Weight
 from tieaudit.scoring import Vocabularies
-from tieaudit.standing import feed_kinds
+from tieaudit.standing import called_feed, doubles, feed_kinds, numbered_feed
 from tieaudit.words import (
     FEED,
     HEAD,
@@ -205,7 +205,7 @@ class Names:
         return path.leaf not in PLAIN or weight.name.lower().endswith(".weight")
 
     def _word_of_table(self, weight: Weight, path: Path) -> str | None:
-        """A table by words that its name puts together; of tokens only outside of layers and with more rows than columns."""
+        """A table by words that its name puts together; of tokens only outside of layers and longer than wide."""
         kind = table_word(path.modules) if len(weight.shape) == 2 else None
         many = kind is not None and weight.shape[0] > weight.shape[1]
         if kind == "token_embedding" and not (many and self._layer(path.modules) is None):
@@ -307,7 +307,11 @@ class Names:
             return None
         if kind == "attention_value" and (not weight.shape or not self._asks):
             return None  # a critic's value, or a quantiser's
-        if kind == "ffn_up" and leaf in ("up_proj", "c_fc", "fc_in", "lin1") and self._doubles(weight, path):
+        if (
+            kind == "ffn_up"
+            and leaf in ("up_proj", "c_fc", "fc_in", "lin1")
+            and doubles(weight, path, self.beside.get(path.modules[:-1], {}))
+        ):
             return "ffn_gate_up"
         if leaf in ("key", "value", "query", "k", "q", "v", "receptance") and re.search(
             r"feed_forward|ffn|channel_mix", path.around
@@ -322,6 +326,7 @@ class Names:
     def _by_context(self, weight: Weight, path: Path) -> str | None:
         """Names that mean something only beside their module's."""
         leaf, around = path.leaf, path.around
+        beside = self.beside.get(path.modules[:-1], {})
         if "adapter" in around and leaf in ("dense1", "dense2", "down", "up", "fc1", "fc2", "linear1", "linear2"):
             return "adapter_a" if leaf in ("dense1", "down", "fc1", "linear1") else "adapter_b"
         if "bottleneck" in around:
@@ -343,7 +348,8 @@ class Names:
         if weight.id in self.feeds and inner > max((match.start() for match in _ATTENTION.finditer(whole)), default=-1):
             return self.feeds[weight.id]
         if leaf in _NUMBERED and not attention:
-            return self._numbered_feed(weight, path, bool(feed))
+            known = bool(feed) or self._layer(path.modules) is not None
+            return numbered_feed(weight, path, beside, bool(feed)) if known else None
         if attention and not (feed and near.rfind(feed[0]) > near.rfind(attention[0])):
             if mixer and leaf.startswith("in_proj"):
                 return "projection"
@@ -363,7 +369,7 @@ class Names:
         if leaf in ("ffn", "ffn_output") and not path.ends_in_number and self._layer(path.modules) is not None:
             return "ffn_up" if leaf == "ffn" else "ffn_down"
         if feed or leaf in ("mlp", "ffn", "ff", "feed_forward"):
-            return self._feed(weight, path)
+            return called_feed(weight, path, beside)
         if (
             leaf == "out_proj"
             and self._layer(path.modules) is not None
@@ -373,7 +379,7 @@ class Names:
         return None
 
     def _numbered_attention(self, weight: Weight, path: Path) -> str | None:
-        """Four matrices of one shape in a list are query, key, value and output, as the annotated Transformer has them."""
+        """Four matrices of one shape in a list are query, key, value and output, as in the annotated Transformer."""
         listed = self.beside.get(path.modules[:-1], {})
         alike = sorted((name for name, one in listed.items() if one.shape == weight.shape and name.isdigit()), key=int)
         if len(alike) != 4 or path.leaf not in ("linears", "linear", "projections", "layers"):
@@ -382,55 +388,6 @@ class Names:
 
     def _names_beside(self, path: Path) -> Iterable[str]:
         return self.beside.get(path.modules[:-1], {})
-
-    def _numbered_feed(self, weight: Weight, path: Path, feed: bool) -> str | None:
-        """w1 … w3, fc1 and fc2, wi and wo, linear1 and linear2: by which of them are there."""
-        leaf, beside = path.leaf, self.beside.get(path.modules[:-1], {})
-        if self._layer(path.modules) is None and not feed:
-            return None
-        if leaf in ("fc11", "fc12"):
-            return "ffn_up" if leaf == "fc11" else "ffn_gate"
-        if leaf in ("w1", "w3"):
-            return "ffn_up" if "w3" not in beside else "ffn_gate" if leaf == "w1" else "ffn_up"
-        if leaf in ("w2", "wo", "fc2", "linear2", "linear_2"):
-            partner = {"w2": "w1", "wo": "wi", "fc2": "fc1", "linear2": "linear1", "linear_2": "linear_1"}[leaf]
-            return (
-                "ffn_down" if partner in beside or f"{partner}1" in beside or f"{partner}_0" in beside or feed else None
-            )
-        return "ffn_gate_up" if self._doubles(weight, path) else "ffn_up"
-
-    _DOWNS: Mapping[str, str] = {
-        "wi": "wo", "fc1": "fc2", "linear1": "linear2", "linear_1": "linear_2", "up_proj": "down_proj", "w1": "w2",
-        "input_linear": "output_linear", "lin1": "lin2", "fc_in": "fc_out", "c_fc": "c_proj", "w12": "w3",
-    }  # fmt: skip
-
-    def _doubles(self, weight: Weight, path: Path) -> bool:
-        """Whether it gives twice what its partner takes: gate and up in one matrix."""
-        beside = self.beside.get(path.modules[:-1], {})
-        down = beside.get(self._DOWNS.get(path.leaf, ""))
-        if down is None or len(down.shape) != len(weight.shape) or len(weight.shape) < 2:
-            return False
-        outer = set(weight.shape[-2:]) & set(down.shape[-2:])
-        return any(
-            sorted(weight.shape[-2:]) == sorted((size, 2 * inner))
-            for size in outer
-            for inner in down.shape[-2:]
-            if sorted(down.shape[-2:]) == sorted((size, inner))
-        )
-
-    def _feed(self, weight: Weight, path: Path) -> str | None:
-        leaf = path.leaf
-        if leaf in ("c_proj", "output", "out_proj", "output_linear", "proj_out", "dense2", "ff2", "down"):
-            return "ffn_down"
-        if leaf in ("input_linear", "dense1", "ff1", "up", "gate", "proj_in", "proj", "dense"):
-            doubled = self._doubles(weight, path)
-            return "ffn_gate_up" if doubled else "ffn_gate" if leaf == "gate" else "ffn_up"
-        if path.ends_in_number:
-            numbers = [int(name) for name in self._names_beside(path) if name.isdigit()]
-            own = int(path.modules[-1])
-            if len(numbers) == 2 and own in numbers:
-                return "ffn_up" if own == min(numbers) else "ffn_down"
-        return None
 
 
 def roles_by_name(model: Model) -> dict[str, Role]:

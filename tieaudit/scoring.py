@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from tieaudit.model import Weight
 from tieaudit.words import HEAD, PERHAPS_HEAD, Path
 
-_SCORES = re.compile(r"logit|vocab|unembed|generator|classif|predict|(^|_)(lm|head|output|out|cls|fc|proj(ection)?)(_|$)")
+_SCORES = re.compile(
+    r"logit|vocab|unembed|generator|classif|predict|(^|_)(lm|head|output|out|cls|fc|proj(ection)?)(_|$)"
+)
 _NO_HEAD = re.compile(r"emb(?!.*unembed)|codebook|quantiz|norm|tim(e|es?tep)|class_?label|lookup|table")
 _N_FEWEST_ROWS = 3
 

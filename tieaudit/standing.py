@@ -12,6 +12,11 @@ from dataclasses import dataclass
 from tieaudit.model import Weight
 from tieaudit.words import FEED, Path
 
+_DOWNS: Mapping[str, str] = {
+    "wi": "wo", "fc1": "fc2", "linear1": "linear2", "linear_1": "linear_2", "up_proj": "down_proj", "w1": "w2",
+    "input_linear": "output_linear", "lin1": "lin2", "fc_in": "fc_out", "c_fc": "c_proj", "w12": "w3",
+}  # fmt: skip
+"""Up → down."""
 _UPS = re.compile(r"(^|_)up(_|$)")
 
 
@@ -101,3 +106,48 @@ def _gate(alike: list[_Matrix]) -> _Matrix:
         if "gate" in one.rest and "gate" not in other.rest or _UPS.search(other.rest) and not _UPS.search(one.rest):
             return one
     return alike[0]
+
+
+def numbered_feed(weight: Weight, path: Path, beside: Mapping[str, Weight], in_feed: bool) -> str | None:
+    """w1 … w3, fc1 and fc2, wi and wo, linear1 and linear2: by which of them are there."""
+    leaf = path.leaf
+    if leaf in ("fc11", "fc12"):
+        return "ffn_up" if leaf == "fc11" else "ffn_gate"
+    if leaf in ("w1", "w3"):
+        return "ffn_up" if "w3" not in beside else "ffn_gate" if leaf == "w1" else "ffn_up"
+    if leaf in ("w2", "wo", "fc2", "linear2", "linear_2"):
+        partner = {"w2": "w1", "wo": "wi", "fc2": "fc1", "linear2": "linear1", "linear_2": "linear_1"}[leaf]
+        return (
+            "ffn_down" if partner in beside or f"{partner}1" in beside or f"{partner}_0" in beside or in_feed else None
+        )
+    return "ffn_gate_up" if doubles(weight, path, beside) else "ffn_up"
+
+
+def doubles(weight: Weight, path: Path, beside: Mapping[str, Weight]) -> bool:
+    """Whether it gives twice what its partner takes: gate and up in one matrix."""
+    down = beside.get(_DOWNS.get(path.leaf, ""))
+    if down is None or len(down.shape) != len(weight.shape) or len(weight.shape) < 2:
+        return False
+    outer = set(weight.shape[-2:]) & set(down.shape[-2:])
+    return any(
+        sorted(weight.shape[-2:]) == sorted((size, 2 * inner))
+        for size in outer
+        for inner in down.shape[-2:]
+        if sorted(down.shape[-2:]) == sorted((size, inner))
+    )
+
+
+def called_feed(weight: Weight, path: Path, beside: Mapping[str, Weight]) -> str | None:
+    """Words that mean something only inside a feed-forward, and two in a list."""
+    leaf = path.leaf
+    if leaf in ("c_proj", "output", "out_proj", "output_linear", "proj_out", "dense2", "ff2", "down"):
+        return "ffn_down"
+    if leaf in ("input_linear", "dense1", "ff1", "up", "gate", "proj_in", "proj", "dense"):
+        doubled = doubles(weight, path, beside)
+        return "ffn_gate_up" if doubled else "ffn_gate" if leaf == "gate" else "ffn_up"
+    if path.ends_in_number:
+        numbers = [int(name) for name in beside if name.isdigit()]
+        own = int(path.modules[-1])
+        if len(numbers) == 2 and own in numbers:
+            return "ffn_up" if own == min(numbers) else "ffn_down"
+    return None

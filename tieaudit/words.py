@@ -167,8 +167,8 @@ def path_of(name: str) -> Path:
     if parts and (end in ("kernel", "w") or is_tree and end in ("embedding", "embeddings")):
         return Path(tuple(parts), "weight", turned=end in ("kernel", "w"))
     if parts and (lettered := re.fullmatch(r"(w|b)_(q|k|v|o|in|out|e|u|pos|gate)", end)):
-        stem = () if lettered[2] in ("e", "u", "pos") else (f"w_{lettered[2]}",)
-        return Path((*parts, *stem), "weight" if lettered[1] == "w" else "bias", turned=True)
+        own = [] if lettered[2] in ("e", "u", "pos") else [f"w_{lettered[2]}"]
+        return Path((*parts, *own), "weight" if lettered[1] == "w" else "bias", turned=True)
     if end == "b" and parts:
         return Path(tuple(parts), "bias")
     if end in _WRAPPERS | NORM_SCALES | NORM_BIASES or end.startswith(("bias_ih", "bias_hh", "weight_ih", "weight_hh")):
