@@ -77,7 +77,7 @@ LAYOUTS = {
         attn_layers.layers.0.1.ff.2.weight D,F ffn_down
         to_logits.weight V,D output_head""",
     "CTRL": """
-        transformer.wte.weight V,D token_embedding
+        transformer.w.weight V,D token_embedding
         transformer.h.0.ffn.0.weight F,D ffn_up
         transformer.h.0.ffn.2.weight D,F ffn_down
         lm_head.weight V,D output_head""",
@@ -221,6 +221,17 @@ def test_the_width_of_the_stream_tells_up_from_down_where_experts_are_narrow() -
         ("wte.weight", (997, 64), ""),
         ("h.0.mlp.net.0.weight", (32, 64), ""),
         ("h.0.mlp.net.2.weight", (64, 32), ""),
+    ]
+    told = roles_by_name(model_of_names(rows))
+    assert [told[make_id(name)].kind for name, _, _ in rows[1:]] == ["ffn_up", "ffn_down"]
+
+
+def test_a_plain_name_turns_what_stands_beside_it() -> None:
+    """GPT-2 keeps [in, out] and says so nowhere without biases: where c_fc would be down by shape, c_proj is not up."""
+    rows = [
+        ("wte.weight", (997, 64), ""),
+        ("h.0.mlp.c_fc.weight", (64, 256), ""),
+        ("h.0.mlp.c_proj.weight", (256, 64), ""),
     ]
     told = roles_by_name(model_of_names(rows))
     assert [told[make_id(name)].kind for name, _, _ in rows[1:]] == ["ffn_up", "ffn_down"]

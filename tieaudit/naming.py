@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import pairwise
 
 from tieaudit.model import Model, Role, Weight
-from tieaudit.scoring import Vocabularies
+from tieaudit.scoring import Vocabularies, table_beside_a_head
 from tieaudit.standing import called_feed, doubles, feed_kinds, numbered_feed
 from tieaudit.words import (
     FEED,
@@ -234,13 +234,14 @@ class Names:
     @cached_property
     def tables(self) -> Vocabularies:
         """The token tables that names tell, and the heads that score them."""
-        plain = [
-            weight
-            for weight in self.model.weights
-            if self.paths[weight.id].end == "weight" and self._is_token(weight, self.paths[weight.id])
-        ]
-        found = Vocabularies({weight.id: weight for weight in plain})
-        found.find_heads({weight.id: weight for weight in self.model.weights}, self.paths, self._is_open)
+        weights = {weight.id: weight for weight in self.model.weights}
+        plain = {
+            id: weight
+            for id, weight in weights.items()
+            if self.paths[id].end == "weight" and self._is_token(weight, self.paths[id])
+        }
+        found = Vocabularies(plain or table_beside_a_head(weights, self.paths, self._is_open))
+        found.find_heads(weights, self.paths, self._is_open)
         return found
 
     def _is_open(self, weight: Weight) -> bool:
@@ -267,7 +268,7 @@ class Names:
         leaf = path.leaf
         if len(weight.shape) != 2:
             return None
-        if self._is_token(weight, path):
+        if weight.id in self.tables.tables or self._is_token(weight, path):
             return "token_embedding"
         if leaf in HEAD or weight.id in self.tables.heads:
             return "output_head"
@@ -296,6 +297,8 @@ class Names:
     @cached_property
     def feeds(self) -> Mapping[str, str]:
         """What the shapes of matrices that stand together tell of feed-forwards."""
+        if self.model.has_graph:  # which had its chance; its products take matrices either way round
+            return {}
         biases = {modules: size for (modules, end), size in self.vectors.items() if end == "bias"}
         return feed_kinds(self.model.weights, self.paths, self.tables.widths, biases)
 

@@ -24,7 +24,8 @@ class Vocabularies:
         self.widths = frozenset(shape[1] for shape in self.shapes if len(shape) == 2)
         self.heads: dict[str, str] = {}
         """Weight id → output_head, of those told by shape."""
-        self._tables = tables
+        self.tables = tables
+        """Weight id → the table."""
 
     def find_heads(
         self, weights: Mapping[str, Weight], paths: Mapping[str, Path], is_open: Callable[[Weight], bool]
@@ -37,7 +38,7 @@ class Vocabularies:
         unnamed, n_named = [], 0
         for id, weight in weights.items():
             path = paths[id]
-            if id in self._tables or len(weight.shape) != 2 or weight.shape[0] == weight.shape[1]:
+            if id in self.tables or len(weight.shape) != 2 or weight.shape[0] == weight.shape[1]:
                 continue
             called = path.leaf if path.end == "weight" else path.end
             n_named += called in HEAD
@@ -52,3 +53,24 @@ class Vocabularies:
                 unnamed.append(id)
         if len(unnamed) == 1 and not self.heads and not n_named:
             self.heads[unnamed[0]] = "output_head"
+
+
+def table_beside_a_head(
+    weights: Mapping[str, Weight], paths: Mapping[str, Path], is_open: Callable[[Weight], bool]
+) -> dict[str, Weight]:
+    """The one matrix of the very shape of the one head, in a model without a table by name: what it scores is embedded.
+
+    `is_open` as in `Vocabularies.find_heads`. Empty where there are several, or where rows are not the longer side.
+    """
+    flat = {id: weight for id, weight in weights.items() if len(weight.shape) == 2}
+    heads = [weight for id, weight in flat.items() if paths[id].leaf in HEAD and paths[id].end == "weight"]
+    if len(heads) != 1:
+        return {}
+    (head,) = heads
+    n_rows, n_columns = sorted(head.shape, reverse=True)
+    alike = {
+        id: weight
+        for id, weight in flat.items()
+        if weight is not head and weight.shape == (n_rows, n_columns) and is_open(weight)
+    }
+    return alike if len(alike) == 1 and n_rows > 2 * n_columns else {}

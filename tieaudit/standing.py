@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from tieaudit.model import Weight
-from tieaudit.words import FEED, Path
+from tieaudit.words import FEED, PLAIN, Path
 
 _DOWNS: Mapping[str, str] = {
     "wi": "wo", "fc1": "fc2", "linear1": "linear2", "linear_1": "linear_2", "up_proj": "down_proj", "w1": "w2",
@@ -53,8 +53,16 @@ def feed_kinds(
     found: dict[str, str] = {}
     for matrices in held.values():
         if len(matrices) in (2, 3):
-            found.update(_read(sorted(matrices, key=lambda one: natural(one.rest)), widths))
+            told = _read(sorted(matrices, key=lambda one: natural(one.rest)), widths)
+            if not any(_says_otherwise(paths[id].leaf, kind) for id, kind in told.items()):
+                found.update(told)
     return found
+
+
+def _says_otherwise(leaf: str, kind: str) -> bool:
+    """Whether a plain name contradicts what shapes tell: the matrices are then turned, and only names are left."""
+    named = PLAIN.get(leaf, "")
+    return named.startswith("ffn_") and (named == "ffn_down") != (kind == "ffn_down")
 
 
 def holder_of(path: Path) -> tuple[str, ...] | None:
