@@ -256,11 +256,13 @@ class Names:
         n_rows, n_columns = weight.shape
         if path.leaf in TOKEN:
             return True
+        if path.leaf not in PERHAPS_TOKEN and table_word(path.modules) is None:
+            return False
         if self._layer(path.modules) is not None or _CLASSES.search(weight.name.lower()):
             return False
         if path.leaf in PERHAPS_TOKEN and table_word(path.modules) in (None, "token_embedding"):
             known = n_rows in self.vocabularies if self.vocabularies else n_rows > 2 * n_columns
-            if known and not (path.leaf == "encoder" and not self._tops(path)):
+            if known and not (path.leaf == "encoder" and len(path.modules) > 1):
                 return True
         return self._word_of_table(weight, path) == "token_embedding"
 
@@ -280,9 +282,6 @@ class Names:
         if leaf == "decoder" and "predictions" in path.modules:
             return "output_head"
         return None
-
-    def _tops(self, path: Path) -> bool:
-        return len(path.modules) == 1
 
     @cached_property
     def _has_head(self) -> bool:

@@ -42,12 +42,14 @@ class Vocabularies:
                 continue
             called = path.leaf if path.end == "weight" else path.end
             n_named += called in HEAD
-            if not is_open(weight) or _NO_HEAD.search(called) or max(weight.shape) < _N_FEWEST_ROWS:
-                continue
             straight, across = weight.shape in self.shapes, weight.shape[::-1] in self.shapes
             wide = any(n in self.rows and n > 2 * other for n, other in (weight.shape, weight.shape[::-1]))
+            if not (straight or across or wide) or max(weight.shape) < _N_FEWEST_ROWS:
+                continue
+            if _NO_HEAD.search(called) or not is_open(weight):
+                continue
             says = called in PERHAPS_HEAD or any(_SCORES.search(part) for part in (called, *path.modules[-2:-1]))
-            if says and (straight or across or wide):
+            if says:
                 self.heads[id] = "output_head"
             elif straight or across:
                 unnamed.append(id)
