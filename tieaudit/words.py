@@ -130,7 +130,7 @@ class Path:
     turned: bool = False
     """Whether matrices of this name are [in, out], as kernels are, and not [out, in]."""
 
-    @property
+    @cached_property
     def leaf(self) -> str:
         """The module's own name: the last component that is not a number."""
         return next((part for part in reversed(self.modules) if not part.isdigit()), "")
