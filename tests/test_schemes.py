@@ -47,10 +47,14 @@ def subject(
     n_layers: int = 6,
     *,
     scrambled: bool = False,
+    nameless: bool = False,
     sides: Sequence[str | None] = (None,),
     odd: dict[tuple[int, str], tuple[int, ...] | None] | None = None,
 ) -> Subject:
-    """A model of the layers above. `odd`: (layer, name) → another shape, or None for a weight that is not there."""
+    """A model of the layers above. `odd`: (layer, name) → another shape, or None for a weight that is not there.
+
+    `nameless`: matrices are numbers, and only vectors have names, as an exporter's optimiser leaves them.
+    """
     weights: list[Weight] = []
     roles: dict[str, Role] = {}
     for side in sides:
@@ -60,7 +64,7 @@ def subject(
                 if found is None:
                     continue
                 full = f"{side + '.' if side else ''}layers.{layer}.{name}"
-                id = f"w{len(weights) * 7919 % 104729}" if scrambled else full
+                id = f"w{len(weights) * 7919 % 104729}" if scrambled or nameless and len(found) > 1 else full
                 n_elements = found[0] * (found[1] if len(found) > 1 else 1)
                 storage = Somewhere(full, 4 * n_elements)
                 weights.append(Weight(id=id, name=id, shape=found, dtype="float32", storage=storage))
@@ -141,6 +145,91 @@ def test_encoder_and_decoder_share_among_themselves_and_not_with_each_other() ->
     both = subject(4, sides=("encoder", "decoder"))
     assert n_parameters_left("albert", both) == 2 * PER_LAYER
     assert n_parameters_left("tied-transformer", both) == 4 * (PER_LAYER + 2 * D)  # norms stay on both sides
+
+
+@pytest.mark.parametrize("n_layers", [2, 3, 5])
+def test_matrices_that_lost_their_names_are_shared_beside_vectors_that_kept_theirs(n_layers: int) -> None:
+    one = subject(n_layers, nameless=True)
+    assert n_parameters_left("albert", one) == PER_LAYER  # not n · PER_LAYER less the biases and norms alone
+    both = subject(n_layers, nameless=True, sides=("encoder", "decoder"))
+    assert n_parameters_left("albert", both) == 2 * PER_LAYER
+    assert n_parameters_left("tied-transformer", both) == n_layers * (PER_LAYER + 2 * D)
+    assert n_parameters_left("shared-qk", one) == n_layers * (PER_LAYER - D * D)
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """An encoder and a decoder of two layers, whose decoder attends to itself and to the encoder."""
+
+    encoder: str
+    own: str
+    cross: str
+    graph: bool = False
+    """Names are numbers, and a graph tells which attention a projection belongs to."""
+
+    def subject(self) -> Subject:
+        weights, roles = list[Weight](), dict[str, Role]()
+        places = [("encoder", self.encoder, 0), ("decoder", self.cross, 20), ("decoder", self.own, 10)]
+        for layer, (side, name, attention), letter in (
+            (layer, place, letter) for layer in (0, 1) for place in places for letter in "qkvo"
+        ):
+            full = f"{side}.layers.{layer}.{name}.{letter}.weight"
+            id = f"w{(len(weights) * 7919 + 11) % 104729}" if self.graph else full
+            kind = {"q": "query", "k": "key", "v": "value", "o": "output"}[letter]
+            number = 100 * (side == "decoder") + 40 * layer + attention if self.graph else None
+            roles[id] = Role(f"attention_{kind}", "by hand", layer, side, attention=number)  # type: ignore[arg-type]
+            weights.append(Weight(id=id, name=id, shape=(D, D), dtype="float32", storage=Somewhere(full, 4 * D * D)))
+        if self.graph:  # nothing says in which order a file holds its tensors
+            weights.sort(key=lambda one: one.id[::-1])
+        model = Model(path="m", format="onnx", parts=(Part("", ("m",)),), weights=tuple(weights))
+        return Subject(model, Found(()), roles)
+
+
+CROSSINGS = [
+    Crossing("self_attn", "self_attn", "encoder_attn"),  # BART, Marian, Pegasus: the other one comes first in a file
+    Crossing("self_attn", "self_attn", "cross_attn"),  # ProphetNet
+    Crossing("self_attn", "self_attn", "multihead_attn"),  # torch.nn.TransformerDecoder
+    Crossing("layer.0.SelfAttention", "layer.0.SelfAttention", "layer.1.EncDecAttention"),  # T5
+    Crossing("att", "own", "cross"),  # by what the other one is called
+    Crossing("self_attn", "self_attn", "encoder_attn", graph=True),
+]
+
+
+@pytest.mark.parametrize("one", CROSSINGS, ids=lambda one: f"{one.cross}{' of a graph' * one.graph}")
+def test_the_encoder_is_tied_to_the_self_attention_of_the_decoder(one: Crossing) -> None:
+    subject = one.subject()
+    candidates, refusals = proposed("tied-transformer", subject)
+    stored = {weight.id: str(weight.storage.region[0]) for weight in subject.model.weights if weight.storage}
+    pairs = {tuple(stored[member.id] for member in found.members) for found in candidates}
+    assert not refusals and pairs == {
+        (f"encoder.layers.{layer}.{one.encoder}.{letter}.weight", f"decoder.layers.{layer}.{one.own}.{letter}.weight")
+        for layer in (0, 1) for letter in "qkvo"
+    }  # fmt: skip
+
+
+def test_two_attentions_that_nothing_tells_apart_are_refused_by_name() -> None:
+    candidates, refusals = proposed("tied-transformer", Crossing("att", "b", "a").subject())
+    assert not candidates and len(refusals) == 4
+    assert "decoder.layers.#.a.q.weight or decoder.layers.#.b.q.weight: nothing tells" in refusals[0].because
+
+
+@pytest.mark.parametrize("one", CROSSINGS, ids=lambda one: f"{one.cross}{' of a graph' * one.graph}")
+def test_query_and_key_are_of_one_attention_in_whatever_order_a_file_holds_them(one: Crossing) -> None:
+    subject = one.subject()
+    stored = {weight.id: str(weight.storage.region[0]) for weight in subject.model.weights if weight.storage}
+    for scheme, letters in (("shared-qk", "qk"), ("shared-kv", "kv")):
+        candidates, refusals = proposed(scheme, subject)
+        assert not refusals and len(candidates) == 6
+        for found in candidates:
+            first, second = (stored[member.id] for member in found.members)
+            assert first.replace(f".{letters[0]}.", f".{letters[1]}.") == second
+
+
+def test_stacks_whose_roles_nobody_knows_are_refused_and_not_passed_over() -> None:
+    one = subject(2, sides=("encoder", "decoder"))
+    unknown = {id: Role("other", "no evidence", role.layer, role.side) for id, role in one.roles.items()}
+    candidates, refusals = proposed("tied-transformer", Subject(one.model, one.found, unknown))
+    assert not candidates and "none of their weights was recognised as attention" in refusals[0].because
 
 
 def test_scrambled_names_share_the_same_weights() -> None:

@@ -127,8 +127,10 @@ def first_uses(subject: Subject) -> dict[str, int]:
 
 
 def in_order(subject: Subject, weight: Weight, first_use: dict[str, int]) -> tuple[int, int]:
-    """Where a weight stands among those of its kind: by its attention (a decoder may make the keys of what it attends to
-    before its own), then by its first use; weights of no graph stay in the file's order."""
+    """Where a weight stands among those of its kind: by its attention, then by its first use; else as stored.
+
+    A decoder may make the keys of what it attends to before its own.
+    """
     attention = subject.roles[weight.id].attention
     return -1 if attention is None else attention, first_use.get(weight.id, len(first_use))
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from tieaudit.errors import RewriteRefused
+from tieaudit.errors import RewriteRefused, UsageError
 from tieaudit.merges import Merge, Merged, Sites
 from tieaudit.registry import nearest
 
+_MEMBERS = "keep:head, keep:embedding, keep:first, keep:last, or keep: and the id of one of them"
 _ROLES = {"head": "output_head", "embedding": "token_embedding"}
 
 
 def _merge(sites: Sites, argument: str) -> Merged:
+    if not argument:
+        raise UsageError("--merge keep: expected a member behind a colon, found none", hint=_MEMBERS)
     if argument in ("first", "last"):
         index: int | None = 0 if argument == "first" else len(sites.ids) - 1
     elif argument in _ROLES:
@@ -17,13 +20,11 @@ def _merge(sites: Sites, argument: str) -> Merged:
     else:
         index = sites.ids.index(argument) if argument in sites.ids else None
     if index is None:
-        what = (
-            f"is a {_ROLES[argument]}" if argument in _ROLES else f"is called {argument}" if argument else "was named"
-        )
+        what = f"is a {_ROLES[argument]}" if argument in _ROLES else f"is called {argument}"
         question = nearest(argument, ("head", "embedding", "first", "last", *sites.ids))
         raise RewriteRefused(
             f"--merge keep:{argument}: none of {', '.join(sites.ids)} {what}" + (f"; {question}" if question else ""),
-            hint="keep:head, keep:embedding, keep:first, keep:last, or keep: and the id of one of them",
+            hint=_MEMBERS,
         )
     return Merged(sites.tables[index].rows, keeps=index)
 
