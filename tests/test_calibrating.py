@@ -171,20 +171,17 @@ def test_the_table_of_an_onnx_model_has_the_loss_of_every_choice_and_a_frontier_
     found = told("plan", graph, "--calibrate", ids, "--device", "cpu")["choices"]
     held = IDS[1::2]
     before = losses(forward(TABLES, held)["logits"], held).mean()
-    mean = (TABLES["w1"] + TABLES["w2"]) / 2
     both = (TABLES["e"] + TABLES["u"].T) / 2
-    known = {
-        ("albert", "mean"): {"w1": mean, "w2": mean}, ("io", "mean"): {"e": both, "u": both.T},
-        ("io", "keep:head"): {"e": TABLES["u"].T},
-    }  # fmt: skip
+    known = {("io", "mean"): {"e": both, "u": both.T}, ("io", "keep:head"): {"e": TABLES["u"].T}}
     measured = {(one["scheme"], one["policy"]): one["measured"] for one in found}
     for choice, changed in known.items():
         after = losses(forward({**TABLES, **changed}, held)["logits"], held).mean()
         assert measured[choice] == pytest.approx(after - before, rel=1e-3, abs=1e-5), choice
     assert all(one["measured"] is not None or one["nats"] is not None for one in found)
     best = told("plan", graph, "--calibrate", ids, "--device", "cpu", "--frontier")["choices"]
-    costs = [one["nats"] if one["measured"] is None else one["measured"] for one in best]
-    assert costs == sorted(costs) and any(one["scheme"] != "io" for one in best)
+    costs = [one["nats"] if one["measured"] is None else one["measured"] for one in (*best, *found)]
+    assert costs[0] == min(costs)  # and not the best of those alone that leave the embedding as it is
+    assert any(one["measured"] is not None for one in best)
 
 
 def test_a_large_model_is_not_tried_out_for_a_table(graph: Path, ids: Path, monkeypatch: pytest.MonkeyPatch) -> None:

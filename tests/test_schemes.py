@@ -225,6 +225,16 @@ def test_query_and_key_are_of_one_attention_in_whatever_order_a_file_holds_them(
             assert first.replace(f".{letters[0]}.", f".{letters[1]}.") == second
 
 
+def test_fused_projections_are_refused_as_what_they_are() -> None:
+    one = subject(2)
+    roles = {id: Role("attention_qkv", "by hand", role.layer) if ".attn.q" in id else
+             Role("other", "no evidence") if ".attn." in id else role for id, role in one.roles.items()}  # fmt: skip
+    for scheme in ("shared-qk", "shared-kv"):
+        candidates, (refusal,) = proposed(scheme, Subject(one.model, one.found, roles))
+        assert not candidates and refusal.ids == ("layers.0.attn.q.weight", "layers.1.attn.q.weight")
+        assert "layers.0.attn.q.weight makes " in refusal.because and "together, as in 1 more" in refusal.because
+
+
 def test_stacks_whose_roles_nobody_knows_are_refused_and_not_passed_over() -> None:
     one = subject(2, sides=("encoder", "decoder"))
     unknown = {id: Role("other", "no evidence", role.layer, role.side) for id, role in one.roles.items()}
