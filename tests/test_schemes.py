@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from tieaudit.errors import UsageError
-from tieaudit.model import Model, Part, Role, Weight, classes
+from tieaudit.model import Model, Operation, Part, Role, Use, Weight, classes
 from tieaudit.propose import propose, schemes
 from tieaudit.verdict import Candidate, Found, Refusal, Subject
 
@@ -362,6 +363,32 @@ def test_two_towers_of_one_shape_are_siamese_and_layers_in_a_row_are_not() -> No
     ]
     for other in (towers(("0", "1")), towers(("left",)), towers(("left", "right"), extra=(100, 100))):
         assert not proposed("siamese", other)[0]
+
+
+def test_towers_of_a_graph_are_what_its_inputs_lead_to_whatever_weights_are_called() -> None:
+    shapes = {"w7": (D, F), "w3": (F,), "w9": (F, D), "w4": (F,), "w1": (F, D), "w8": (D, F), "w5": (D, D)}
+    flow = [  # two towers of a matrix, a bias and a matrix, and one matrix behind both
+        ("MatMul", "m1", ("a", "w7")), ("MatMul", "n1", ("b", "w8")), ("Add", "m2", ("m1", "w3")),
+        ("Add", "n2", ("n1", "w4")), ("MatMul", "m3", ("m2", "w9")), ("MatMul", "n3", ("n2", "w1")),
+        ("Mul", "p", ("m3", "n3")), ("MatMul", "q", ("p", "w5")),
+    ]  # fmt: skip
+    inputs = [Operation("input", f"@{name}", (), (name,)) for name in ("a", "b")]
+    operations = (*inputs, *(Operation(op, node, given, (node,)) for op, node, given in flow))
+    uses = tuple(Use(given[1], op, node, 1) for op, node, given in flow if given[1] in shapes)
+    weights = tuple(
+        Weight(id=id, name=id, shape=shape, dtype="float32", storage=Somewhere(id, 4 * math.prod(shape)))
+        for id, shape in shapes.items()
+    )
+    model = Model("m", "onnx", (Part("", ("m",)),), weights=weights, uses=uses, operations=operations)
+    one = Subject(model, Found(()), {id: Role("other", "by hand") for id in shapes})
+    candidates, refusals = proposed("siamese", one)
+    assert not refusals
+    assert [tuple(m.id for m in found.members) for found in candidates] == [("w7", "w8"), ("w3", "w4"), ("w9", "w1")]
+    joined = replace(model, operations=tuple(replace(o, inputs=("a", *o.inputs[1:])) if o.node == "n1" else o
+                                             for o in operations))  # fmt: skip
+    assert not proposed("siamese", Subject(joined, one.found, one.roles))[
+        0
+    ]  # one input leads to both: layers, no towers
 
 
 def test_custom_groups_share_what_their_pattern_and_role_choose(tmp_path: Path) -> None:
