@@ -236,6 +236,24 @@ def test_fused_projections_are_refused_as_what_they_are() -> None:
         assert "layers.0.attn.q.weight makes " in refusal.because and "together, as in 1 more" in refusal.because
 
 
+def test_a_vector_of_which_nothing_is_known_stays_private_where_norms_do() -> None:
+    one = subject(6)
+    roles = {id: Role("other", "no evidence", role.layer) for id, role in one.roles.items()}
+    candidates, _ = proposed("sandwich", Subject(one.model, one.found, roles))
+    shared = {member.id.removeprefix("layers.1.") for found in candidates for member in found.members[:1]}
+    assert shared == {name for name, (_, shape) in LAYER.items() if len(shape) > 1}
+
+
+def test_a_refusal_tells_layers_without_a_kind_from_layers_whose_names_tell_nothing() -> None:
+    one = subject(3)
+    unknown = {id: Role("other", "no evidence", role.layer) for id, role in one.roles.items()}
+    (told,) = proposed("ffn", Subject(one.model, one.found, unknown))[1]
+    assert "nothing tells what 9 places of each layer are for, layers.#.attn.q.weight among them" in told.because
+    norms = {id: Role("norm_scale", "by hand", role.layer) for id, role in one.roles.items()}
+    (told,) = proposed("ffn", Subject(one.model, one.found, norms))[1]
+    assert told.because.endswith("hold nothing of the kinds that this scheme shares")
+
+
 def test_stacks_whose_roles_nobody_knows_are_refused_and_not_passed_over() -> None:
     one = subject(2, sides=("encoder", "decoder"))
     unknown = {id: Role("other", "no evidence", role.layer, role.side) for id, role in one.roles.items()}
