@@ -63,6 +63,74 @@ def test_without_a_loss_nothing_is_differentiated() -> None:
     assert found["mix.weight"].row_weights is None
 
 
+class Scaled(torch.nn.Module):
+    """Embedding, a norm of three spellings one after the other, a biased layer, a head."""
+
+    class Gemma(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor([0.5, -0.2, 0.1, 0.7]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1.0 + self.weight)
+
+    class Odd(torch.nn.Module):
+        """A bias that is not simply added."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = torch.nn.Parameter(torch.tensor([0.5, 2.0, -1.0, 1.0]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(x + self.bias)
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.embedding, self.layer = torch.nn.Embedding(11, 4), torch.nn.LayerNorm(4)
+        torch.nn.init.uniform_(self.layer.weight, 0.5, 1.5)
+        torch.nn.init.normal_(self.layer.bias)
+        self.rms, self.gemma, self.odd = torch.nn.RMSNorm(4), Scaled.Gemma(), Scaled.Odd()
+        self.mix, self.head = torch.nn.Linear(4, 4), torch.nn.Linear(4, 11)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.rms(self.layer(self.embedding(ids)))
+        found: torch.Tensor = self.head(self.odd(self.mix(self.gemma(self.rms(x)))))  # the RMS norm runs twice
+        return found
+
+
+def test_vectors_are_weighed_by_their_squared_gradients_token_by_token() -> None:
+    module, names = Scaled(), ["layer.weight", "layer.bias", "gemma.weight", "mix.bias", "head.bias"]
+    found = calibrate(module, IDS.split(3), names, loss=loss)
+
+    by_hand = {name: torch.zeros_like(module.get_parameter(name)).double() for name in names}
+    for row in IDS:  # autograd's own gradient of one token's vector: that of a copy which this token alone uses
+        expanded = {name: module.get_parameter(name).detach().expand(5, -1).clone().requires_grad_() for name in names}
+        kept = dict(module.named_parameters())
+        x = torch.nn.functional.layer_norm(kept["embedding.weight"][row], (4,))
+        x = x * expanded["layer.weight"] + expanded["layer.bias"]
+        x = module.rms(module.rms(x))
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1.0 + expanded["gemma.weight"])
+        x = module.odd(x @ module.mix.weight.T + expanded["mix.bias"])
+        scores = x @ module.head.weight.T + expanded["head.bias"]
+        torch.nn.functional.cross_entropy(scores[:-1], row[1:], reduction="sum").backward()  # type: ignore[no-untyped-call]
+        for name, one in expanded.items():
+            assert one.grad is not None
+            by_hand[name] += one.grad.double().square().sum(0)
+    for name in names:
+        weights = found[name].row_weights
+        assert weights is not None and found[name].n_tokens == 30
+        assert np.allclose(weights, by_hand[name].numpy() / 30, rtol=1e-4), name
+        assert found[name].inputs is not None and found[name].inputs.tolist() == [[1.0]]
+
+
+def test_a_scale_that_is_used_twice_is_summed_over_both_and_a_bias_inside_is_none() -> None:
+    found = calibrate(Scaled(), [IDS], ["rms.weight"], loss=loss)
+    assert found["rms.weight"].n_tokens == 60 and found["rms.weight"].row_weights is not None
+    with pytest.raises(UsageError, match=r"odd.bias: .*: Odd neither adds its bias"):
+        calibrate(Scaled(), [IDS], ["odd.bias"], loss=loss)
+
+
 def test_a_layer_that_is_called_twice_is_summed_over_both_calls() -> None:
     class Twice(torch.nn.Module):
         def __init__(self) -> None:
@@ -78,5 +146,5 @@ def test_a_layer_that_is_called_twice_is_summed_over_both_calls() -> None:
 
 @pytest.mark.parametrize("name", ["nothing.weight", "drop.weight", "mix.bias.weight"])
 def test_a_name_that_is_no_site_is_one_clear_line(name: str) -> None:
-    with pytest.raises(UsageError, match="expected the weight of an embedding or of a linear layer"):
+    with pytest.raises(UsageError, match="expected the weight of an embedding, of a linear layer or of a norm"):
         calibrate(Small(), [IDS], [name])

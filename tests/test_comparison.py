@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 
 from tieaudit.cli import main
 from tieaudit.comparison import Choice, compare, frontier
+from tieaudit.drawing import draw
 from tieaudit.merges import Calibrated, Statistics
 from tieaudit.model import Model, Part, Role, Weight
 from tieaudit.storage import MemoryStorage
@@ -144,6 +145,39 @@ def test_a_plan_without_a_scheme_shows_what_could_be_shared_and_at_what_damage(u
     assert len(front.output.splitlines()) < len(said.output.splitlines())
     told = json.loads(plan_of(untied, "--format", "json").output)
     assert {one["policy"] for one in told["choices"]} >= {"keep:head", "mean", "low-rank:8"}
+
+
+def test_the_command_that_a_plan_prints_does_what_the_plan_shows(untied: Path, tmp_path: Path) -> None:
+    words = ("--scheme", "io", "--allow-lossy", "--merge", "keep:embedding", "--transposed-as", "gather")
+    line = next(line for line in plan_of(untied, *words).output.splitlines() if line.startswith("write it with: "))
+    command = line.removeprefix("write it with: tieaudit ").replace("OUT", str(tmp_path / "tied.onnx"))
+    told = json.loads(CliRunner().invoke(main, [*command.split(), "--format", "json"]).output)
+    (share,) = told["plan"]["edits"]
+    assert told["plan"]["merge"] == "keep:embedding" and share["members"][0]["id"] == "embed"  # keep:head is the usual
+    assert told["plan"]["transposed_as"] == "gather"
+
+
+def test_a_refusal_says_what_to_do_about_it(untied: Path) -> None:
+    said = plan_of(untied, "--scheme", "io", "--allow-lossy", "--merge", "regmean")
+    assert said.exit_code == 2 and "found none of embed, head; give --calibrate DATA.npz or a text" in said.output
+    said = plan_of(untied, "--scheme", "io", "--allow-lossy", "--merge", "keep")
+    assert said.exit_code == 2 and "--merge keep: expected a member behind a colon, found none" in said.output
+    said = plan_of(untied, "--scheme", "io", "--allow-lossy", "--merge", "keep:haed")
+    assert said.exit_code == 2 and "did you mean head?; keep:head, keep:embedding, keep:first" in said.output
+
+
+def test_shares_of_energy_are_not_drawn_on_an_axis_of_nats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes
+
+    drawn: list[list[float]] = []
+    monkeypatch.setattr(Axes, "scatter", lambda self, x, y, **given: drawn.append(list(y)))
+    nats = Choice("io", "mean", 1, 10, 0.5, 0.02, 1, True)
+    measured = Choice("albert", "mean", 2, 30, 0.9, None, 1, True, measured=0.07)
+    share = Choice("ffn", "mean", 2, 20, 0.8, None, 1, True)
+    every = (nats, measured, share)
+    draw(every, frontier(every), tmp_path / "front.svg")
+    assert drawn == [[0.02, 0.07]]
 
 
 def test_the_table_is_not_shown_for_a_scheme_that_was_asked_for(untied: Path) -> None:

@@ -343,3 +343,78 @@ def test_deep_and_device_belong_to_damage(tmp_path: Any) -> None:
 
     refused = CliRunner().invoke(main, ["scan", "x.onnx", "--deep"])
     assert refused.exit_code == 2 and "expected --damage with --deep" in refused.output
+
+
+# ------------------------------------------------------------------------- tables that are not Gaussian
+
+
+def _common_mean(rng: Any, n: int, d: int) -> Array:
+    return rng.standard_normal((n, d)) + 3 * np.random.default_rng(99).standard_normal(d)
+
+
+def _zipfian(rng: Any, n: int, d: int) -> Array:
+    return rng.standard_normal((n, d)) * (np.arange(1, n + 1) ** -0.7)[:, None]
+
+
+def _dead_rows(rng: Any, n: int, d: int) -> Array:
+    table = rng.standard_normal((n, d))
+    table[n // 3 :] = 0.0
+    return table
+
+
+def _unused_tokens(rng: Any, n: int, d: int) -> Array:
+    table = rng.standard_normal((n, d))
+    table[: n // 2] = rng.standard_normal(d) * 0.01  # one vector, as they were initialised
+    return table
+
+
+def _few_directions(rng: Any, n: int, d: int) -> Array:
+    table = rng.standard_normal((n, d))
+    table[:, :2] *= 30
+    return table
+
+
+def _sparse(rng: Any, n: int, d: int) -> Array:
+    return rng.standard_normal((n, d)) * (rng.random((n, d)) < 0.05)
+
+
+def _heavy(rng: Any, n: int, d: int) -> Array:
+    return rng.standard_t(2.1, (n, d))
+
+
+KINDS = (_common_mean, _zipfian, _dead_rows, _unused_tokens, _few_directions, _sparse, _heavy)
+
+
+@pytest.mark.parametrize("make", KINDS, ids=lambda one: one.__name__)
+@pytest.mark.parametrize("shape", [(1000, 64), (200, 128), (64, 64), (50, 300), (1000, 4), (30, 8), (10, 10)], ids=str)
+def test_independent_tables_of_any_make_are_never_called_related(
+    make: Callable[[Any, int, int], Array], shape: tuple[int, int]
+) -> None:
+    for seed in range(4):
+        a, b = (make(np.random.default_rng((seed, side)), *shape).astype(np.float32) for side in (1, 2))
+        found = likeness(members(a, b))
+        assert found.verdict in ("unrelated", "cannot tell"), found.because
+
+
+@pytest.mark.parametrize("make", KINDS, ids=lambda one: one.__name__)
+@pytest.mark.parametrize("shape", [(1000, 64), (64, 64), (50, 300)], ids=str)
+def test_a_fine_tuned_child_of_any_make_is_close(
+    make: Callable[[Any, int, int], Array], shape: tuple[int, int]
+) -> None:
+    rng = np.random.default_rng(5)
+    a = make(rng, *shape)
+    b = a * (1.0 + 0.1 * rng.standard_normal(shape))  # what is zero stays zero, as rows without a gradient do
+    found = likeness(members(a.astype(np.float32), b.astype(np.float32)))
+    assert found.verdict == "close", found.because
+
+
+def test_few_long_rows_are_explained_by_chance_and_the_null_says_so() -> None:
+    # the longest of 1,000 rows hold most of a table: 64 columns explain far more than 64 / 999 = 0.064 of it
+    values, nulls = [], []
+    for seed in range(8):
+        a, b = (_zipfian(np.random.default_rng((seed, side)), 1000, 64) for side in (1, 2))
+        measured = likeness(members(a, b), deep=True).diagnostics["linear-map"]
+        values.append(measured[0])
+        nulls.append(measured[1])
+    assert np.mean(values) > 0.7
+    assert np.mean(nulls) == pytest.approx(np.mean(values), abs=0.02)

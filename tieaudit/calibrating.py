@@ -1,7 +1,8 @@
 """Stage: Subject and data → Calibrated. Runs the model on it in a child process, and adds up what flows through sites.
 
 Folders of transformers classes and live modules are watched by hooks, forwards and backwards; an ONNX model by a copy
-whose inner values are outputs, forwards alone. Memory: the sums of all sites, and one batch in the child.
+whose inner values are outputs, forwards alone; an exported program not at all, so that only its loss is measured.
+Memory: the sums of all sites, and one batch in the child.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ N_MOST_SUMS = 1 << 27
 _N_MOST_NUMBERS = 1 << 26
 """Scores and activations of one batch, at most."""
 _N_MOST_BATCH_TOKENS = 1024
-_FORMATS = ("huggingface", "onnx", "torch_module")
+_FORMATS = ("huggingface", "onnx", "torch_export", "torch_module")
 _FIRST = ("output_head", "token_embedding")
 
 
@@ -91,7 +92,11 @@ def calibrate(subject: Subject, data: Data, ids: Sequence[str], device: str = "a
     Cost: one forward pass of every row, and a backward pass where the runtime has one and there are targets.
     """
     model = subject.model
-    weights, notes = _affordable([model.by_id[id] for id in ids])
+    if model.format == "torch_export":
+        note = "no site of an exported program is watched, so that no policy is fitted: the loss is measured alone"
+        return Calibrated({}, {}, (*data.tokens.notes, note))
+    n_axes = (2,) if model.format == "onnx" else (1, 2)  # what is added to a graph's values is seen by no tap
+    weights, notes = _affordable([model.by_id[id] for id in ids if len(model.by_id[id].shape) in n_axes])
     notes = [*data.tokens.notes, *notes]
     if not weights:
         return Calibrated({}, {}, tuple(notes))
@@ -151,11 +156,16 @@ def runner_of(model: Model) -> Runner:
     """What runs this model on data. RewriteRefused, with the reason, if nothing does."""
     if model.format not in _FORMATS:
         raise RewriteRefused(
-            f"{model.path}: --calibrate: expected a Hugging Face folder or an ONNX model, found {model.format}"
+            f"{model.path}: --calibrate: expected a model that can be run (a Hugging Face folder, an ONNX model or an "
+            f"exported program), found weights alone ({model.format})"
         )
     if len(model.parts) > 1 and model.format == "onnx":
         names = listed(tuple(part.name for part in model.parts))
-        raise RewriteRefused(f"{model.path}: --calibrate: expected one ONNX graph, found several parts ({names})")
+        raise RewriteRefused(
+            f"{model.path}: --calibrate: expected one ONNX graph, found several parts ({names}), which take "
+            "each other's outputs",
+            hint="give the file of one part, with all of its own inputs and labels in an .npz",
+        )
     runner = runner_for(model)
     if isinstance(runner, str):
         raise RewriteRefused(f"{model.path}: --calibrate: the model cannot be run here: {runner}")
@@ -251,13 +261,14 @@ def _past(ids: Any) -> Any:
 
 
 def _affordable(weights: Iterable[Weight]) -> tuple[list[Weight], list[str]]:
-    """The matrices whose sums fit, in order; and a note on those that do not."""
+    """The matrices and vectors whose sums fit, in order; and a note on those that do not."""
     kept: list[Weight] = []
     n, left = 0, 0
     for weight in weights:
-        if len(weight.shape) != 2 or not weight.is_float or weight.absent:
+        if not weight.shape or not weight.is_float or weight.absent:
             continue
-        cost = max(min(weight.shape) ** 2, weight.shape[-1] ** 2) + max(weight.shape)
+        n_columns = 1 if len(weight.shape) == 1 else max(min(weight.shape), weight.shape[-1])
+        cost = n_columns**2 + max(weight.shape)
         if n + cost > N_MOST_SUMS:
             left += 1
             continue

@@ -30,9 +30,9 @@ def calibrate(
 ) -> dict[str, Statistics]:
     """Statistics of the sites that own these parameters, by name. The module is run in eval mode and not changed.
 
-    `loss`: with it a backward pass gives the gradients at lookups, and E[g²] at the results of products. `heads`: of
-    these names, the outputs are taken as scores of a softmax, for E[p(1 − p)]. UsageError for a name that no embedding
-    or linear layer owns. Cost: one forward (and backward) pass per batch, and columns² numbers per site.
+    `loss`: with it a backward pass gives the gradients at lookups, and E[g²] at products and vectors. `heads`: of these
+    names, the outputs are taken as scores of a softmax, for E[p(1 − p)]. UsageError for a name that no embedding,
+    linear layer or norm owns. Cost: one forward (and backward) pass per batch, and columns² numbers per site.
     """
     import torch
 
@@ -46,5 +46,7 @@ def calibrate(
             if loss is not None:
                 watch.differentiate(loss(output, batch))
     for name, reason in watch.unfit.items():
-        raise UsageError(f"{name}: expected the weight of an embedding or of a linear layer: {reason}")
+        raise UsageError(
+            f"{name}: expected the weight of an embedding, of a linear layer or a norm, or a bias: {reason}"
+        )
     return {name: Statistics.of(one, turned=name in watch.turned) for name, one in watch.sums.items()}

@@ -146,6 +146,21 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class LossChange:
+    """The negative log-likelihood of the same tokens under two models, in nats per token."""
+
+    before: float
+    after: float
+    rise: float
+    """ΔNLL, the mean of the differences."""
+    standard_error: float
+    """Of the rise; NaN for a single token."""
+    n_tokens: int
+    held_out: bool
+    """No policy was fitted to these tokens."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """What will be done to one model."""
 
@@ -169,6 +184,10 @@ class Plan:
     """None: rewritten as what it is."""
     predictions: tuple[Prediction, ...] = ()
     """With calibration data: of each class of unequal weights that gets one value."""
+    merge: str | None = None
+    """The policy that was asked for; None: the usual one of each scheme."""
+    loss: LossChange | None = None
+    """Measured on calibration data with a temporary copy, where it could not be predicted for every class."""
 
 
 @dataclass(frozen=True)

@@ -47,11 +47,18 @@ class Choice:
     n_classes: int
     exact: bool
     """Whether everything was read, not a sample."""
+    measured: float | None = None
+    """The rise of the negative log-likelihood on calibration data that nothing was fitted to, with a temporary copy."""
+
+    @property
+    def rise(self) -> float | None:
+        """In nats per token, measured or else predicted; None where neither is known."""
+        return self.nats if self.measured is None else self.measured
 
     @property
     def damage(self) -> float:
         """By which choices are ordered: nats where they are known, else the share that changes."""
-        return self.changed if self.nats is None else self.nats
+        return self.changed if self.rise is None else self.rise
 
 
 def compare(subject: Subject, *, calibrated: Calibrated | None = None, deep: bool = False) -> tuple[Choice, ...]:
@@ -76,8 +83,8 @@ def frontier(choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
 
     Nats and shares cannot be compared: where some choices have nats, and are not lossless, only those are looked at.
     """
-    if any(one.nats is not None for one in choices):
-        choices = tuple(one for one in choices if one.nats is not None or one.changed == 0.0)
+    if any(one.rise is not None for one in choices):
+        choices = tuple(one for one in choices if one.rise is not None or one.changed == 0.0)
     best: list[Choice] = []
     for one in sorted(choices, key=lambda one: (one.damage, -one.n_bytes_saved)):
         if not best or one.n_bytes_saved > best[-1].n_bytes_saved:

@@ -138,7 +138,7 @@ def sites_of(
     tables = tuple(aligned(weight, member.view, shape) for weight, member in weights)
     ids = tuple(weight.id for weight, _ in weights)
     kinds = tuple(roles.get(id, "other") for id in ids)
-    if calibrated is None or len(shape) != 2:
+    if calibrated is None or len(shape) not in (1, 2):
         return Sites(ids, tables, kinds, (None,) * len(ids))
     fitted, held = (tuple(one.get(id) for id in ids) for one in (calibrated.fitted, calibrated.held_out))
     turns = [None if one is None else one.turned != member.view.transposes

@@ -12,7 +12,7 @@ from tieaudit import __version__
 from tieaudit.change import Edit, Equalise, Plan, Pool, Prediction, Proof, Respell, SetConfig, Share, Unshare
 from tieaudit.difference import OUTCOMES, Difference, shown
 from tieaudit.equality import can_declare
-from tieaudit.evidence import proof_lines
+from tieaudit.evidence import loss_line, proof_lines
 from tieaudit.model import Member, Model
 from tieaudit.plain import plain
 from tieaudit.printable import columns, counted, listed, printable, size
@@ -61,10 +61,13 @@ def planned(
 def _table(choices: Sequence[Choice]) -> list[str]:
     """Schemes and policies beside each other."""
     sampled = "" if all(one.exact for one in choices) else "; from a sample of the weights"
-    nats = " or the predicted rise of the loss" if any(one.nats is not None for one in choices) else ""
+    nats = " or the predicted rise of the loss" if any(one.rise is not None for one in choices) else ""
+    if any(one.measured is not None for one in choices):
+        nats += " (measured: that of a temporary copy, on calibration data)"
     rows = [("scheme", "policy", "parameters", "bytes", "damage")]
     for one in choices[:N_MOST_CHOICES]:
-        damage = f"{one.nats:.3g} nats a token" if one.nats is not None else f"{one.changed:.1%} changed"
+        damage = f"{one.rise:.3g} nats a token" if one.rise is not None else f"{one.changed:.1%} changed"
+        damage += ", measured" if one.measured is not None else ""
         rows.append(
             (
                 one.scheme,
@@ -156,7 +159,10 @@ def _plan_lines(model: Model, plan: Plan) -> list[str]:
         lines.append(f"refused: {len(plan.refusals)}")
         lines += _cut([_refusal_line(refusal.scheme, refusal.ids, refusal.because) for refusal in plan.refusals])
     lines += [f"note: {printable(note, 400)}" for note in plan.notes]
-    return [*lines, *_predicted(plan.predictions)]
+    lines += _predicted(plan.predictions)
+    if plan.loss is not None:
+        lines += ["measured on calibration data, with a temporary copy:", loss_line(plain(plan.loss))]
+    return lines
 
 
 def _predicted(found: Sequence[Prediction]) -> list[str]:
@@ -258,8 +264,10 @@ def _apply_command(model: Model, plan: Plan) -> str:
         words.append("--share-files" if plan.share_files else "--no-share-files")
     if plan.optimizer != "adjust":
         words += ["--optimizer", plan.optimizer]
-    if policies := {one.policy for one in plan.predictions}:  # without its data a fitted policy would be refused
-        words += (
-            ["--merge", *sorted(policies), "--calibrate", "DATA"] if len(policies) == 1 else ["--calibrate", "DATA"]
-        )
+    if plan.transposed_as != "auto":
+        words += ["--transposed-as", plan.transposed_as]
+    policies = {one.policy for one in plan.predictions}  # without its data a fitted policy would be refused
+    if plan.merge is not None or len(policies) == 1:
+        words += ["--merge", plan.merge or next(iter(policies))]
+    words += ["--calibrate", "DATA"] if policies else []
     return f"{printable(' '.join(shlex.quote(word) for word in words), None)} --to OUT"

@@ -26,6 +26,7 @@ MOST_COLUMNS = 512
 _RUN = 32
 """Neighbouring rows read at once: one read for each, and neighbours in a vocabulary are no more alike than others."""
 _DEEP_BLOCK = 1 << 21
+_NONE: Array = np.zeros(0)
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class _Layout:
 
     one: Aligned
     other: Aligned
+    turned: bool = False
+    """Rows are the columns of the tables as they are."""
 
     @property
     def n_rows(self) -> int:
@@ -42,6 +45,10 @@ class _Layout:
     @property
     def n_columns(self) -> int:
         return self.one.shape[1]
+
+    def about_own_mean(self, rows: Any) -> Any:
+        """Rows about their own means where they are columns: these tables have in common, as they have a mean row."""
+        return rows - rows.mean(axis=1)[:, None] if self.turned else rows
 
     def blocks(self, runs: Sequence[tuple[int, int]], place: Place) -> Iterator[tuple[Any, Any]]:
         for begin, end in runs:
@@ -74,11 +81,13 @@ def _laid_out(weights: Sequence[tuple[Weight, Member]]) -> _Layout:
         n_elements = first.n_elements
         rows = first.shape[0] if len(first.shape) > 2 and first.shape[0] else 1
         shape = (rows, n_elements // rows)
-        return _Layout(*(replace(each, shape=shape, transposed=False) for each in (one, other)))
+        one, other = (replace(each, shape=shape, transposed=False) for each in (one, other))
+        return _Layout(one, other)
     if first.shape[0] >= first.shape[1]:
         return _Layout(one, other)
     swapped = first.shape[::-1]
-    return _Layout(*(replace(each, shape=swapped, transposed=not each.transposed) for each in (one, other)))
+    one, other = (replace(each, shape=swapped, transposed=not each.transposed) for each in (one, other))
+    return _Layout(one, other, turned=True)
 
 
 def _runs(layout: _Layout, deep: bool) -> list[tuple[int, int]]:
@@ -124,14 +133,17 @@ def _sums(layout: _Layout, runs: list[tuple[int, int]], n_seen: int, sketch: Arr
     gram_a, gram_b, cross = (place(np.zeros((k, k))) for _ in range(3))
     squared_a = squared_b = dot = 0.0
     for a, b in layout.blocks(runs, place):
-        mean_a, mean_b = mean_a + a.sum(axis=0), mean_b + b.sum(axis=0)
         squared_a, squared_b = squared_a + float((a * a).sum()), squared_b + float((b * b).sum())
         dot += float((a * b).sum())
+        a, b = layout.about_own_mean(a), layout.about_own_mean(b)
         seen_a, seen_b = (a, b) if onto is None else (a @ onto, b @ onto)
+        mean_a, mean_b = mean_a + a.sum(axis=0), mean_b + b.sum(axis=0)
         gram_a, gram_b, cross = gram_a + seen_a.T @ seen_a, gram_b + seen_b.T @ seen_b, cross + seen_a.T @ seen_b
     mean_a, mean_b = mean_a / max(n_seen, 1), mean_b / max(n_seen, 1)
     centre_a, centre_b = (fetched(mean if onto is None else mean @ onto) for mean in (mean_a, mean_b))
-    cosines = [_cosines(a, b, mean_a, mean_b, layout.n_rows) for a, b in layout.blocks(runs, place)]
+    gram = fetched(gram_a) - n_seen * np.outer(centre_a, centre_a)
+    by_row = _by_row(layout, runs, (mean_a, mean_b), onto, gram, place)
+    energy = float(by_row.energies.sum())
     return Pair(
         n_rows=layout.n_rows,
         n_columns=d,
@@ -140,18 +152,68 @@ def _sums(layout: _Layout, runs: list[tuple[int, int]], n_seen: int, sketch: Arr
         squared_a=squared_a,
         squared_b=squared_b,
         dot=dot,
-        cosines=np.concatenate(cosines) if cosines else np.zeros(0),
-        gram_a=fetched(gram_a) - n_seen * np.outer(centre_a, centre_a),
+        cosines=by_row.cosines,
+        gram_a=gram,
         gram_b=fetched(gram_b) - n_seen * np.outer(centre_b, centre_b),
         cross=fetched(cross) - n_seen * np.outer(centre_a, centre_b),
+        weights=by_row.weights,
+        variance_by_chance=by_row.by_chance,
+        chance=float((by_row.leverages * by_row.energies).sum()) / energy if energy > 0.0 else None,
+        n_rows_worth=energy**2 / float(np.square(by_row.energies).sum()) if energy > 0.0 else None,
     )
 
 
-def _cosines(a: Any, b: Any, mean_a: Any, mean_b: Any, n_rows: int) -> Array:
-    """Of each row about the mean row; a single row, the mean row itself, about zero: norms are alike in being near
-    one."""
-    if n_rows > 1:
-        a, b = a - mean_a, b - mean_b
-    scale = fetched((a * a).sum(axis=1)) ** 0.5 * fetched((b * b).sum(axis=1)) ** 0.5
-    found: Array = fetched((a * b).sum(axis=1))[scale > 0.0] / scale[scale > 0.0]
+@dataclass(frozen=True)
+class _ByRow:
+    """Numbers of each row that was seen; of rows that are the same in both tables only one counts in `cosines`."""
+
+    cosines: Array
+    weights: Array
+    """‖a‖·‖b‖ about the means, of the rows of `cosines`, and at most the median of that."""
+    leverages: Array
+    """aᵀ(AᵀA)⁻¹a: how much of a row any linear map of A restores."""
+    energies: Array
+    """‖b‖² about the means, as far as it was seen."""
+    by_chance: float | None
+    """Mean square of the cosines of rows with the rows before them, which have nothing to do with them."""
+
+
+def _by_row(
+    layout: _Layout, runs: list[tuple[int, int]], means: tuple[Any, Any], onto: Any, gram: Array, place: Place
+) -> _ByRow:
+    """A single row, the mean row itself, is seen about zero: norms are alike in being near one."""
+    inverse: Array = np.zeros_like(gram)
+    if np.isfinite(gram).all():
+        inverse = np.asarray(np.linalg.pinv(gram, hermitian=True), np.float64)
+    onto_itself = place(inverse)
+    probe = place(np.random.default_rng(1).standard_normal(layout.n_columns))
+    found: list[list[Array]] = [[] for _ in range(6)]
+    for a, b in layout.blocks(runs, place):
+        a, b = layout.about_own_mean(a), layout.about_own_mean(b)
+        if layout.n_rows > 1:
+            a, b = a - means[0], b - means[1]
+        seen_a, seen_b = (a, b) if onto is None else (a @ onto, b @ onto)
+        of_a, of_b = fetched((a * a).sum(axis=1)) ** 0.5, fetched((b * b).sum(axis=1)) ** 0.5
+        leverages, energies = ((seen_a @ onto_itself) * seen_a).sum(axis=1), (seen_b * seen_b).sum(axis=1)
+        numbers = (
+            fetched((a * b).sum(axis=1)), of_a * of_b, fetched(leverages), fetched(energies),
+            fetched(a @ probe) + 1j * fetched(b @ probe),
+            _of_neighbours(fetched((a[1:] * b[:-1]).sum(axis=1)), of_a[1:] * of_b[:-1]),
+        )  # fmt: skip
+        for kept, one in zip(found, numbers, strict=True):
+            kept.append(one)
+    dots, lengths, leverages, energies, prints, strange = (np.concatenate(one or [_NONE]) for one in found)
+    first = np.zeros(len(prints), bool)
+    first[np.unique(prints, return_index=True)[1]] = True  # rows that are one row many times, as unused tokens are
+    told = first & (lengths > 0.0)
+    usual = float(np.median(lengths[told])) if told.any() else 0.0
+    strange = strange[told & np.roll(told, 1) & np.isfinite(strange)]
+    by_chance = float(np.square(strange).mean()) if len(strange) else None
+    return _ByRow(dots[told] / lengths[told], np.minimum(lengths[told], usual), leverages, energies, by_chance)
+
+
+def _of_neighbours(dots: Array, lengths: Array) -> Array:
+    """Cosines of rows with the row before them; NaN for the first one of a block, and for a row without a length."""
+    found: Array = np.full(len(dots) + 1, np.nan)
+    np.divide(dots, lengths, out=found[1:], where=lengths > 0.0)
     return found

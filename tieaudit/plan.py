@@ -143,6 +143,7 @@ def plan(
         share_files=choices.share_files,
         optimizer=choices.optimizer,
         predictions=tuple(draft.predictions),
+        merge=choices.merge,
     )
 
 
@@ -164,7 +165,7 @@ def _consider(draft: _Draft, candidate: Candidate) -> None:
     try:
         edits = make[candidate.action](draft, candidate)
     except RewriteRefused as refused:
-        draft.refuse(candidate, refused.message)
+        draft.refuse(candidate, f"{refused.message}; {refused.hint}" if refused.hint else refused.message)
         return
     if edits:
         draft.edits.extend(edit for edit in edits if edit not in draft.edits and not _is_set(draft, edit))
