@@ -5,14 +5,15 @@ Weights are looked at through a sample of their rows unless `deep`; nothing is w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tieaudit.errors import RewriteRefused, UsageError
+from tieaudit.errors import NotFinite, RewriteRefused, UsageError
 from tieaudit.merge import policy_of, sites_of
-from tieaudit.merges import Block, Calibrated, Merge, Sites, Statistics
+from tieaudit.merges import Block, Calibrated, Merge, Sites, Statistics, expect_finite_tables
 from tieaudit.pairing import N_SAMPLED, sampled_runs
 from tieaudit.propose import Asked, propose
 from tieaudit.registry import discover
@@ -46,6 +47,8 @@ class Choice:
     n_classes: int
     exact: bool
     """Whether everything was read, not a sample."""
+    refused: str = ""
+    """Why it is no choice here: numbers from which nothing can be computed. Its damage is then infinite."""
 
     @property
     def damage(self) -> float:
@@ -73,6 +76,7 @@ def frontier(choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
 
     Nats and shares cannot be compared: where some choices have nats, and are not lossless, only those are looked at.
     """
+    choices = tuple(one for one in choices if not one.refused)
     if any(one.nats is not None for one in choices):
         choices = tuple(one for one in choices if one.nats is not None or one.changed == 0.0)
     best: list[Choice] = []
@@ -96,6 +100,12 @@ def _choices(
     seen = [(one, found) for one in lossy if (found := _sites(subject, one, calibrated, n_numbers)) is not None]
     if len(seen) < len(lossy):
         return  # codes, or types that cannot be merged: plan says why, by name
+    try:
+        for _, sites in seen:
+            expect_finite_tables(sites, "")
+    except NotFinite as error:
+        yield _refused(scheme, "every policy", candidates, error)
+        return
     fitted = [name for name in discover("merges", Merge) if calibrated is not None and _fitted(name)]
     n_rows = min(sites.n_rows for _, sites in seen)
     # a sample of as many rows as the residual has directions would be restored completely, which tells nothing
@@ -117,6 +127,8 @@ def _choice(
         weight = subject.model.by_id[candidate.members[0].id]
         try:
             merged = chosen.merge(sites, argument)
+        except NotFinite as error:
+            return _refused(scheme, policy, candidates, error)
         except (RewriteRefused, UsageError):
             return None
         energies = [_energy(sites, index) for index in range(len(sites.ids))]
@@ -143,6 +155,11 @@ def _choice(
         n_classes=len(candidates),
         exact=exact,
     )
+
+
+def _refused(scheme: str, policy: str, candidates: list[Candidate], error: NotFinite) -> Choice:
+    saved = sum(one.n_bytes_saved for one in candidates)
+    return Choice(scheme, policy, 0, saved, math.inf, None, len(candidates), False, error.message)
 
 
 def _fitted(name: str) -> bool:

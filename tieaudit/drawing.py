@@ -17,6 +17,7 @@ def draw(choices: Sequence[Choice], front: Sequence[Choice], path: Path) -> None
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     nats = any(one.nats is not None for one in front)
+    choices = [one for one in choices if not one.refused]
     axes.scatter([one.n_bytes_saved / 1e6 for one in choices], [one.damage for one in choices], s=14, color="#9aa5b1")
     axes.plot([one.n_bytes_saved / 1e6 for one in front], [one.damage for one in front], "o-", color="#1f6feb")
     for one in front:

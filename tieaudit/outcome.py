@@ -59,7 +59,9 @@ def planned(
 
 
 def _table(choices: Sequence[Choice]) -> list[str]:
-    """Schemes and policies beside each other."""
+    """Schemes and policies beside each other, and below them what was left out and why."""
+    refused = [one for one in choices if one.refused]
+    choices = [one for one in choices if not one.refused]
     sampled = "" if all(one.exact for one in choices) else "; from a sample of the weights"
     nats = " or the predicted rise of the loss" if any(one.nats is not None for one in choices) else ""
     rows = [("scheme", "policy", "parameters", "bytes", "damage")]
@@ -79,6 +81,8 @@ def _table(choices: Sequence[Choice]) -> list[str]:
         "",
         f"what could be shared, and the share of these weights' energy that would change{nats}{sampled}:",
         *(f"  {line}" for line in columns(rows, "<<>>>")),
+        *(f"  left out: {printable(one.scheme)}, {one.policy}: {printable(one.refused, 300)}" for one in refused[:4]),
+        *([f"  … and {len(refused) - 4:,} more left out"] if len(refused) > 4 else []),
         *([f"  … and {more:,} more (--format json lists all, --frontier what nothing beats)"] if more > 0 else []),
         "  (tieaudit explain NAME says what each does; --allow-lossy --scheme S --merge POLICY does it knowingly)",
     ]

@@ -74,7 +74,7 @@ def plan(
         from tieaudit.comparison import frontier as best
 
         every = compare(subject, calibrated=calibrated, deep=deep)
-        table = best(every) if frontier else every
+        table = (*best(every), *(one for one in every if one.refused)) if frontier else every
         if plot is not None:
             from tieaudit.drawing import draw
 

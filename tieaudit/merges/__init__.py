@@ -13,6 +13,8 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from tieaudit.errors import NotFinite
+from tieaudit.printable import listed
 from tieaudit.summing import Sums
 
 Block = NDArray[np.float64]
@@ -23,6 +25,8 @@ process."""
 
 NO_CALIBRATION = "give --calibrate DATA.npz or a text; keep:head, mean and low-rank:R need none"
 """What to do without statistics."""
+KEEP_ONE = "keep:ID computes nothing, and keeps those of one of them"
+"""What to do with numbers that nothing can be computed from."""
 
 
 class Table(Protocol):
@@ -169,6 +173,34 @@ class Sites:
                 size += float(np.square(rows).sum())
             found.append(changed / size if size > 0.0 else 0.0)
         return tuple(found)
+
+
+def expect_finite_tables(sites: Sites, policy: str, rows: tuple[int, int] | None = None) -> None:
+    """NotFinite, naming the member and the place of a number that is none. `rows`: (begin, end), else all.
+
+    Cost: reads these rows of every table.
+    """
+    among = f" of {listed(sites.ids)}" if len(sites.ids) > 1 else ""
+    for begin, end in [rows] if rows is not None else sites.blocks():
+        for id, table in zip(sites.ids, sites.tables, strict=True):
+            wrong = np.argwhere(~np.isfinite(table.rows(begin, end)))
+            if len(wrong):
+                at = [begin + int(wrong[0][0]), int(wrong[0][1])][: len(table.shape)]
+                raise NotFinite(
+                    f"{f'--merge {policy}: ' if policy else ''}{listed((id,))}: expected finite numbers, found inf or NaN at {at}, which "
+                    f"would spread into the common value{among}; {KEEP_ONE}"
+                )
+
+
+def finite(sites: Sites, policy: str, *found: Block) -> None:
+    """NotFinite where sums over the tables, or over what flowed through them, are not all finite."""
+    if all(np.isfinite(one).all() for one in found):
+        return
+    expect_finite_tables(sites, policy)
+    raise NotFinite(
+        f"--merge {policy}: {listed(sites.ids)}: expected finite sums over the tables and the calibration data, found "
+        f"inf or NaN; {KEEP_ONE}"
+    )
 
 
 @dataclass(frozen=True)

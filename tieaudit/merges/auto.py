@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 from tieaudit.errors import RewriteRefused, UsageError
@@ -30,7 +31,7 @@ def _merge(sites: Sites, argument: str) -> Merged:
     if not tried:
         raise RewriteRefused(f"--merge auto: no policy can merge {', '.join(sites.ids)}")
     cost, measure = _cost_of(sites, [merged for _, merged in tried])
-    costs = {name: cost(merged) for name, merged in tried}
+    costs = {name: found if math.isfinite(found := cost(merged)) else math.inf for name, merged in tried}
     found = dict(tried)
     rule = _by_rule(measure, found)
     name = rule[0] if rule is not None else min(costs, key=lambda one: costs[one])

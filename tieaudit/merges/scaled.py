@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 
 from tieaudit.errors import RewriteRefused
-from tieaudit.merges import Block, Correction, Merge, Merged, Sites, Table
+from tieaudit.merges import Block, Correction, Merge, Merged, Sites, Table, finite
 
 
 def _rows(table: Table, head: Table, scale: Block, begin: int, end: int) -> Block:
@@ -28,7 +28,9 @@ def _merge(sites: Sites, argument: str) -> Merged:
         e, u = (table.rows(*at) for table in tables)
         square_e, square_u, dot = square_e + (e * e).sum(0), square_u + (u * u).sum(0), dot + (e * u).sum(0)
     # minimises ‖W − E‖²/‖E‖² + ‖gW − U‖²/‖U‖² of each column: of two unit vectors the bisector is closest to both
-    ratio = np.sqrt(np.maximum(square_u, 1e-300) / np.maximum(square_e, 1e-300))
+    finite(sites, "scaled", square_e, square_u, dot)
+    known = (square_e > 0.0) & (square_u > 0.0)  # a column of nothing but zeros has no size to be scaled to
+    ratio = np.sqrt(np.where(known, square_u, 1.0) / np.where(known, square_e, 1.0))
     scale = np.where(dot < 0.0, -ratio, ratio)
     return Merged(partial(_rows, *tables, scale), corrections={head: Correction("scale", scale)})
 
