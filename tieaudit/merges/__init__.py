@@ -180,15 +180,15 @@ def expect_finite_tables(sites: Sites, policy: str, rows: tuple[int, int] | None
 
     Cost: reads these rows of every table.
     """
-    among = f" of {listed(sites.ids)}" if len(sites.ids) > 1 else ""
+    asked = f"--merge {policy}: " if policy else ""
     for begin, end in [rows] if rows is not None else sites.blocks():
         for id, table in zip(sites.ids, sites.tables, strict=True):
             wrong = np.argwhere(~np.isfinite(table.rows(begin, end)))
             if len(wrong):
                 at = [begin + int(wrong[0][0]), int(wrong[0][1])][: len(table.shape)]
                 raise NotFinite(
-                    f"{f'--merge {policy}: ' if policy else ''}{listed((id,))}: expected finite numbers, found inf or NaN at {at}, which "
-                    f"would spread into the common value{among}; {KEEP_ONE}"
+                    f"{asked}{listed((id,))}: expected finite numbers, found inf or NaN at {at}, which would spread "
+                    f"into the common value of {listed(sites.ids)}; {KEEP_ONE}"
                 )
 
 

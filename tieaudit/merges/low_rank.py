@@ -9,7 +9,6 @@ import numpy as np
 from tieaudit.errors import RewriteRefused, UsageError
 from tieaudit.merges import Block, Correction, Merge, Merged, Sites, Table, finite
 
-
 _PANEL_NUMBERS = 1 << 23
 """Of a matrix wider than high that are held at once: 64 MiB."""
 
