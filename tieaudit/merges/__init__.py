@@ -45,12 +45,13 @@ class Table(Protocol):
 
 @dataclass(frozen=True)
 class Statistics:
-    """What calibration measured at one site, as averages over tokens."""
+    """What calibration measured at one site, as averages over tokens; of gradients, over what is predicted."""
 
     n_tokens: int
     row_weights: Block | None = None
-    """[rows] How much a row matters: token frequencies p of an embedding, E[p(1 − p)] of a head's probabilities, E[g²]
-    of the loss's gradient at what any other product gives (of which a head's is the expectation)."""
+    """[rows] How much a row matters: token frequencies p of an embedding, E[g²] of the loss's gradient at what a
+    product gives; of a head without gradients E[p(1 − p)] of its probabilities, which is the expectation of that, by
+    the square of the scale between product and scores."""
     inputs: Block | None = None
     """[columns, columns] E[x xᵀ] of what the table's rows are multiplied with (a head's hidden states)."""
     gradients: Block | None = None
@@ -62,9 +63,10 @@ class Statistics:
     def of(cls, sums: Sums, *, turned: bool = False) -> Statistics:
         """Averages of what was added up."""
         n = max(sums.n_tokens, 1)
-        weights, inputs, gradients = (
-            None if one is None else one / n for one in (sums.row_weights, sums.inputs, sums.gradients)
-        )
+        n_targets = sums.n_targets or n
+        of_weights = n if sums.inputs is None else n_targets  # how often an id is looked up, or Σ g²
+        by = ((sums.row_weights, of_weights), (sums.inputs, n), (sums.gradients, n_targets))
+        weights, inputs, gradients = (None if one is None else one / count for one, count in by)
         return cls(sums.n_tokens, weights, inputs, gradients, turned)
 
     @property
