@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tieaudit.errors import NotFinite, RewriteRefused, UsageError
+from tieaudit.formats import Format
 from tieaudit.merge import policy_of, sites_of
 from tieaudit.merges import Block, Calibrated, Merge, Sites, Statistics, expect_finite_tables
 from tieaudit.pairing import N_SAMPLED, sampled_runs
 from tieaudit.propose import Asked, propose
-from tieaudit.registry import discover
+from tieaudit.registry import choose, discover
 from tieaudit.saving import n_parameters_saved
+from tieaudit.scaling import gain_before
 from tieaudit.schemes import Scheme
 from tieaudit.verdict import Candidate, Subject
 
@@ -138,7 +140,8 @@ def _choice(
         known, nats = known and cost is not None, nats + (cost or 0.0)
         corrected = [
             replace(one, n_rows=weight.n_elements // max(sites.n_columns, 1)).n_parameters
-            for one in merged.corrections.values()
+            for at, one in merged.corrections.items()
+            if not (one.kind == "scale" and _is_free(subject, sites.ids[at], sites.n_columns))
         ]
         costs = sum(corrected) * weight.n_bytes // max(weight.n_elements, 1)
         if corrected and (costs >= candidate.n_bytes_saved or len(weight.shape) != 2):
@@ -155,6 +158,12 @@ def _choice(
         n_classes=len(candidates),
         exact=exact,
     )
+
+
+def _is_free(subject: Subject, head: str, n_columns: int) -> bool:
+    """Whether the norm before a head takes a scale of its columns."""
+    format_ = choose(discover("formats", Format), subject.model.format, "format")
+    return not isinstance(gain_before(format_, subject.model, head, n_columns), str)
 
 
 def _refused(scheme: str, policy: str, candidates: list[Candidate], error: NotFinite) -> Choice:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -192,6 +192,8 @@ class Common:
     because: str = ""
     prediction: Prediction | None = None
     """Where there is calibration."""
+    scales: Mapping[str, Block] = field(default_factory=dict)
+    """Of the adjustments those that are a scale of each column, before rounding."""
 
 
 def common_value(
@@ -217,7 +219,8 @@ def common_value(
     prediction = _prediction(sites, merged, text) if calibrated is not None else None
     if merged.corrections:
         found = {sites.ids[at]: _adjustment(sites, at, merged, first.dtype) for at in merged.corrections}
-        return Common(None, MergedStorage(merged.rows, first, text), found, merged.because, prediction)
+        scales = {sites.ids[at]: one.right for at, one in merged.corrections.items() if one.kind == "scale"}
+        return Common(None, MergedStorage(merged.rows, first, text), found, merged.because, prediction, scales)
     if merged.keeps is not None:
         return Common(sites.ids[merged.keeps], None, {}, merged.because, prediction)
     values = _turned_back(sites, merged, first, text) if sites.turned else MergedStorage(merged.rows, first, text)

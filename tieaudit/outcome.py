@@ -208,6 +208,8 @@ def _edit_line(model: Model, edit: Edit) -> str:
     match edit:
         case Share(members=members, values=values, adjustments=adjustments):
             kept, rest = members[0], members[1:]
+            if not rest:
+                return _fold_line(edit)
             if can_declare(model) and values is None:  # which name survives is the class's business, not the list's
                 names = listed(tuple(_seen(member) for member in members))
                 return f"share    {names}: stored once{_shape(model, kept.id)}"
@@ -215,6 +217,8 @@ def _edit_line(model: Model, edit: Edit) -> str:
             said = "; ".join(f"{printable(id)} corrected ({one.kind})" for id, one in adjustments.items())
             line = f"share    {value} ← {listed(tuple(_seen(member) for member in rest))}{_shape(model, kept.id)}"
             return f"{line}; {said}" if said else line
+        case Equalise(members=(_,)):
+            return _fold_line(edit)
         case Equalise(members=members, values=values):
             value = "one merged value" if values is not None else f"the value of {printable(members[0].id)}"
             return f"equal    {value} → {listed(tuple(_seen(member) for member in members))}: each stored"
@@ -226,6 +230,10 @@ def _edit_line(model: Model, edit: Edit) -> str:
             return f"respell  {printable(weight)}{_shape(model, weight)}: {printable(because)}"
         case SetConfig(file=file, key=key, value=value):
             return f"set      {printable(file)}: {printable('.'.join(key))} = {json.dumps(value)}"
+
+
+def _fold_line(edit: Share | Equalise) -> str:
+    return f"fold     {printable(edit.members[0].id)} {printable(edit.because)}"
 
 
 def _packs(model: Model, plan: Plan) -> bool:

@@ -17,10 +17,11 @@ from tieaudit.merges import Calibrated
 from tieaudit.model import Member, Model
 from tieaudit.other_names import with_other_names
 from tieaudit.placing import Place
-from tieaudit.printable import counted
+from tieaudit.printable import counted, listed
 from tieaudit.propose import propose, schemes
 from tieaudit.registry import choose, discover
 from tieaudit.saving import n_bytes_saved
+from tieaudit.scaling import folded
 from tieaudit.schemes import Scheme
 from tieaudit.unsharing import of_names, of_uses
 from tieaudit.verdict import Candidate, Refusal, Subject
@@ -184,11 +185,14 @@ def _share(draft: _Draft, candidate: Candidate) -> list[Edit]:
         return _share_apart(draft, candidate)
     if candidate.lossless:
         return _realisable(draft, with_other_names(draft.subject, Share(candidate.members, None, candidate.because)))
-    share = with_other_names(draft.subject, _lossy(draft, candidate))
+    share, folds = _lossy(draft, candidate)
+    share = with_other_names(draft.subject, share)
     try:
         edits = _realisable(draft, share)
     except RewriteRefused as refused:
         edits = [_equal(draft, share, refused)]
+    edits += [one for fold in folds for one in _realisable(draft, fold)]
+    draft.owners.update({member.id: candidate.scheme for fold in folds for member in fold.members})
     draft.lossless = False
     return edits
 
@@ -216,7 +220,7 @@ def _of_merged(draft: _Draft) -> Iterator[str]:
 
 def _of_equal_values(draft: _Draft) -> Iterator[str]:
     """What classes with one value under each name are to whoever loads them."""
-    found = [edit for edit in draft.edits if isinstance(edit, Equalise)]
+    found = [edit for edit in draft.edits if isinstance(edit, Equalise) and len(edit.members) > 1]
     if not found:
         return
     n_names = sum(len(edit.members) for edit in found)
@@ -256,8 +260,8 @@ def _share_apart(draft: _Draft, candidate: Candidate) -> list[Edit]:
     return found
 
 
-def _lossy(draft: _Draft, candidate: Candidate) -> Share:
-    """A share of unequal weights: refused with the measured difference unless the user allowed it."""
+def _lossy(draft: _Draft, candidate: Candidate) -> tuple[Share, list[Equalise | Share]]:
+    """A share of unequal weights, and what is folded into norms for it: refused unless the user allowed it."""
     model = draft.model
     weights = [(model.by_id[member.id], member) for member in candidate.members]
     first = weights[0][0]
@@ -271,9 +275,9 @@ def _lossy(draft: _Draft, candidate: Candidate) -> Share:
         )
     policy = draft.choices.merge or usual
     kinds = {id: role.kind for id, role in draft.subject.roles.items()}
-    common = common_value(weights, kinds, policy, draft.calibrated)
+    common, folds, unfolded = _folded(draft, common_value(weights, kinds, policy, draft.calibrated))
     if common.adjustments:
-        _check_adjustments(draft, candidate, policy, common)
+        _check_adjustments(draft, candidate, policy, common, unfolded)
     members = candidate.members
     if common.kept is not None:
         members = anchored(members, common.kept)
@@ -281,15 +285,35 @@ def _lossy(draft: _Draft, candidate: Candidate) -> Share:
     if common.prediction is not None:
         draft.predictions.append(common.prediction)
     draft.merged.setdefault(f"--merge {policy}{decided}", []).append(tuple(weight.id for weight, _ in weights))
-    return Share(members, common.values, candidate.because, common.adjustments)
+    return Share(members, common.values, candidate.because, common.adjustments), folds
 
 
-def _check_adjustments(draft: _Draft, candidate: Candidate, policy: str, common: Common) -> None:
+def _folded(draft: _Draft, common: Common) -> tuple[Common, list[Equalise | Share], str]:
+    """Scales go into the norm before their head where that is free; and why one did not."""
+    folds, kept, unfolded = list[Equalise | Share](), dict(common.adjustments), ""
+    for id, scale in common.scales.items():
+        found = folded(draft.format, draft.model, id, scale)
+        if isinstance(found, str):
+            unfolded = f"; nor can the norm before the head take it: {found}"
+        elif any(member.id in draft.owners for one in found for member in one.members):
+            unfolded = "; nor can the norm before the head take it, which another scheme changes"
+        else:
+            folds += found
+            del kept[id]
+            names = listed(tuple(member.id for one in found for member in one.members))
+            draft.notes.append(
+                f"{names}: takes the scale of {id}, so hidden states behind that norm are scaled as well"
+            )
+    return replace(common, adjustments=kept), folds, unfolded
+
+
+def _check_adjustments(draft: _Draft, candidate: Candidate, policy: str, common: Common, unfolded: str) -> None:
     """RewriteRefused where the format has no place for corrections, or they cost more than the tie saves."""
     if not draft.format.holds_adjustments:
         raise RewriteRefused(
             f"--merge {policy}: the correction of {', '.join(common.adjustments)} is an operation of its own, and the "
             f"format {draft.format.name} holds weights only (an ONNX model and a live module have a place for it)"
+            + unfolded
         )
     n_added = sum(one.n_bytes for one in common.adjustments.values())
     n_saved = n_bytes_saved(draft.model, [Share(candidate.members)])
