@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from tieaudit import outcome
 from tieaudit.cli import main
 from tieaudit.comparison import Choice, compare, frontier
 from tieaudit.drawing import draw
@@ -197,3 +199,26 @@ def test_a_picture_is_drawn_where_nothing_is_yet(untied: Path, tmp_path: Path) -
     wrong = plan_of(untied, "--plot", tmp_path / "front.pdf")
     assert wrong.exit_code == 2 and ".png or .svg" in wrong.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["front.png", "front.svg"]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_scheme_with_a_number_that_is_none_is_left_out_by_name_and_the_others_are_compared(
+    bad: float, tmp_path: Path
+) -> None:
+    one = subject()
+    head = one.model.by_id["head"]
+    assert head.storage is not None
+    values = np.frombuffer(head.storage.read_ranges([(0, head.n_bytes)])[0], np.float32).reshape(V, D).copy()
+    values[3, 4] = bad
+    weights = tuple(
+        replace(w, storage=MemoryStorage(values.tobytes(), "head")) if w.id == "head" else w for w in one.model.weights
+    )
+    broken = Subject(replace(one.model, weights=weights), Found(()), one.roles)
+    found = compare(broken)
+    refused = [choice for choice in found if choice.refused]
+    assert {choice.scheme for choice in refused} == {"io"}
+    assert "head: expected finite numbers, found inf or NaN at [3, 4]" in refused[0].refused
+    assert not any(choice.scheme == "io" and not choice.refused for choice in found)
+    assert by_name(found)["albert", "mean"] == by_name(compare(one))["albert", "mean"]
+    assert all(not choice.refused and np.isfinite(choice.damage) for choice in frontier(found))
+    assert "left out: io, every policy: head: expected finite numbers" in "\n".join(outcome._table(found))

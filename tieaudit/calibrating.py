@@ -17,7 +17,7 @@ import numpy as np
 
 from tieaudit.end_to_end import with_limits
 from tieaudit.errors import MissingPackage, RewriteRefused, UsageError
-from tieaudit.formats.onnx.taps import read_graph, taps, write_tapped
+from tieaudit.formats.onnx.taps import read_graph, scores_behind, taps, write_tapped
 from tieaudit.merges import Calibrated, Statistics
 from tieaudit.model import Model, Weight
 from tieaudit.overlay import Overlay
@@ -29,7 +29,7 @@ from tieaudit.running import Opened, opened, path_of, runner_for
 from tieaudit.sandbox import ChildFailed, Sandbox
 from tieaudit.schemes import Scheme
 from tieaudit.summing import IGNORED, TARGETS, unpacked
-from tieaudit.tokens import LENGTH, N_MOST_TEXT_BYTES, Tokens, completed, from_archive, from_ids, main_ids
+from tieaudit.tokens import LENGTH, N_MOST_TEXT_BYTES, Tokens, completed, from_archive, from_ids, main_ids, shown_in
 from tieaudit.verdict import Subject
 
 N_MOST_SUMS = 1 << 27
@@ -303,7 +303,8 @@ class _Watching:
         n_batches = 0
         for batch in batches(tokens, self.signature, data.n_vocabulary + self.n_numbers):
             if not backward:
-                batch.pop(TARGETS, None)
+                targets = batch.pop(TARGETS, None)
+                batch = {**batch, **shown_in(batch, self.signature, targets)}
             ask("calibrate", handle, batch)
             n_batches += 1
         if not n_batches:
@@ -342,16 +343,18 @@ def _tapped(subject: Subject, weights: Sequence[Weight], sandbox: Sandbox) -> It
     heads = {id for id, role in subject.roles.items() if role.kind == "output_head"}
     with Overlay(model) as overlay:
         copy = overlay.file(str(source)).with_name("tieaudit-tapped.onnx")
-        scores = {one.result for one in found if one.id in heads and one.kind == "product"}
-        write_tapped(proto, copy, [one.value for one in found] + sorted(scores))
+        scores = {one.result: scores_behind(proto, one.result)
+                  for one in found if one.id in heads and one.kind == "product"}  # fmt: skip
+        write_tapped(proto, copy, [*(one.value for one in found), *sorted({*scores, *scores.values()})])
         keys: dict[str, str] = {id: str(index) for index, id in enumerate(dict.fromkeys(one.id for one in found))}
         sites: list[Mapping[str, Any]] = [
             {"key": keys[one.id], "kind": one.kind, "value": one.value, "n_rows": one.n_rows,
-             "scores": one.result if one.result in scores else ""}
+             "result": one.result if one.result in scores else "", "scores": scores.get(one.result, "")}
             for one in found
         ]  # fmt: skip
         turned = frozenset(keys[one.id] for one in found if one.turned)
         widths = {one.value: min(model.by_id[one.id].shape) for one in found}
+        widths |= {one.result: one.n_rows for one in found if scores.get(one.result, one.result) != one.result}
         with _opened(model, sandbox, str(copy)) as one:
             signature = _limited(subject, with_limits(one.signature, str(source)))
             ids = {key: id for id, key in keys.items()}

@@ -36,6 +36,16 @@ class Adjustment:
 
 
 @dataclass(frozen=True)
+class Gain:
+    """A norm whose only reader is one product, so that its gain can take a scale of each column of that."""
+
+    ids: tuple[str, ...]
+    """The gain, and the bias if there is one."""
+    added: float = 0.0
+    """To the stored gain, before it is applied: 1 in Gemma, where 0 means that nothing is scaled."""
+
+
+@dataclass(frozen=True)
 class Share:
     """Make the members one stored tensor. The first member's name survives; lossy if the values differ."""
 

@@ -16,6 +16,7 @@ def draw(choices: Sequence[Choice], front: Sequence[Choice], path: Path) -> None
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
+    choices = [one for one in choices if not one.refused]
     nats = any(one.rise is not None for one in front)
     if nats:  # shares of energy have no place on an axis of nats
         choices = [one for one in choices if one.rise is not None or not one.policy]

@@ -59,7 +59,9 @@ def planned(
 
 
 def _table(choices: Sequence[Choice]) -> list[str]:
-    """Schemes and policies beside each other."""
+    """Schemes and policies beside each other, and below them what was left out and why."""
+    refused = [one for one in choices if one.refused]
+    choices = [one for one in choices if not one.refused]
     sampled = "" if all(one.exact for one in choices) else "; from a sample of the weights"
     nats = " or the predicted rise of the loss" if any(one.rise is not None for one in choices) else ""
     if any(one.measured is not None for one in choices):
@@ -82,6 +84,8 @@ def _table(choices: Sequence[Choice]) -> list[str]:
         "",
         f"what could be shared, and the share of these weights' energy that would change{nats}{sampled}:",
         *(f"  {line}" for line in columns(rows, "<<>>>")),
+        *(f"  left out: {printable(one.scheme)}, {one.policy}: {printable(one.refused, 300)}" for one in refused[:4]),
+        *([f"  … and {len(refused) - 4:,} more left out"] if len(refused) > 4 else []),
         *([f"  … and {more:,} more (--format json lists all, --frontier what nothing beats)"] if more > 0 else []),
         "  (tieaudit explain NAME says what each does; --allow-lossy --scheme S --merge POLICY does it knowingly)",
     ]
@@ -210,6 +214,8 @@ def _edit_line(model: Model, edit: Edit) -> str:
     match edit:
         case Share(members=members, values=values, adjustments=adjustments):
             kept, rest = members[0], members[1:]
+            if not rest:
+                return _fold_line(edit)
             if can_declare(model) and values is None:  # which name survives is the class's business, not the list's
                 names = listed(tuple(_seen(member) for member in members))
                 return f"share    {names}: stored once{_shape(model, kept.id)}"
@@ -217,6 +223,8 @@ def _edit_line(model: Model, edit: Edit) -> str:
             said = "; ".join(f"{printable(id)} corrected ({one.kind})" for id, one in adjustments.items())
             line = f"share    {value} ← {listed(tuple(_seen(member) for member in rest))}{_shape(model, kept.id)}"
             return f"{line}; {said}" if said else line
+        case Equalise(members=(_,)):
+            return _fold_line(edit)
         case Equalise(members=members, values=values):
             value = "one merged value" if values is not None else f"the value of {printable(members[0].id)}"
             return f"equal    {value} → {listed(tuple(_seen(member) for member in members))}: each stored"
@@ -228,6 +236,10 @@ def _edit_line(model: Model, edit: Edit) -> str:
             return f"respell  {printable(weight)}{_shape(model, weight)}: {printable(because)}"
         case SetConfig(file=file, key=key, value=value):
             return f"set      {printable(file)}: {printable('.'.join(key))} = {json.dumps(value)}"
+
+
+def _fold_line(edit: Share | Equalise) -> str:
+    return f"fold     {printable(edit.members[0].id)} {printable(edit.because)}"
 
 
 def _packs(model: Model, plan: Plan) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tieaudit.diagnostics import Array, Pair
 from tieaudit.merge import Aligned, aligned
@@ -26,7 +27,6 @@ MOST_COLUMNS = 512
 _RUN = 32
 """Neighbouring rows read at once: one read for each, and neighbours in a vocabulary are no more alike than others."""
 _DEEP_BLOCK = 1 << 21
-_NONE: Array = np.zeros(0)
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def pair(weights: Sequence[tuple[Weight, Member]], *, deep: bool = False, place:
 
     `place`: where the sums are formed (`placing.place_on`), by default numpy. RewriteRefused if one is no dense
     floating-point tensor. Numbers that are not finite make every sum useless: the squares are then NaN, which callers
-    show as such. Cost: reads up to `N_SAMPLED` numbers of each, or with `deep` each table twice; memory a few blocks
-    and, deep, three matrices of columns × columns.
+    show as such. Cost: reads up to `N_SAMPLED` numbers of each, or with `deep` each table, twice, with five products of
+    rows × columns² and the eigenvalues of one matrix of columns × columns; memory a few blocks and a few such matrices.
     """
     layout = _laid_out(weights)
     runs = _runs(layout, deep)
@@ -130,20 +130,35 @@ def _sums(layout: _Layout, runs: list[tuple[int, int]], n_seen: int, sketch: Arr
     k = d if sketch is None else sketch.shape[1]
     onto = None if sketch is None else place(sketch)
     mean_a, mean_b = place(np.zeros(d)), place(np.zeros(d))
+    middles = (_Middle(place(np.zeros(d))), _Middle(place(np.zeros(d))))
     gram_a, gram_b, cross = (place(np.zeros((k, k))) for _ in range(3))
     squared_a = squared_b = dot = 0.0
     for a, b in layout.blocks(runs, place):
         squared_a, squared_b = squared_a + float((a * a).sum()), squared_b + float((b * b).sum())
         dot += float((a * b).sum())
         a, b = layout.about_own_mean(a), layout.about_own_mean(b)
-        seen_a, seen_b = (a, b) if onto is None else (a @ onto, b @ onto)
         mean_a, mean_b = mean_a + a.sum(axis=0), mean_b + b.sum(axis=0)
+        middles = (middles[0].joined_by(a), middles[1].joined_by(b))
+        seen_a, seen_b = (a, b) if onto is None else (a @ onto, b @ onto)
         gram_a, gram_b, cross = gram_a + seen_a.T @ seen_a, gram_b + seen_b.T @ seen_b, cross + seen_a.T @ seen_b
     mean_a, mean_b = mean_a / max(n_seen, 1), mean_b / max(n_seen, 1)
     centre_a, centre_b = (fetched(mean if onto is None else mean @ onto) for mean in (mean_a, mean_b))
-    gram = fetched(gram_a) - n_seen * np.outer(centre_a, centre_a)
-    by_row = _by_row(layout, runs, (mean_a, mean_b), onto, gram, place)
-    energy = float(by_row.energies.sum())
+    raw = float(fetched(gram_a).trace())
+    centred_a = fetched(gram_a) - n_seen * np.outer(centre_a, centre_a)
+    basis = _basis(centred_a, raw)
+    wanted = place(basis) if 0 < basis.shape[1] < n_seen else None  # else every row is explained, whatever it is
+    held = place(np.zeros((basis.shape[1],) * 2))
+    cosines, leverages, squares = [], [], []
+    probe = place(np.random.default_rng(1).standard_normal(d))
+    for a, b in layout.blocks(runs, place):
+        a, b = layout.about_own_mean(a), layout.about_own_mean(b)
+        cosines.append(_cosines(a, b, middles, layout.n_rows, probe))
+        if wanted is not None:
+            seen_a, seen_b = (a - mean_a, b - mean_b) if onto is None else ((a - mean_a) @ onto, (b - mean_b) @ onto)
+            inside, square = seen_a @ wanted, (seen_b * seen_b).sum(axis=1)
+            held = held + inside.T @ (inside * square[:, None])
+            leverages.append(fetched((inside * inside).sum(axis=1)))
+            squares.append(fetched(square))
     return Pair(
         n_rows=layout.n_rows,
         n_columns=d,
@@ -152,68 +167,72 @@ def _sums(layout: _Layout, runs: list[tuple[int, int]], n_seen: int, sketch: Arr
         squared_a=squared_a,
         squared_b=squared_b,
         dot=dot,
-        cosines=by_row.cosines,
-        gram_a=gram,
+        cosines=_of_different_rows(cosines),
+        gram_a=centred_a,
         gram_b=fetched(gram_b) - n_seen * np.outer(centre_b, centre_b),
         cross=fetched(cross) - n_seen * np.outer(centre_a, centre_b),
-        weights=by_row.weights,
-        variance_by_chance=by_row.by_chance,
-        chance=float((by_row.leverages * by_row.energies).sum()) / energy if energy > 0.0 else None,
-        n_rows_worth=energy**2 / float(np.square(by_row.energies).sum()) if energy > 0.0 else None,
+        basis=basis,
+        leverages=_joined(leverages),
+        squares_b=_joined(squares),
+        held=fetched(held),
     )
 
 
-@dataclass(frozen=True)
-class _ByRow:
-    """Numbers of each row that was seen; of rows that are the same in both tables only one counts in `cosines`."""
-
-    cosines: Array
-    weights: Array
-    """‖a‖·‖b‖ about the means, of the rows of `cosines`, and at most the median of that."""
-    leverages: Array
-    """aᵀ(AᵀA)⁻¹a: how much of a row any linear map of A restores."""
-    energies: Array
-    """‖b‖² about the means, as far as it was seen."""
-    by_chance: float | None
-    """Mean square of the cosines of rows with the rows before them, which have nothing to do with them."""
+def _joined(pieces: list[Array]) -> Array:
+    return np.concatenate(pieces) if pieces else np.zeros(0)
 
 
-def _by_row(
-    layout: _Layout, runs: list[tuple[int, int]], means: tuple[Any, Any], onto: Any, gram: Array, place: Place
-) -> _ByRow:
-    """A single row, the mean row itself, is seen about zero: norms are alike in being near one."""
-    inverse: Array = np.zeros_like(gram)
-    if np.isfinite(gram).all():
-        inverse = np.asarray(np.linalg.pinv(gram, hermitian=True), np.float64)
-    onto_itself = place(inverse)
-    probe = place(np.random.default_rng(1).standard_normal(layout.n_columns))
-    found: list[list[Array]] = [[] for _ in range(6)]
-    for a, b in layout.blocks(runs, place):
-        a, b = layout.about_own_mean(a), layout.about_own_mean(b)
-        if layout.n_rows > 1:
-            a, b = a - means[0], b - means[1]
-        seen_a, seen_b = (a, b) if onto is None else (a @ onto, b @ onto)
-        of_a, of_b = fetched((a * a).sum(axis=1)) ** 0.5, fetched((b * b).sum(axis=1)) ** 0.5
-        leverages, energies = ((seen_a @ onto_itself) * seen_a).sum(axis=1), (seen_b * seen_b).sum(axis=1)
-        numbers = (
-            fetched((a * b).sum(axis=1)), of_a * of_b, fetched(leverages), fetched(energies),
-            fetched(a @ probe) + 1j * fetched(b @ probe),
-            _of_neighbours(fetched((a[1:] * b[:-1]).sum(axis=1)), of_a[1:] * of_b[:-1]),
-        )  # fmt: skip
-        for kept, one in zip(found, numbers, strict=True):
-            kept.append(one)
-    dots, lengths, leverages, energies, prints, strange = (np.concatenate(one or [_NONE]) for one in found)
-    first = np.zeros(len(prints), bool)
-    first[np.unique(prints, return_index=True)[1]] = True  # rows that are one row many times, as unused tokens are
-    told = first & (lengths > 0.0)
-    usual = float(np.median(lengths[told])) if told.any() else 0.0
-    strange = strange[told & np.roll(told, 1) & np.isfinite(strange)]
-    by_chance = float(np.square(strange).mean()) if len(strange) else None
-    return _ByRow(dots[told] / lengths[told], np.minimum(lengths[told], usual), leverages, energies, by_chance)
-
-
-def _of_neighbours(dots: Array, lengths: Array) -> Array:
-    """Cosines of rows with the row before them; NaN for the first one of a block, and for a row without a length."""
-    found: Array = np.full(len(dots) + 1, np.nan)
-    np.divide(dots, lengths, out=found[1:], where=lengths > 0.0)
+def _basis(gram: Array, raw: float) -> Array:
+    """G^-½ over the directions that the centred rows have; `raw`: the trace before centring, whose rounding remains."""
+    if not np.isfinite(gram).all():
+        return np.zeros((len(gram), 0))
+    values, vectors = np.linalg.eigh(gram)
+    kept = values > 4.0 * len(gram) * np.finfo(np.float64).eps * max(raw, float(values[-1]))
+    found: Array = vectors[:, kept] / np.sqrt(values[kept])
     return found
+
+
+@dataclass(frozen=True)
+class _Middle:
+    """The mean row, each row weighted by 1/length: one step from zero towards the spatial median (Weiszfeld 1937).
+
+    The plain mean of rows some of which are much longer than most is one of the long ones, about which all the short
+    rows of a table are one row."""
+
+    rows: Any
+    weights: float = 0.0
+
+    def joined_by(self, block: Any) -> _Middle:
+        length = (block * block).sum(axis=1) ** 0.5
+        weights = (length > 0.0) / (length + (length == 0.0))
+        return _Middle(self.rows + weights @ block, self.weights + float(weights.sum()))
+
+    @property
+    def row(self) -> Any:
+        return self.rows / (self.weights or 1.0)
+
+
+def _of_different_rows(pieces: list[tuple[Array, NDArray[np.complex128]]]) -> Array:
+    """Cosines of rows, of those that are one row many times, as unused tokens are, only one."""
+    if not pieces:
+        return np.zeros(0)
+    cosines, prints = (np.concatenate(one) for one in zip(*pieces, strict=True))
+    found: Array = cosines[np.sort(np.unique(prints, return_index=True)[1])]
+    return found
+
+
+def _cosines(
+    a: Any, b: Any, middles: tuple[_Middle, _Middle], n_rows: int, probe: Any
+) -> tuple[Array, NDArray[np.complex128]]:
+    """Of each row about the middle, and a number for both rows that is the same where they are.
+
+    A single row, the middle itself, is seen about zero: norms are alike in being near one. Rows of nothing but zeros
+    are left out: about the middle they would all be one row, however many they are.
+    """
+    live = np.logical_and(fetched((a != 0).any(axis=1)), fetched((b != 0).any(axis=1)))
+    if n_rows > 1:
+        a, b = a - middles[0].row, b - middles[1].row
+    scale = fetched((a * a).sum(axis=1)) ** 0.5 * fetched((b * b).sum(axis=1)) ** 0.5
+    kept = np.logical_and(scale > 0.0, live)
+    prints: NDArray[np.complex128] = fetched(a @ probe) + 1j * fetched(b @ probe)
+    return fetched((a * b).sum(axis=1))[kept] / scale[kept], prints[kept]

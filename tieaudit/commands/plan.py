@@ -86,7 +86,7 @@ def plan(
         every = compare(subject, calibrated=calibrated, deep=deep)
         if data is not None and calibrated is not None and subject.model.format in _WITHOUT_GRADIENTS:
             every, made = _with_losses(subject, every, made, data, calibrated, device)
-        table = best(every) if frontier else every
+        table = (*best(every), *(one for one in every if one.refused)) if frontier else every
         if plot is not None:
             from tieaudit.drawing import draw
 

@@ -19,10 +19,8 @@ Array = NDArray[np.float64]
 class Pair:
     """Two tables A and B of one layout, as far as they were looked at: sums over rows, and nothing of their size.
 
-    Rows are the longer axis. Where these are the columns of the tables as they are, each is also taken about its own
-    mean, which tables have in common that have nothing else in common. `centred` sums are about the mean row; where
-    columns were sketched, both tables were projected onto the same `n_columns_seen` orthonormal directions before the
-    Gram matrices were formed.
+    Rows are the longer axis. `centred` sums are about the mean row; where columns were sketched, both tables were
+    projected onto the same `n_columns_seen` orthonormal directions before the Gram matrices were formed.
     """
 
     n_rows: int
@@ -36,23 +34,20 @@ class Pair:
     dot: float
     """⟨A, B⟩ over the same."""
     cosines: Array
-    """Of each row that was seen (or of a sample of them), centred: rows of A with the same rows of B."""
+    """Of each row that was seen and is nowhere nothing but zeros, centred: rows of A with the same rows of B."""
     gram_a: Array
     """Centred AᵀA, [n_columns_seen, n_columns_seen]."""
     gram_b: Array
     cross: Array
     """Centred AᵀB."""
-    weights: Array | None = None
-    """‖a‖·‖b‖ of the rows of `cosines`, at most the median: a row that is all but empty tells little. None: alike."""
-    variance_by_chance: float | None = None
-    """Mean square of the cosines of rows of A with other rows of B. None: 1/columns, as directions at random have."""
-    chance: float | None = None
-    """Σ h‖b‖²/Σ‖b‖² with h the leverage of a row in A: the part of B that any A of these rows' sizes would explain.
-
-    Columns over rows where rows are of one length; much more where few rows hold most of it. None: as for one length.
-    """
-    n_rows_worth: float | None = None
-    """(Σ‖b‖²)²/Σ‖b‖⁴: as many rows of one length would spread as little. None: all that were seen."""
+    basis: Array
+    """[n_columns_seen, rank of A]: centred A times it, Q, has orthonormal columns that span those of A."""
+    leverages: Array
+    """Of each row that was seen: its squared length in Q, 0 … 1, together the rank. Empty where all would be 1."""
+    squares_b: Array
+    """Squared length of each of these rows of centred B, as it was seen."""
+    held: Array
+    """Qᵀ·diag(squares_b)·Q, [rank, rank]."""
 
     @property
     def exact(self) -> bool:

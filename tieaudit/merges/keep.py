@@ -19,7 +19,10 @@ def _check(argument: str, ids: Collection[str]) -> None:
     if not argument:
         raise UsageError("--merge keep: expected a member behind a colon, found none", hint=_HINT)
     found = f"no weight of the model is called {argument}"
-    raise UsageError(f"--merge keep:{argument}: {found}", hint=nearest(argument, (*_ROLES, *_PLACES, *ids)) or _HINT)
+    raise UsageError(
+        f"--merge keep:{argument}: {found}",
+        hint="; ".join(filter(None, (nearest(argument, (*_ROLES, *_PLACES, *ids)), _HINT))),
+    )
 
 
 def _merge(sites: Sites, argument: str) -> Merged:
