@@ -13,10 +13,10 @@ from tieaudit.checked import RANK, STALE, Checked, Run
 from tieaudit.errors import TieAuditError, WeightsNotHere, in_one_line
 from tieaudit.formats import Format
 from tieaudit.load import Source
-from tieaudit.pointers import KEPT_AWAY
 from tieaudit.policy import Policy, Section, Suppression, Terms
 from tieaudit.registry import choose, discover
 from tieaudit.sealed import Locked
+from tieaudit.tally import kept_away
 from tieaudit.whereabouts import shown
 
 FEW = 4
@@ -167,12 +167,12 @@ def exit_code(run: Run, fail_on: str, strict: bool, *, changed_only: bool = Fals
     models = [model for model in run.models if model.summary is not None or not model.weights_here]
     if run.errors or any(model.crashed or model.unreadable for model in run.models):
         return 2
-    kept_away = any(because.startswith(KEPT_AWAY) for _, because in run.skipped)
-    if (models or kept_away) and not any(model.weights_here for model in models):
+    away = kept_away(run)
+    if (models or away) and not any(model.weights_here for model in models):
         return 2
     if not models and not run.skipped and not changed_only:
         return 2
-    if strict and (kept_away or any(model.cannot_tell for model in run.models)):
+    if strict and (away or any(model.cannot_tell for model in run.models)):
         return 2
     worst = min((RANK[judged.finding.severity] for _, judged in run.findings), default=len(RANK))
     return int(worst <= RANK[fail_on])  # type: ignore[index]
