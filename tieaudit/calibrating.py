@@ -32,7 +32,7 @@ from tieaudit.tokens import LENGTH, N_MOST_TEXT_BYTES, Tokens, completed, from_a
 from tieaudit.verdict import Subject
 
 N_MOST_SUMS = 1 << 27
-"""Numbers in the sums of all sites together, 1 GiB; sites beyond are not calibrated."""
+"""Numbers in the sums of all sites and both halves together, 1 GiB; sites beyond are not calibrated."""
 _N_MOST_NUMBERS = 1 << 26
 """Scores and activations of one batch, at most."""
 _N_MOST_BATCH_TOKENS = 1024
@@ -91,11 +91,11 @@ def calibrate(subject: Subject, data: Data, ids: Sequence[str], device: str = "a
     Cost: one forward pass of every row, and a backward pass where the runtime has one and there are targets.
     """
     model = subject.model
-    weights, notes = _affordable([model.by_id[id] for id in ids])
+    halves = [half for half in data.tokens.halves() if half is not None]
+    weights, notes = _affordable([model.by_id[id] for id in ids], len(halves))
     notes = [*data.tokens.notes, *notes]
     if not weights:
         return Calibrated({}, {}, tuple(notes))
-    halves = [half for half in data.tokens.halves() if half is not None]
     unfit: dict[str, str] = {}
     found = []
     with _watching(subject, weights, sandbox_on(runner_of(model), device)) as watching:
@@ -250,14 +250,14 @@ def _past(ids: Any) -> Any:
     return targets
 
 
-def _affordable(weights: Iterable[Weight]) -> tuple[list[Weight], list[str]]:
-    """The matrices whose sums fit, in order; and a note on those that do not."""
+def _affordable(weights: Iterable[Weight], n_halves: int) -> tuple[list[Weight], list[str]]:
+    """The matrices whose sums over so many halves of the data fit, in order; and a note on those that do not."""
     kept: list[Weight] = []
     n, left = 0, 0
     for weight in weights:
         if len(weight.shape) != 2 or not weight.is_float or weight.absent:
             continue
-        cost = max(min(weight.shape) ** 2, weight.shape[-1] ** 2) + max(weight.shape)
+        cost = n_halves * (max(min(weight.shape) ** 2, weight.shape[-1] ** 2) + max(weight.shape))
         if n + cost > N_MOST_SUMS:
             left += 1
             continue

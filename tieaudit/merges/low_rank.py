@@ -89,6 +89,7 @@ low_rank = Merge(
     "SVD of what "
     "is left; Eckart–Young: no residual of that rank leaves less",
     merge=_merge,
+    corrects=True,
     page="""low-rank:R: Wᵢ ≈ W + BᵢAᵢ, the dial between size and damage
 
 Costs R·(rows + columns) parameters for each other site, and saves as long as R < rows·columns/(rows + columns). On two
