@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -354,3 +354,17 @@ def test_a_residual_of_a_matrix_wider_than_high_is_the_truncated_svd_in_bounded_
         best = one + (left[:, :rank] * values[:rank]) @ right[:rank]
         seen = np.concatenate([found.seen_by(1)(begin, min(begin + 6, 20)) for begin in range(0, 20, 6)])
         assert np.allclose(seen, best)
+
+
+def test_auto_works_out_no_correction_that_it_would_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = discover("merges", Merge)
+    arguments = {"low-rank": ":2", "keep": ":head"}
+    made = {name: merged(name + arguments.get(name, ""), sites(E, U)) for name in found if not found[name].needs}
+    assert {name for name, one in made.items() if one.corrections} == {n for n, one in found.items() if one.corrects}
+
+    def never(sites: Sites, argument: str) -> Merged:
+        raise AssertionError("worked out, to be dropped")
+
+    marked = {n: replace(one, merge=never) if one.corrects else one for n, one in found.items()}
+    monkeypatch.setattr("tieaudit.merges.auto.discover", lambda *kind: marked)
+    assert merged("auto", sites(E, U)).keeps == 1

@@ -17,8 +17,6 @@ from tieaudit.comparison import compare
 from tieaudit.formats.huggingface.gain import NORMS
 from tieaudit.formats.onnx.gain import gain_of
 from tieaudit.load import load_one
-from tieaudit.merges import Merge
-from tieaudit.registry import discover
 from tieaudit.scan import look
 
 Array = NDArray[Any]
@@ -199,8 +197,3 @@ def test_the_classes_apply_their_gain_as_the_table_says(kind: str) -> None:
             live(torch.from_numpy(IDS))
     # what the head is given is three times as large where the gain is, and nothing stands between them
     assert torch.allclose(seen[1], 3.0 * seen[0], rtol=1e-4, atol=1e-5)
-
-
-def test_the_page_of_the_policy_says_where_the_scale_goes() -> None:
-    page = discover("merges", Merge)["scaled"].page
-    assert "costs nothing where the gain" in page and "multiplication of its own" in page

@@ -33,7 +33,7 @@ from tieaudit.tokens import LENGTH, N_MOST_TEXT_BYTES, Tokens, completed, from_a
 from tieaudit.verdict import Subject
 
 N_MOST_SUMS = 1 << 27
-"""Numbers in the sums of all sites together, 1 GiB; sites beyond are not calibrated."""
+"""Numbers in the sums of all sites and both halves together, 1 GiB; sites beyond are not calibrated."""
 _N_MOST_NUMBERS = 1 << 26
 """Scores and activations of one batch, at most."""
 _N_MOST_BATCH_TOKENS = 1024
@@ -95,12 +95,13 @@ def calibrate(subject: Subject, data: Data, ids: Sequence[str], device: str = "a
     if model.format == "torch_export":
         note = "no site of an exported program is watched, so that no policy is fitted: the loss is measured alone"
         return Calibrated({}, {}, (*data.tokens.notes, note))
+    halves = [half for half in data.tokens.halves() if half is not None]
     n_axes = (2,) if model.format == "onnx" else (1, 2)  # what is added to a graph's values is seen by no tap
-    weights, notes = _affordable([model.by_id[id] for id in ids if len(model.by_id[id].shape) in n_axes])
+    asked = [model.by_id[id] for id in ids if len(model.by_id[id].shape) in n_axes]
+    weights, notes = _affordable(asked, len(halves))
     notes = [*data.tokens.notes, *notes]
     if not weights:
         return Calibrated({}, {}, tuple(notes))
-    halves = [half for half in data.tokens.halves() if half is not None]
     unfit: dict[str, str] = {}
     found = []
     with _watching(subject, weights, sandbox_on(runner_of(model), device)) as watching:
@@ -260,15 +261,15 @@ def _past(ids: Any) -> Any:
     return targets
 
 
-def _affordable(weights: Iterable[Weight]) -> tuple[list[Weight], list[str]]:
-    """The matrices and vectors whose sums fit, in order; and a note on those that do not."""
+def _affordable(weights: Iterable[Weight], n_halves: int) -> tuple[list[Weight], list[str]]:
+    """The matrices and vectors whose sums over so many halves of the data fit, in order; and a note on the others."""
     kept: list[Weight] = []
     n, left = 0, 0
     for weight in weights:
         if not weight.shape or not weight.is_float or weight.absent:
             continue
         n_columns = 1 if len(weight.shape) == 1 else max(min(weight.shape), weight.shape[-1])
-        cost = n_columns**2 + max(weight.shape)
+        cost = n_halves * (n_columns**2 + max(weight.shape))
         if n + cost > N_MOST_SUMS:
             left += 1
             continue

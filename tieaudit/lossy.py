@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from tieaudit.change import Edit, Equalise, Share
 from tieaudit.damage import likeness
 from tieaudit.draft import Draft, anchored
 from tieaudit.errors import RewriteRefused
-from tieaudit.merge import Common, aligned, common_value, difference
-from tieaudit.printable import counted, listed
+from tieaudit.merge import aligned, common_value, difference
+from tieaudit.printable import counted
 from tieaudit.registry import choose, discover
 from tieaudit.saving import n_bytes_saved
-from tieaudit.scaling import folded
+from tieaudit.scaling import Folded, folded
 from tieaudit.schemes import Scheme
 from tieaudit.verdict import Candidate, Refusal
 from tieaudit.view import AS_STORED
@@ -22,7 +21,7 @@ _N_MOST_CLASSES = 4
 """Classes that are named one by one in the notes."""
 
 
-def merged(draft: Draft, candidate: Candidate) -> tuple[Share, list[Equalise | Share]]:
+def merged(draft: Draft, candidate: Candidate) -> tuple[Share, tuple[Equalise | Share, ...]]:
     """A share of unequal weights, and what is folded into norms for it: refused unless the user allowed it."""
     model = draft.model
     weights = [(model.by_id[member.id], member) for member in candidate.members]
@@ -37,9 +36,11 @@ def merged(draft: Draft, candidate: Candidate) -> tuple[Share, list[Equalise | S
         )
     policy = draft.choices.merge or usual
     kinds = {id: role.kind for id, role in draft.subject.roles.items()}
-    common, folds, unfolded = _folded(draft, common_value(weights, kinds, policy, draft.calibrated))
+    found = folded(draft.format, draft.model, common_value(weights, kinds, policy, draft.calibrated), draft.owners)
+    common = found.common
     if common.adjustments:
-        _check_adjustments(draft, candidate, policy, common, unfolded)
+        _check_adjustments(draft, candidate, policy, found)
+    draft.notes.extend(found.notes)
     members = candidate.members
     if common.kept is not None:
         members = anchored(members, common.kept)
@@ -47,7 +48,7 @@ def merged(draft: Draft, candidate: Candidate) -> tuple[Share, list[Equalise | S
     if common.prediction is not None:
         draft.predictions.append(common.prediction)
     draft.merged.setdefault(f"--merge {policy}{decided}", []).append(tuple(weight.id for weight, _ in weights))
-    return Share(members, common.values, candidate.because, common.adjustments), folds
+    return Share(members, common.values, candidate.because, common.adjustments), found.edits
 
 
 def refused_together(draft: Draft, scheme: Scheme, candidates: list[Candidate]) -> Refusal:
@@ -67,32 +68,14 @@ def refused_together(draft: Draft, scheme: Scheme, candidates: list[Candidate]) 
     return Refusal(scheme.name, ids, because)
 
 
-def _folded(draft: Draft, common: Common) -> tuple[Common, list[Equalise | Share], str]:
-    """Scales go into the norm before their head where that is free; and why one did not."""
-    folds, kept, unfolded = list[Equalise | Share](), dict(common.adjustments), ""
-    for id, scale in common.scales.items():
-        found = folded(draft.format, draft.model, id, scale)
-        if isinstance(found, str):
-            unfolded = f"; nor can the norm before the head take it: {found}"
-        elif any(member.id in draft.owners for one in found for member in one.members):
-            unfolded = "; nor can the norm before the head take it, which another scheme changes"
-        else:
-            folds += found
-            del kept[id]
-            names = listed(tuple(member.id for one in found for member in one.members))
-            draft.notes.append(
-                f"{names}: takes the scale of {id}, so hidden states behind that norm are scaled as well"
-            )
-    return replace(common, adjustments=kept), folds, unfolded
-
-
-def _check_adjustments(draft: Draft, candidate: Candidate, policy: str, common: Common, unfolded: str) -> None:
+def _check_adjustments(draft: Draft, candidate: Candidate, policy: str, found: Folded) -> None:
     """RewriteRefused where the format has no place for corrections, or they cost more than the tie saves."""
+    common = found.common
     if not draft.format.holds_adjustments:
         raise RewriteRefused(
             f"--merge {policy}: the correction of {', '.join(common.adjustments)} is an operation of its own, and the "
             f"format {draft.format.name} holds weights only (an ONNX model and a live module have a place for it)"
-            + unfolded
+            + found.because
         )
     n_added = sum(one.n_bytes for one in common.adjustments.values())
     n_saved = n_bytes_saved(draft.model, [Share(candidate.members)])

@@ -5,13 +5,18 @@ x·(W·diag(s))ᵀ = (x·diag(s))·Wᵀ, and of a norm x = g·n + b that nobody 
 
 from __future__ import annotations
 
+from collections.abc import Container
+from dataclasses import dataclass, replace
+
 import numpy as np
 from numpy.typing import NDArray
 
 from tieaudit.change import Equalise, Gain, Share
 from tieaudit.dtypes import dtype
 from tieaudit.formats import Format
+from tieaudit.merge import Common
 from tieaudit.model import Member, Model, Weight, storage_of
+from tieaudit.printable import listed
 from tieaudit.storage import MemoryStorage
 
 
@@ -45,7 +50,40 @@ def _unfit(model: Model, weight: Weight, n_columns: int) -> str | None:
     return f"is one stored tensor with {others[0]}" if others else None
 
 
-def folded(format_: Format, model: Model, head: str, scale: NDArray[np.float64]) -> tuple[Equalise | Share, ...] | str:
+@dataclass(frozen=True)
+class Folded:
+    """A common value, with what of it went into norms."""
+
+    common: Common
+    """Without the corrections that did."""
+    edits: tuple[Equalise | Share, ...]
+    notes: tuple[str, ...]
+    because: str
+    """Why a scale did not, as the end of a sentence; empty if all did."""
+
+
+def folded(format_: Format, model: Model, common: Common, taken: Container[str]) -> Folded:
+    """Scales go into the norm before their head where that is free. `taken`: ids that something else changes."""
+    edits, notes, kept, because = list[Equalise | Share](), list[str](), dict(common.adjustments), ""
+    for id, scale in common.scales.items():
+        found = edits_of(format_, model, id, scale)
+        names = () if isinstance(found, str) else tuple(one.members[0].id for one in found)
+        if isinstance(found, str):
+            because = f"; nor can the norm before the head take it: {found}"
+        elif any(name in taken for name in names):
+            because = f"; nor can the norm before the head take it: another scheme changes {listed(names)}"
+        else:
+            edits += found
+            del kept[id]
+            notes.append(
+                f"{listed(names)}: takes the scale of {id}, so hidden states behind that norm are scaled as well"
+            )
+    return Folded(replace(common, adjustments=kept), tuple(edits), tuple(notes), because)
+
+
+def edits_of(
+    format_: Format, model: Model, head: str, scale: NDArray[np.float64]
+) -> tuple[Equalise | Share, ...] | str:
     """The edits that put `scale`, [columns], into the norm before the head, or why not. Cost: reads the norm."""
     gain = gain_before(format_, model, head, len(scale))
     if isinstance(gain, str):

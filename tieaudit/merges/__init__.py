@@ -280,5 +280,7 @@ class Merge:
     None where every argument is one."""
     needs: tuple[Literal["row_weights", "inputs", "gradients"], ...] = ()
     """Statistics without which it refuses."""
+    corrects: bool = False
+    """Whether some sites get a correction, which only who asks for it wants: `auto` does not work it out."""
     page: str = ""
     """More for `tieaudit explain NAME`."""

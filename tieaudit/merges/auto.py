@@ -15,7 +15,7 @@ _KEPT = ("head", "embedding", "first", "last")
 def _tried(sites: Sites) -> Iterator[tuple[str, Merged]]:
     """What every policy makes of these sites, as far as it can and corrects nothing."""
     for policy in discover("merges", Merge).values():
-        if policy.name == "auto":
+        if policy.name == "auto" or policy.corrects:
             continue
         for argument in _KEPT if policy.name == "keep" else ("",):
             try:

@@ -38,6 +38,7 @@ linear = Merge(
     "does not "
     "change the solution (gradient −2Uᵀ D(E − UM)C = 0)",
     merge=_merge,
+    corrects=True,
     page="""linear: E ≈ U·M
 
 Costs columns² parameters and one small product per token. Token counts decide: on two small language models the map

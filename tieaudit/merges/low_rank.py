@@ -90,6 +90,7 @@ low_rank = Merge(
     "is left; Eckart–Young: no residual of that rank leaves less",
     merge=_merge,
     check=lambda argument, ids: _rank(argument),
+    corrects=True,
     page="""low-rank:R: Wᵢ ≈ W + BᵢAᵢ, the dial between size and damage
 
 Costs R·(rows + columns) parameters for each other site, and saves as long as R < rows·columns/(rows + columns). On two

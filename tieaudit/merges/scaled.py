@@ -43,11 +43,12 @@ scaled = Merge(
     "head, a diagonal one "
     "alone is free, since a final norm's gain can hold it",
     merge=_merge,
+    corrects=True,
     page="""scaled: U ≈ W·diag(g), E ≈ W, with g_j = ±‖u_j‖/‖e_j‖ of each column
 
 The scale costs nothing where the gain (and bias) of the norm before the head can take it: in an ONNX model where the
-head alone reads that norm; in a Hugging Face folder of a language model whose class is known to give that norm's result
-to the head alone, and how it applies the gain (w, or 1 + w as Gemma does). What a program takes from behind that norm,
-hidden states, is then scaled as well. Elsewhere it is a multiplication of its own, in ONNX models and live modules, and
-refused with the reason in formats that hold weights only.""",
+head alone reads that norm; in a Hugging Face folder of a language model whose class is known to give that norm's
+result to the head alone, and to apply the gain as w, or as 1 + w (Gemma). What a program takes from behind that norm,
+hidden states, is then scaled as well. Elsewhere it is a multiplication of its own, in ONNX models and live modules,
+and refused with the reason in formats that hold weights only.""",
 )
