@@ -46,14 +46,15 @@ def test_sums_over_batches_are_those_of_all_tokens() -> None:
     hidden = torch.tanh(module.mix(vectors))
     scores = module.head(hidden)
     loss(scores, IDS).backward()  # type: ignore[no-untyped-call]
-    g, h = vectors.grad.reshape(-1, 4).double(), hidden.detach().reshape(-1, 4).double()  # type: ignore[union-attr]
-    p = torch.softmax(scores.detach().reshape(-1, 11), -1).double()
-    assert (lookup.n_tokens, head.n_tokens) == (30, 30)
+    g, h = (one[:, :-1].detach().reshape(-1, 4).double() for one in (vectors.grad, hidden))  # type: ignore[index]
+    p = torch.softmax(scores[:, :-1].detach().reshape(-1, 11), -1).double()
+    assert (lookup.n_tokens, head.n_tokens) == (24, 24)  # nothing is predicted from the last of five ids
     assert lookup.row_weights is not None and head.row_weights is not None
-    assert np.allclose(lookup.row_weights, np.bincount(IDS.flatten(), minlength=11) / 30)
-    assert np.allclose(lookup.gradients, (g.T @ g) / 30)
-    assert np.allclose(head.inputs, (h.T @ h) / 30, atol=1e-6)
-    assert np.allclose(head.row_weights, (p * (1 - p)).mean(0), atol=1e-6)
+    assert np.allclose(lookup.row_weights, np.bincount(IDS[:, :-1].flatten(), minlength=11) / 24)
+    assert np.allclose(lookup.gradients, (g.T @ g) / 24)
+    assert np.allclose(head.inputs, (h.T @ h) / 24, atol=1e-6)
+    wanted = np.eye(11)[IDS[:, 1:].flatten().numpy()]
+    assert np.allclose(head.row_weights, np.square(p.numpy() - wanted).mean(0), atol=1e-6)
 
 
 def test_without_a_loss_nothing_is_differentiated() -> None:
@@ -61,6 +62,74 @@ def test_without_a_loss_nothing_is_differentiated() -> None:
     assert found["embedding.weight"].gradients is None
     assert found["mix.weight"].inputs is not None and found["mix.weight"].inputs.shape == (4, 4)
     assert found["mix.weight"].row_weights is None
+
+
+class Scaled(torch.nn.Module):
+    """Embedding, a norm of three spellings one after the other, a biased layer, a head."""
+
+    class Gemma(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor([0.5, -0.2, 0.1, 0.7]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1.0 + self.weight)
+
+    class Odd(torch.nn.Module):
+        """A bias that is not simply added."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = torch.nn.Parameter(torch.tensor([0.5, 2.0, -1.0, 1.0]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(x + self.bias)
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.embedding, self.layer = torch.nn.Embedding(11, 4), torch.nn.LayerNorm(4)
+        torch.nn.init.uniform_(self.layer.weight, 0.5, 1.5)
+        torch.nn.init.normal_(self.layer.bias)
+        self.rms, self.gemma, self.odd = torch.nn.RMSNorm(4), Scaled.Gemma(), Scaled.Odd()
+        self.mix, self.head = torch.nn.Linear(4, 4), torch.nn.Linear(4, 11)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.rms(self.layer(self.embedding(ids)))
+        found: torch.Tensor = self.head(self.odd(self.mix(self.gemma(self.rms(x)))))  # the RMS norm runs twice
+        return found
+
+
+def test_vectors_are_weighed_by_their_squared_gradients_token_by_token() -> None:
+    module, names = Scaled(), ["layer.weight", "layer.bias", "gemma.weight", "mix.bias", "head.bias"]
+    found = calibrate(module, IDS.split(3), names, loss=loss)
+
+    by_hand = {name: torch.zeros_like(module.get_parameter(name)).double() for name in names}
+    for row in IDS:  # autograd's own gradient of one token's vector: that of a copy which this token alone uses
+        expanded = {name: module.get_parameter(name).detach().expand(5, -1).clone().requires_grad_() for name in names}
+        kept = dict(module.named_parameters())
+        x = torch.nn.functional.layer_norm(kept["embedding.weight"][row], (4,))
+        x = x * expanded["layer.weight"] + expanded["layer.bias"]
+        x = module.rms(module.rms(x))
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1.0 + expanded["gemma.weight"])
+        x = module.odd(x @ module.mix.weight.T + expanded["mix.bias"])
+        scores = x @ module.head.weight.T + expanded["head.bias"]
+        torch.nn.functional.cross_entropy(scores[:-1], row[1:], reduction="sum").backward()  # type: ignore[no-untyped-call]
+        for name, one in expanded.items():
+            assert one.grad is not None
+            by_hand[name] += one.grad.double().square().sum(0)
+    for name in names:
+        weights = found[name].row_weights
+        assert weights is not None and found[name].n_tokens == 24  # of 6 rows; the last place predicts nothing
+        assert np.allclose(weights, by_hand[name].numpy() / 24, rtol=1e-4), name
+        assert found[name].inputs is not None and found[name].inputs.tolist() == [[1.0]]
+
+
+def test_a_scale_that_is_used_twice_is_summed_over_both_and_a_bias_inside_is_none() -> None:
+    found = calibrate(Scaled(), [IDS], ["rms.weight"], loss=loss)
+    assert found["rms.weight"].n_tokens == 48 and found["rms.weight"].row_weights is not None
+    with pytest.raises(UsageError, match=r"odd.bias: .*: Odd neither adds its bias"):
+        calibrate(Scaled(), [IDS], ["odd.bias"], loss=loss)
 
 
 def test_a_layer_that_is_called_twice_is_summed_over_both_calls() -> None:
@@ -78,5 +147,61 @@ def test_a_layer_that_is_called_twice_is_summed_over_both_calls() -> None:
 
 @pytest.mark.parametrize("name", ["nothing.weight", "drop.weight", "mix.bias.weight"])
 def test_a_name_that_is_no_site_is_one_clear_line(name: str) -> None:
-    with pytest.raises(UsageError, match="expected the weight of an embedding or of a linear layer"):
+    with pytest.raises(UsageError, match="expected the weight of an embedding, of a linear layer or of a norm"):
         calibrate(Small(), [IDS], [name])
+
+
+class Between(Small):
+    """What stands between head and softmax in Cohere and Granite (a scale), Gemma (a cap) and BERT (a bias)."""
+
+    def __init__(self, scale: float = 1.0, cap: float = 0.0, bias: float = 0.0) -> None:
+        super().__init__()
+        self.scale, self.cap, self.bias = scale, cap, bias * torch.arange(11.0)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        scores: torch.Tensor = 6.0 * super().forward(ids) * self.scale
+        return (self.cap * torch.tanh(scores / self.cap) if self.cap else scores) + self.bias
+
+
+BETWEEN = {"a small scale": Between(scale=1 / 16), "a large one": Between(scale=8.0), "a bias": Between(bias=3.0),
+           "a cap": Between(cap=3.0), "all": Between(scale=0.5, cap=4.0, bias=1.0)}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_with_gradients_a_head_has_those_of_the_loss_at_its_own_output(name: str) -> None:
+    module = BETWEEN[name].eval()
+    found = calibrate(module, [IDS], ["head.weight"], loss=loss, heads=["head.weight"])["head.weight"].row_weights
+    kept: list[torch.Tensor] = []
+    hook = module.head.register_forward_hook(lambda one, args, out: kept.append(out))
+    total = loss(module(IDS), IDS)
+    hook.remove()
+    g = torch.autograd.grad(total, kept)[0][:, :-1].reshape(-1, 11).double()
+    assert np.allclose(found, g.square().mean(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["a small scale", "a large one", "a bias"])
+def test_without_gradients_a_head_has_the_probabilities_of_the_model_by_the_scale_before_them(name: str) -> None:
+    module = BETWEEN[name].eval()
+    with torch.no_grad():
+        p = torch.softmax(module(IDS).double(), -1).reshape(-1, 11)
+    found = calibrate(module, [IDS], ["head.weight"], heads=["head.weight"])["head.weight"].row_weights
+    # of scores s = c·(Wx) + b the loss has the second derivative c²·(diag p − ppᵀ) by Wx; without c², or with the p of
+    # Wx itself, it is off by a factor of 36/256, 2304, or by where the bias puts all the mass
+    assert np.allclose(found, (p * (1 - p)).mean(0) * (6.0 * module.scale) ** 2, rtol=1e-4)
+
+
+def test_padding_changes_nothing_where_the_loss_does_not_move_with_it() -> None:
+    module = Small().eval()
+    padded = torch.cat([IDS, torch.zeros(6, 20, dtype=torch.long)], 1)
+
+    def hidden(output: Any, ids: torch.Tensor) -> torch.Tensor:
+        return loss(output[:, :5], ids[:, :5])
+
+    names = ["embedding.weight", "mix.weight", "head.weight"]
+    plain = calibrate(module, [IDS], names, loss=loss, heads=names[2:])
+    found = calibrate(module, [padded], names, loss=hidden, heads=names[2:])
+    for name in names:
+        assert found[name].n_tokens == plain[name].n_tokens == 24
+        for field in ("row_weights", "inputs", "gradients"):
+            one, other = getattr(found[name], field), getattr(plain[name], field)
+            assert (one is None) == (other is None) and (one is None or np.allclose(one, other, atol=1e-7))

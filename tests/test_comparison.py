@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from tieaudit import outcome
 from tieaudit.cli import main
 from tieaudit.comparison import Choice, compare, frontier
+from tieaudit.drawing import draw
 from tieaudit.merges import Calibrated, Statistics
 from tieaudit.model import Model, Part, Role, Weight
 from tieaudit.storage import MemoryStorage
@@ -146,6 +149,39 @@ def test_a_plan_without_a_scheme_shows_what_could_be_shared_and_at_what_damage(u
     assert {one["policy"] for one in told["choices"]} >= {"keep:head", "mean", "low-rank:8"}
 
 
+def test_the_command_that_a_plan_prints_does_what_the_plan_shows(untied: Path, tmp_path: Path) -> None:
+    words = ("--scheme", "io", "--allow-lossy", "--merge", "keep:embedding", "--transposed-as", "gather")
+    line = next(line for line in plan_of(untied, *words).output.splitlines() if line.startswith("write it with: "))
+    command = line.removeprefix("write it with: tieaudit ").replace("OUT", str(tmp_path / "tied.onnx"))
+    told = json.loads(CliRunner().invoke(main, [*command.split(), "--format", "json"]).output)
+    (share,) = told["plan"]["edits"]
+    assert told["plan"]["merge"] == "keep:embedding" and share["members"][0]["id"] == "embed"  # keep:head is the usual
+    assert told["plan"]["transposed_as"] == "gather"
+
+
+def test_a_refusal_says_what_to_do_about_it(untied: Path) -> None:
+    said = plan_of(untied, "--scheme", "io", "--allow-lossy", "--merge", "regmean")
+    assert said.exit_code == 2 and "found none of embed, head; give --calibrate DATA.npz or a text" in said.output
+    said = plan_of(untied, "--scheme", "io", "--allow-lossy", "--merge", "keep")
+    assert said.exit_code == 2 and "--merge keep: expected a member behind a colon, found none" in said.output
+    said = plan_of(untied, "--scheme", "io", "--allow-lossy", "--merge", "keep:haed")
+    assert said.exit_code == 2 and "did you mean head?; keep:head, keep:embedding, keep:first" in said.output
+
+
+def test_shares_of_energy_are_not_drawn_on_an_axis_of_nats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes
+
+    drawn: list[list[float]] = []
+    monkeypatch.setattr(Axes, "scatter", lambda self, x, y, **given: drawn.append(list(y)))
+    nats = Choice("io", "mean", 1, 10, 0.5, 0.02, 1, True)
+    measured = Choice("albert", "mean", 2, 30, 0.9, None, 1, True, measured=0.07)
+    share = Choice("ffn", "mean", 2, 20, 0.8, None, 1, True)
+    every = (nats, measured, share)
+    draw(every, frontier(every), tmp_path / "front.svg")
+    assert drawn == [[0.02, 0.07]]
+
+
 def test_the_table_is_not_shown_for_a_scheme_that_was_asked_for(untied: Path) -> None:
     assert "what could be shared" not in plan_of(untied, "--scheme", "io").output
     refused = plan_of(untied, "--scheme", "io", "--frontier")
@@ -163,3 +199,26 @@ def test_a_picture_is_drawn_where_nothing_is_yet(untied: Path, tmp_path: Path) -
     wrong = plan_of(untied, "--plot", tmp_path / "front.pdf")
     assert wrong.exit_code == 2 and ".png or .svg" in wrong.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["front.png", "front.svg"]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_scheme_with_a_number_that_is_none_is_left_out_by_name_and_the_others_are_compared(
+    bad: float, tmp_path: Path
+) -> None:
+    one = subject()
+    head = one.model.by_id["head"]
+    assert head.storage is not None
+    values = np.frombuffer(head.storage.read_ranges([(0, head.n_bytes)])[0], np.float32).reshape(V, D).copy()
+    values[3, 4] = bad
+    weights = tuple(
+        replace(w, storage=MemoryStorage(values.tobytes(), "head")) if w.id == "head" else w for w in one.model.weights
+    )
+    broken = Subject(replace(one.model, weights=weights), Found(()), one.roles)
+    found = compare(broken)
+    refused = [choice for choice in found if choice.refused]
+    assert {choice.scheme for choice in refused} == {"io"}
+    assert "head: expected finite numbers, found inf or NaN at [3, 4]" in refused[0].refused
+    assert not any(choice.scheme == "io" and not choice.refused for choice in found)
+    assert by_name(found)["albert", "mean"] == by_name(compare(one))["albert", "mean"]
+    assert all(not choice.refused and np.isfinite(choice.damage) for choice in frontier(found))
+    assert "left out: io, every policy: head: expected finite numbers" in "\n".join(outcome._table(found))

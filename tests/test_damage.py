@@ -343,3 +343,165 @@ def test_deep_and_device_belong_to_damage(tmp_path: Any) -> None:
 
     refused = CliRunner().invoke(main, ["scan", "x.onnx", "--deep"])
     assert refused.exit_code == 2 and "expected --damage with --deep" in refused.output
+
+
+# ------------------------------------------------------------------------- tables that are not Gaussian
+
+
+def _common_mean(rng: Any, n: int, d: int) -> Array:
+    return rng.standard_normal((n, d)) + 3 * np.random.default_rng(99).standard_normal(d)
+
+
+def _zipfian(rng: Any, n: int, d: int) -> Array:
+    return rng.standard_normal((n, d)) * (np.arange(1, n + 1) ** -0.7)[:, None]
+
+
+def _dead_rows(rng: Any, n: int, d: int) -> Array:
+    table = rng.standard_normal((n, d))
+    table[n // 3 :] = 0.0
+    return table
+
+
+def _unused_tokens(rng: Any, n: int, d: int) -> Array:
+    table = rng.standard_normal((n, d))
+    table[: n // 2] = rng.standard_normal(d) * 0.01  # one vector, as they were initialised
+    return table
+
+
+def _few_directions(rng: Any, n: int, d: int) -> Array:
+    table = rng.standard_normal((n, d))
+    table[:, :2] *= 30
+    return table
+
+
+def _sparse(rng: Any, n: int, d: int) -> Array:
+    return rng.standard_normal((n, d)) * (rng.random((n, d)) < 0.05)
+
+
+def _heavy(rng: Any, n: int, d: int) -> Array:
+    return rng.standard_t(2.1, (n, d))
+
+
+KINDS = (_common_mean, _zipfian, _dead_rows, _unused_tokens, _few_directions, _sparse, _heavy)
+
+
+@pytest.mark.parametrize("make", KINDS, ids=lambda one: one.__name__)
+@pytest.mark.parametrize("shape", [(1000, 64), (200, 128), (64, 64), (50, 300), (1000, 4), (30, 8), (10, 10)], ids=str)
+def test_independent_tables_of_any_make_are_never_called_related(
+    make: Callable[[Any, int, int], Array], shape: tuple[int, int]
+) -> None:
+    for seed in range(4):
+        a, b = (make(np.random.default_rng((seed, side)), *shape).astype(np.float32) for side in (1, 2))
+        found = likeness(members(a, b))
+        assert found.verdict in ("unrelated", "cannot tell"), found.because
+
+
+@pytest.mark.parametrize("make", KINDS, ids=lambda one: one.__name__)
+@pytest.mark.parametrize("shape", [(1000, 64), (64, 64), (50, 300)], ids=str)
+def test_a_fine_tuned_child_of_any_make_is_close(
+    make: Callable[[Any, int, int], Array], shape: tuple[int, int]
+) -> None:
+    rng = np.random.default_rng(5)
+    a = make(rng, *shape)
+    b = a * (1.0 + 0.1 * rng.standard_normal(shape))  # what is zero stays zero, as rows without a gradient do
+    found = likeness(members(a.astype(np.float32), b.astype(np.float32)))
+    assert found.verdict == "close", found.because
+
+
+def test_few_long_rows_are_explained_by_chance_and_the_null_says_so() -> None:
+    # the longest of 1,000 rows hold most of a table: 64 columns explain far more than 64 / 999 = 0.064 of it
+    values, nulls = [], []
+    for seed in range(8):
+        a, b = (_zipfian(np.random.default_rng((seed, side)), 1000, 64) for side in (1, 2))
+        measured = likeness(members(a, b), deep=True).diagnostics["linear-map"]
+        values.append(measured[0])
+        nulls.append(measured[1])
+    assert np.mean(values) > 0.7
+    assert np.mean(nulls) == pytest.approx(np.mean(values), abs=0.02)
+
+
+def _rows(name: str, rng: np.random.Generator, n: int) -> Array:
+    """How long the rows of both tables are, [rows, 1]."""
+    ranks = np.arange(1, n + 1)
+    made = {
+        "all alike": np.ones(n),
+        "lognormal, σ 1": np.exp(rng.standard_normal(n)),
+        "lognormal, σ 1.5": np.exp(1.5 * rng.standard_normal(n)),
+        "lognormal, σ 2": np.exp(2.0 * rng.standard_normal(n)),
+        "Zipf, exponent ½": ranks**-0.5,
+        "Zipf, exponent ¾": ranks**-0.75,
+        "Zipf": 1.0 / ranks,
+        "one row in fifty trained": np.where(ranks < n // 50, 1.0, 0.02),
+        "one row in fifty trained, the others dead": np.where(ranks < n // 50, 1.0, 0.0),
+    }
+    return made[name][:, None]
+
+
+def _columns(name: str, d: int) -> Array:
+    falling, outlier = np.exp(np.linspace(0.0, -4.0, d)), np.ones(d)
+    outlier[3] = 300.0 if name.endswith("300") else 1000.0
+    return {"all alike": np.ones(d), "falling": falling}.get(name, outlier)
+
+
+_LENGTHS = [
+    "all alike", "lognormal, σ 1", "lognormal, σ 1.5", "lognormal, σ 2", "Zipf, exponent ½", "Zipf, exponent ¾", "Zipf",
+    "one row in fifty trained", "one row in fifty trained, the others dead",
+]  # fmt: skip
+_SHAPES_OF_COLUMNS = ["all alike", "falling", "one column × 300", "one column × 1000"]
+
+
+@pytest.mark.parametrize("columns", _SHAPES_OF_COLUMNS)
+@pytest.mark.parametrize("lengths", _LENGTHS)
+def test_independent_tables_are_strangers_whatever_the_lengths_of_their_rows_and_columns(
+    lengths: str, columns: str
+) -> None:
+    said, beyond = set(), []
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        size = _rows(lengths, rng, 1201) * _columns(columns, 24)
+        a, b = (np.asarray(rng.standard_normal((1201, 24)) * size, np.float32) for _ in "ab")
+        said.add(likeness(members(a, b)).verdict)
+        found = discover("diagnostics", Diagnostic)["linear-map"].measure(pair(members(a, b)))
+        if found is not None:
+            beyond.append((found.value - found.null) / max(found.spread, 1e-12))
+    # the tempting null, columns/rows = 0.02, stands against a share of 0.1 … 0.9 that rows long in both explain
+    assert said <= {"unrelated", "cannot tell"}
+    assert not beyond or abs(np.mean(beyond)) < 3.0 and max(beyond) < 5.0, beyond
+
+
+@pytest.mark.parametrize("columns", ["all alike", "falling", "one column × 300"])
+@pytest.mark.parametrize("lengths", _LENGTHS[:6])
+def test_heirs_stay_close_and_images_stay_images_whatever_the_lengths_of_rows_and_columns(
+    lengths: str, columns: str
+) -> None:
+    rng = np.random.default_rng(7)
+    size = _rows(lengths, rng, 1201) * _columns(columns, 24)
+    a, noise = (rng.standard_normal((1201, 24)) * size for _ in "ab")
+    child = np.asarray(a + 0.2 * noise, np.float32)
+    assert likeness(members(a.astype(np.float32), child)).verdict == "close"
+    if columns != "one column × 300":  # of its image, that column is nearly all
+        image = np.asarray(a @ rng.standard_normal((24, 24)), np.float32)
+        assert likeness(members(a.astype(np.float32), image)).verdict == "related by a linear map"
+
+
+def test_the_null_of_a_linear_map_is_the_sum_of_leverages_by_lengths() -> None:
+    rng = np.random.default_rng(3)
+    size = np.exp(rng.standard_normal((300, 1)))
+    a, b = (np.asarray(rng.standard_normal((300, 12)) * size, np.float32) for _ in "ab")
+    a[:, 4] = a[:, 5]  # rank 11
+    seen = pair(members(a, b))
+    x, y = (one.astype(np.float64) - one.mean(axis=0, dtype=np.float64) for one in (a, b))
+    hat = x @ np.linalg.pinv(x)
+    found = discover("diagnostics", Diagnostic)["linear-map"].measure(seen)
+    assert found is not None
+    assert found.value == pytest.approx(np.square(hat @ y).sum() / np.square(y).sum())
+    assert found.null == pytest.approx((np.diag(hat) * np.square(y).sum(axis=1)).sum() / np.square(y).sum())
+    # rows of the same lengths in directions at random
+    lengths = np.linalg.norm(y, axis=1, keepdims=True)
+    draws = []
+    for _ in range(400):
+        turned = rng.standard_normal((300, 12))
+        turned *= lengths / np.linalg.norm(turned, axis=1, keepdims=True)
+        draws.append(np.square(hat @ turned).sum() / np.square(turned).sum())
+    assert found.null == pytest.approx(np.mean(draws), rel=0.02)
+    assert found.spread == pytest.approx(np.std(draws), rel=0.35)

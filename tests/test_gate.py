@@ -18,6 +18,7 @@ from tieaudit.load import Source
 from tieaudit.model import Model
 from tieaudit.patrol import Patrolled, Wanted, patrol
 from tieaudit.policy import Policy, Section, Suppression, Terms
+from tieaudit.tally import tally
 from tieaudit.toy import claim, ramp, toy
 from tieaudit.verdict import CannotTell, Crashed, Demands, Finding, Severity, Subject, Summary
 from tieaudit.whereabouts import lines_of_keys
@@ -209,6 +210,7 @@ def test_a_repository_of_which_dvc_keeps_everything_is_not_clean(tmp_path: Path)
         "models.dvc",
         "cannot tell: DVC keeps models, which no model is known by; run `dvc pull` to see",
     )
+    assert tally(found.run).n_cannot_tell == 1
     # beside a model that was judged it is one more thing that cannot be told
     save(tmp_path / "w.safetensors", {"a": W})
     assert run().exit_code == 0

@@ -80,3 +80,34 @@ def test_keeping_the_head_needs_a_head() -> None:
 def test_integers_are_not_averaged() -> None:
     with pytest.raises(RewriteRefused, match="expected a floating-point tensor"):
         aligned(weight("a", np.arange(6).reshape(2, 3)), AS_STORED, (2, 3))
+
+
+@pytest.mark.parametrize(("dtype", "size", "limit"), [("float16", 6e4, "float16"), ("bfloat16", 3e38, "bfloat16")])
+def test_finite_members_whose_common_value_does_not_fit_are_refused_and_not_delivered_as_infinite(
+    dtype: str, size: float, limit: str
+) -> None:
+    small = np.zeros((8, 8))
+    small[0, 0] = size
+    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+    pairs = [(weight(name, one.astype(kind)), Member(name)) for name, one in
+             (("a", small), ("b", np.full((8, 8), size)), ("c", np.full((8, 8), size)))]  # fmt: skip
+    # lengths 1 : 8 : 8 of one size: s·Σ Wᵢ/‖Wᵢ‖ is nowhere more than (1 + 2/8)·s, and s is 4 sizes at [0, 0]
+    with pytest.raises(
+        RewriteRefused, match=rf"a, b and c: expected values that {limit} can hold, found .* at \[0, 0\]"
+    ):
+        common_value(pairs, {}, "norm-matched")
+    assert common_value(pairs, {}, "keep:a").kept == "a"
+
+
+@pytest.mark.parametrize("text", ["mean", "scaled"])
+@pytest.mark.parametrize("turned", [False, True], ids=["as stored", "transposed"])
+def test_a_number_that_is_none_in_one_member_does_not_spread_into_the_other(text: str, turned: bool) -> None:
+    one, other = random((70, 9), 1), random((70, 9), 2)
+    other[33, 4] = np.nan
+    stored = np.ascontiguousarray(other.T) if turned else other
+    pairs = [(weight("e", one), Member("e")), (weight("h", stored), Member("h", TRANSPOSED if turned else AS_STORED))]
+    roles = {"e": "token_embedding", "h": "output_head"}
+    with pytest.raises(RewriteRefused, match=r"h: expected finite numbers, found inf or NaN at \[33, 4\]"):
+        common_value(pairs, roles, text)
+    assert common_value(pairs, roles, "keep:e").kept == "e"
+    assert common_value(pairs, roles, "keep:h").kept == "h"

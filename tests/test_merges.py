@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -287,3 +287,84 @@ def test_relative_change_is_the_share_of_each_site_s_energy() -> None:
     assert one.relative_change(merged("keep:head", one))[1] == 0.0
     expected = np.square(U - E).sum() / np.square(E).sum()
     assert one.relative_change(merged("keep:head", one))[0] == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("text", ["linear", "low-rank:2", "scaled", "norm-matched"])
+def test_a_number_that_is_none_is_refused_by_name_and_place_and_not_spread(text: str, bad: float) -> None:
+    one = U.copy()
+    one[13, 5] = bad
+    with pytest.raises(RewriteRefused) as refused:
+        merged(text, sites(E, one))
+    assert text == "norm-matched" or "w1: expected finite numbers, found inf or NaN at [13, 5]" in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["gauss-newton", "regmean"])
+def test_calibration_that_overflowed_is_refused(text: str) -> None:
+    broken = np.eye(D)
+    broken[2, 2] = np.inf
+    weights = np.full(V, 1.0 / V)
+    given = (Statistics(9, weights, broken, np.eye(D)), Statistics(9, weights, broken))
+    with pytest.raises(RewriteRefused, match="expected finite sums"):
+        merged(text, sites(E, U, statistics=given, io=text == "gauss-newton"))
+
+
+def test_auto_chooses_among_what_is_finite() -> None:
+    one = E.copy()
+    one[0, 0] = np.nan
+    # every policy that mixes spreads the NaN of w0; keeping w0 keeps it: what is left is one of the kept tables
+    assert merged("auto", sites(one, U)).keeps is not None
+
+
+def test_regmean_gives_the_mean_to_inputs_that_no_site_ever_got() -> None:
+    moments = []
+    for seed, size in ((4, 1.0), (5, 30.0)):
+        x = size * normal(500, D, seed=seed)
+        x[:, 5] = 0.0
+        moments.append(x.T @ x / 500)
+    given = tuple(Statistics(500, inputs=one) for one in moments)
+    found = common(merged("regmean", sites(E, U, statistics=given, io=False)))
+    # the tempting pseudo-inverse makes this column 0, and damping each site by its own size makes it nearly U's
+    assert np.allclose(found[:, 5], (E[:, 5] + U[:, 5]) / 2)
+    seen = [c for c in range(D) if c != 5]
+    exact = [0.9 * one + 0.1 * np.diag(np.diag(one)) for one in (m[np.ix_(seen, seen)] for m in moments)]
+    plain = (E[:, seen] @ exact[0] + U[:, seen] @ exact[1]) @ np.linalg.inv(exact[0] + exact[1])
+    assert np.allclose(found[:, seen], plain, atol=0.02)
+
+
+def test_scaled_leaves_columns_of_zeros_unscaled() -> None:
+    one, other = E.copy(), U.copy()
+    one[:, 2], other[:, 3], one[:, 4], other[:, 4] = 0.0, 0.0, 0.0, 0.0
+    found = merged("scaled", sites(one, other))
+    # ‖u‖/‖e‖ of these columns is infinite, 0 and 0/0
+    assert found.corrections[1].right[2:5].tolist() == [1.0, 1.0, 1.0]
+    assert np.allclose(common(found)[:, 2:5], ((one + other) / 2)[:, 2:5])
+
+
+@pytest.mark.parametrize("panel", [1, 50, 10**6])
+def test_a_residual_of_a_matrix_wider_than_high_is_the_truncated_svd_in_bounded_memory(
+    panel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tieaudit.merges.low_rank._PANEL_NUMBERS", panel)
+    one, other = normal(20, 150, seed=1), normal(20, 150, seed=2)
+    other[7:] = one[7:]  # the difference has rank 7: of ten directions three are any
+    for rank in (3, 10):
+        found = merged(f"low-rank:{rank}", sites(one, other, io=False))
+        left, values, right = np.linalg.svd(other - one, full_matrices=False)
+        best = one + (left[:, :rank] * values[:rank]) @ right[:rank]
+        seen = np.concatenate([found.seen_by(1)(begin, min(begin + 6, 20)) for begin in range(0, 20, 6)])
+        assert np.allclose(seen, best)
+
+
+def test_auto_works_out_no_correction_that_it_would_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = discover("merges", Merge)
+    arguments = {"low-rank": ":2", "keep": ":head"}
+    made = {name: merged(name + arguments.get(name, ""), sites(E, U)) for name in found if not found[name].needs}
+    assert {name for name, one in made.items() if one.corrections} == {n for n, one in found.items() if one.corrects}
+
+    def never(sites: Sites, argument: str) -> Merged:
+        raise AssertionError("worked out, to be dropped")
+
+    marked = {n: replace(one, merge=never) if one.corrects else one for n, one in found.items()}
+    monkeypatch.setattr("tieaudit.merges.auto.discover", lambda *kind: marked)
+    assert merged("auto", sites(E, U)).keeps == 1

@@ -85,6 +85,53 @@ def test_cross_attention_tells_encoder_from_decoder(tmp_path: Path) -> None:
     assert sides == ["encoder"] * n_encoder + ["decoder"] * (len(sides) - n_encoder)
 
 
+def test_projections_of_one_attention_are_told_apart_from_those_of_another(tmp_path: Path) -> None:
+    graph = Graph()
+    memory = graph.floats("b", "t", D)
+    y = graph.embedded(graph.ids())
+    own = len(graph.truth) + 1  # behind the norm
+    y = graph.op("Add", y, graph.attention(graph.rms(y), biases=True))
+    cross = len(graph.truth) + 1
+    y = graph.op("Add", y, graph.attention(graph.rms(y), memory, biases=True))
+    end = len(graph.truth)
+    model = graph.model(tmp_path, graph.head(graph.rms(y)))
+    found, ids = roles(model), list(graph.truth)
+    numbers = [{found[id].attention for id in ids[begin : begin + 8]} for begin in (own, cross)]
+    assert end - cross == 8 and len(numbers[0]) == len(numbers[1]) == 1
+    (first,), (second,) = numbers
+    assert first is not None and second is not None and first < second
+    assert all(found[id].attention is None for id in ids if not graph.truth[id].startswith("attention_"))
+
+
+def test_a_norm_divided_by_the_root_as_the_older_exporter_spells_it_has_its_scale(tmp_path: Path) -> None:
+    graph = Graph()
+    x = graph.embedded(graph.ids())
+    for _ in range(2):
+        mean = graph.op("ReduceMean", graph.op("Pow", x, graph.number(2.0)), graph.number([-1], np.int64), keepdims=1)
+        root = graph.op("Sqrt", graph.op("Add", mean, graph.number(1e-5)))
+        ratio = graph.op("Mul", x, graph.op("Div", graph.number(1.0), root))  # rsqrt
+        x = graph.op("Add", x, graph.gated(graph.op("Mul", ratio, graph.weight("norm_scale", D))))
+    # x times (a number over something that is no root) is scaled, and no norm
+    gain = graph.op("Mul", x, graph.op("Div", graph.number(1.0), graph.op("Exp", x)))
+    x = graph.op("Mul", gain, graph.weight("other", D))
+    model = graph.model(tmp_path, graph.head(x))
+    assert kinds(model, list(graph.truth)) == graph.truth
+
+
+def test_fused_projections_that_become_a_sequence_are_told_by_where_its_items_go(tmp_path: Path) -> None:
+    graph = Graph()
+    x = graph.embedded(graph.ids())
+    whole = graph.linear(graph.rms(x), "attention_qkv", D, 3 * D, "attention_qkv_bias")
+    items = graph.op("SplitToSequence", whole, graph.number(D, np.int64), axis=-1)
+    q, k, v = (graph.heads(graph.op("SequenceAt", items, graph.number(at, np.int64))) for at in range(3))
+    weights = graph.op("Softmax", graph.op("MatMul", q, graph.op("Transpose", k, perm=[0, 1, 3, 2])), axis=-1)
+    seen = graph.op("Transpose", graph.op("MatMul", weights, v), perm=[0, 2, 1, 3])
+    flat = graph.op("Reshape", seen, graph.number([0, 0, D], np.int64))
+    x = graph.op("Add", x, graph.linear(flat, "attention_output", D, D))
+    model = graph.model(tmp_path, graph.head(graph.rms(x)))
+    assert kinds(model, list(graph.truth)) == graph.truth
+
+
 def test_position_scores_that_are_added_to_products_begin_no_stream(tmp_path: Path) -> None:
     # T5 looks one bias table up and adds it in every layer; taken for a residual, the second layer lost its roles
     graph = Graph()

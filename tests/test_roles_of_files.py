@@ -168,3 +168,72 @@ def test_the_value_of_a_critic_or_a_quantiser_is_no_attention_s() -> None:
     assert [kind for kind in told.values() if kind.startswith("attention")] == []
     block = {f"h.0.attention.{part}.weight": (8, 8) for part in ("query", "key", "value")}
     assert by_name(**block)["h.0.attention.value.weight"] == "attention_value"
+
+
+def test_blocks_between_fused_norms_are_seen(tmp_path: Path) -> None:
+    """A norm that adds gives the sum and what it makes of it: the next block starts from the latter."""
+    graph = Graph()
+    x = graph.embedded(graph.ids())
+    normed = graph.layer_norm(x)
+    for _ in range(2):
+        worked = graph.attention(normed)
+        for made in (worked, None):
+            after = made or graph.plain(normed)
+            scale, bias, total = graph.weight("norm_scale", D), graph.weight("norm_bias", D), graph.name()
+            normed = graph.name()
+            graph.nodes.append(node("SkipLayerNormalization", [after, x, scale, bias], [normed, "", "", total],
+                                    domain="com.microsoft"))  # fmt: skip
+            x = total
+    model = graph.model(tmp_path, graph.head(normed), check=False)
+    assert kinds(model, list(graph.truth)) == graph.truth
+
+
+def in_codes(graph: Graph, x: str, kind: str, n_in: int, n_out: int, bias: str) -> str:
+    """A product as ONNX Runtime's dynamic quantisation writes it: codes, both scales, and the bias behind them."""
+    codes, scale, zero = graph.name(), graph.name(), graph.name()
+    graph.nodes.append(node("DynamicQuantizeLinear", [x], [codes, scale, zero]))
+    weight = graph.number(np.arange(n_in * n_out).reshape(n_in, n_out) % 251 - 125, np.int8)
+    graph.truth[weight] = kind
+    summed = graph.op("MatMulInteger", codes, weight, zero, graph.number(0, np.int8))
+    scales = graph.op("Mul", scale, graph.number(0.01))
+    whole = graph.op("Mul", graph.op("Cast", summed, to=TensorProto.FLOAT), scales)
+    return graph.op("Add", whole, graph.weight(bias, n_out)) if bias else whole
+
+
+@pytest.mark.parametrize("bias", ["output_head_bias", ""])
+def test_scales_of_codes_hide_neither_a_bias_nor_the_head(tmp_path: Path, bias: str) -> None:
+    graph = Graph()
+    x = graph.embedded(graph.ids())
+    x = graph.layer_norm(graph.op("Add", x, graph.attention(x)))
+    inner = graph.op("Relu", in_codes(graph, x, "ffn_up", D, 3 * D, "ffn_up_bias"))
+    x = graph.layer_norm(graph.op("Add", x, in_codes(graph, inner, "ffn_down", 3 * D, D, "ffn_down_bias")))
+    model = graph.model(tmp_path, in_codes(graph, x, "output_head", D, V, bias), check=False)
+    assert kinds(model, list(graph.truth)) == graph.truth
+
+
+def test_an_activation_that_is_fused_with_its_product_still_activates(tmp_path: Path) -> None:
+    graph = Graph()
+    x = graph.embedded(graph.ids())
+    x = graph.op("Add", x, graph.attention(x))
+    flat = graph.op("Reshape", x, graph.number([-1, D], np.int64))
+    fused = (graph.weight("ffn_up", D, 3 * D), graph.weight("ffn_up_bias", 3 * D))
+    inner = graph.op("FusedGemm", flat, *fused, domain="com.microsoft", activation="Relu")
+    down = graph.op("Gemm", inner, graph.weight("ffn_down", 3 * D, D), graph.weight("ffn_down_bias", D))
+    x = graph.op("Add", x, graph.op("Reshape", down, graph.op("Shape", x)))
+    model = graph.model(tmp_path, graph.head(x), check=False)
+    assert kinds(model, list(graph.truth)) == graph.truth
+
+
+def test_a_type_that_an_exporter_has_chosen_is_a_row_of_types(tmp_path: Path) -> None:
+    """Without segment ids a caller cannot give any: the table of two types is looked up by a constant."""
+    graph = Graph()
+    x = graph.embedded(graph.ids("b", 5))
+    x = graph.op("Add", x, graph.op("Gather", graph.weight("type_embedding", 2, D), graph.number([[0] * 5], np.int64)))
+    x = graph.op(
+        "Add",
+        x,
+        graph.op("Gather", graph.weight("position_embedding", 64, D), graph.number([[0, 1, 2, 3, 4]], np.int64)),
+    )
+    x = graph.layer_norm(x)
+    model = graph.model(tmp_path, graph.head(graph.op("Add", x, graph.attention(x))), check=False)
+    assert kinds(model, list(graph.truth)) == graph.truth

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tieaudit.errors import UsageError
-from tieaudit.model import Member, Model, Part, Role, Weight, classes
+from tieaudit.model import Member, Model, Operation, Part, Role, Use, Weight, classes
 from tieaudit.propose import listed_candidates, propose, schemes
 from tieaudit.saving import n_parameters_saved
 from tieaudit.stacks import stacks
@@ -50,10 +51,14 @@ def subject(
     n_layers: int = 6,
     *,
     scrambled: bool = False,
+    nameless: bool = False,
     sides: Sequence[str | None] = (None,),
     odd: dict[tuple[int, str], tuple[int, ...] | None] | None = None,
 ) -> Subject:
-    """A model of the layers above. `odd`: (layer, name) → another shape, or None for a weight that is not there."""
+    """A model of the layers above. `odd`: (layer, name) → another shape, or None for a weight that is not there.
+
+    `nameless`: matrices are numbers, and only vectors have names, as an exporter's optimiser leaves them.
+    """
     weights: list[Weight] = []
     roles: dict[str, Role] = {}
     for side in sides:
@@ -63,7 +68,7 @@ def subject(
                 if found is None:
                     continue
                 full = f"{side + '.' if side else ''}layers.{layer}.{name}"
-                id = f"w{len(weights) * 7919 % 104729}" if scrambled else full
+                id = f"w{len(weights) * 7919 % 104729}" if scrambled or nameless and len(found) > 1 else full
                 n_elements = found[0] * (found[1] if len(found) > 1 else 1)
                 storage = Somewhere(full, 4 * n_elements)
                 weights.append(Weight(id=id, name=id, shape=found, dtype="float32", storage=storage))
@@ -144,6 +149,119 @@ def test_encoder_and_decoder_share_among_themselves_and_not_with_each_other() ->
     both = subject(4, sides=("encoder", "decoder"))
     assert n_parameters_left("albert", both) == 2 * PER_LAYER
     assert n_parameters_left("tied-transformer", both) == 4 * (PER_LAYER + 2 * D)  # norms stay on both sides
+
+
+@pytest.mark.parametrize("n_layers", [2, 3, 5])
+def test_matrices_that_lost_their_names_are_shared_beside_vectors_that_kept_theirs(n_layers: int) -> None:
+    one = subject(n_layers, nameless=True)
+    assert n_parameters_left("albert", one) == PER_LAYER  # not n · PER_LAYER less the biases and norms alone
+    both = subject(n_layers, nameless=True, sides=("encoder", "decoder"))
+    assert n_parameters_left("albert", both) == 2 * PER_LAYER
+    assert n_parameters_left("tied-transformer", both) == n_layers * (PER_LAYER + 2 * D)
+    assert n_parameters_left("shared-qk", one) == n_layers * (PER_LAYER - D * D)
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """An encoder and a decoder of two layers, whose decoder attends to itself and to the encoder."""
+
+    encoder: str
+    own: str
+    cross: str
+    graph: bool = False
+    """Names are numbers, and a graph tells which attention a projection belongs to."""
+
+    def subject(self) -> Subject:
+        weights, roles = list[Weight](), dict[str, Role]()
+        places = [("encoder", self.encoder, 0), ("decoder", self.cross, 20), ("decoder", self.own, 10)]
+        for layer, (side, name, attention), letter in (
+            (layer, place, letter) for layer in (0, 1) for place in places for letter in "qkvo"
+        ):
+            full = f"{side}.layers.{layer}.{name}.{letter}.weight"
+            id = f"w{(len(weights) * 7919 + 11) % 104729}" if self.graph else full
+            kind = {"q": "query", "k": "key", "v": "value", "o": "output"}[letter]
+            number = 100 * (side == "decoder") + 40 * layer + attention if self.graph else None
+            roles[id] = Role(f"attention_{kind}", "by hand", layer, side, attention=number)  # type: ignore[arg-type]
+            weights.append(Weight(id=id, name=id, shape=(D, D), dtype="float32", storage=Somewhere(full, 4 * D * D)))
+        if self.graph:  # nothing says in which order a file holds its tensors
+            weights.sort(key=lambda one: one.id[::-1])
+        model = Model(path="m", format="onnx", parts=(Part("", ("m",)),), weights=tuple(weights))
+        return Subject(model, Found(()), roles)
+
+
+CROSSINGS = [
+    Crossing("self_attn", "self_attn", "encoder_attn"),  # BART, Marian, Pegasus: the other one comes first in a file
+    Crossing("self_attn", "self_attn", "cross_attn"),  # ProphetNet
+    Crossing("self_attn", "self_attn", "multihead_attn"),  # torch.nn.TransformerDecoder
+    Crossing("layer.0.SelfAttention", "layer.0.SelfAttention", "layer.1.EncDecAttention"),  # T5
+    Crossing("att", "own", "cross"),  # by what the other one is called
+    Crossing("self_attn", "self_attn", "encoder_attn", graph=True),
+]
+
+
+@pytest.mark.parametrize("one", CROSSINGS, ids=lambda one: f"{one.cross}{' of a graph' * one.graph}")
+def test_the_encoder_is_tied_to_the_self_attention_of_the_decoder(one: Crossing) -> None:
+    subject = one.subject()
+    candidates, refusals = proposed("tied-transformer", subject)
+    stored = {weight.id: str(weight.storage.region[0]) for weight in subject.model.weights if weight.storage}
+    pairs = {tuple(stored[member.id] for member in found.members) for found in candidates}
+    assert not refusals and pairs == {
+        (f"encoder.layers.{layer}.{one.encoder}.{letter}.weight", f"decoder.layers.{layer}.{one.own}.{letter}.weight")
+        for layer in (0, 1) for letter in "qkvo"
+    }  # fmt: skip
+
+
+def test_two_attentions_that_nothing_tells_apart_are_refused_by_name() -> None:
+    candidates, refusals = proposed("tied-transformer", Crossing("att", "b", "a").subject())
+    assert not candidates and len(refusals) == 4
+    assert "decoder.layers.#.a.q.weight or decoder.layers.#.b.q.weight: nothing tells" in refusals[0].because
+
+
+@pytest.mark.parametrize("one", CROSSINGS, ids=lambda one: f"{one.cross}{' of a graph' * one.graph}")
+def test_query_and_key_are_of_one_attention_in_whatever_order_a_file_holds_them(one: Crossing) -> None:
+    subject = one.subject()
+    stored = {weight.id: str(weight.storage.region[0]) for weight in subject.model.weights if weight.storage}
+    for scheme, letters in (("shared-qk", "qk"), ("shared-kv", "kv")):
+        candidates, refusals = proposed(scheme, subject)
+        assert not refusals and len(candidates) == 6
+        for found in candidates:
+            first, second = (stored[member.id] for member in found.members)
+            assert first.replace(f".{letters[0]}.", f".{letters[1]}.") == second
+
+
+def test_fused_projections_are_refused_as_what_they_are() -> None:
+    one = subject(2)
+    roles = {id: Role("attention_qkv", "by hand", role.layer) if ".attn.q" in id else
+             Role("other", "no evidence") if ".attn." in id else role for id, role in one.roles.items()}  # fmt: skip
+    for scheme in ("shared-qk", "shared-kv"):
+        candidates, (refusal,) = proposed(scheme, Subject(one.model, one.found, roles))
+        assert not candidates and refusal.ids == ("layers.0.attn.q.weight", "layers.1.attn.q.weight")
+        assert "layers.0.attn.q.weight makes " in refusal.because and "together, as in 1 more" in refusal.because
+
+
+def test_a_vector_of_which_nothing_is_known_stays_private_where_norms_do() -> None:
+    one = subject(6)
+    roles = {id: Role("other", "no evidence", role.layer) for id, role in one.roles.items()}
+    candidates, _ = proposed("sandwich", Subject(one.model, one.found, roles))
+    shared = {member.id.removeprefix("layers.1.") for found in candidates for member in found.members[:1]}
+    assert shared == {name for name, (_, shape) in LAYER.items() if len(shape) > 1}
+
+
+def test_a_refusal_tells_layers_without_a_kind_from_layers_whose_names_tell_nothing() -> None:
+    one = subject(3)
+    unknown = {id: Role("other", "no evidence", role.layer) for id, role in one.roles.items()}
+    (told,) = proposed("ffn", Subject(one.model, one.found, unknown))[1]
+    assert "nothing tells what 9 places of each layer are for, layers.#.attn.q.weight among them" in told.because
+    norms = {id: Role("norm_scale", "by hand", role.layer) for id, role in one.roles.items()}
+    (told,) = proposed("ffn", Subject(one.model, one.found, norms))[1]
+    assert told.because.endswith("hold nothing of the kinds that this scheme shares")
+
+
+def test_stacks_whose_roles_nobody_knows_are_refused_and_not_passed_over() -> None:
+    one = subject(2, sides=("encoder", "decoder"))
+    unknown = {id: Role("other", "no evidence", role.layer, role.side) for id, role in one.roles.items()}
+    candidates, refusals = proposed("tied-transformer", Subject(one.model, one.found, unknown))
+    assert not candidates and "none of their weights was recognised as attention" in refusals[0].because
 
 
 def test_scrambled_names_share_the_same_weights() -> None:
@@ -266,6 +384,32 @@ def test_two_towers_of_one_shape_are_siamese_and_layers_in_a_row_are_not() -> No
     ]
     for other in (towers(("0", "1")), towers(("left",)), towers(("left", "right"), extra=(100, 100))):
         assert not proposed("siamese", other)[0]
+
+
+def test_towers_of_a_graph_are_what_its_inputs_lead_to_whatever_weights_are_called() -> None:
+    shapes = {"w7": (D, F), "w3": (F,), "w9": (F, D), "w4": (F,), "w1": (F, D), "w8": (D, F), "w5": (D, D)}
+    flow = [  # two towers of a matrix, a bias and a matrix, and one matrix behind both
+        ("MatMul", "m1", ("a", "w7")), ("MatMul", "n1", ("b", "w8")), ("Add", "m2", ("m1", "w3")),
+        ("Add", "n2", ("n1", "w4")), ("MatMul", "m3", ("m2", "w9")), ("MatMul", "n3", ("n2", "w1")),
+        ("Mul", "p", ("m3", "n3")), ("MatMul", "q", ("p", "w5")),
+    ]  # fmt: skip
+    inputs = [Operation("input", f"@{name}", (), (name,)) for name in ("a", "b")]
+    operations = (*inputs, *(Operation(op, node, given, (node,)) for op, node, given in flow))
+    uses = tuple(Use(given[1], op, node, 1) for op, node, given in flow if given[1] in shapes)
+    weights = tuple(
+        Weight(id=id, name=id, shape=shape, dtype="float32", storage=Somewhere(id, 4 * math.prod(shape)))
+        for id, shape in shapes.items()
+    )
+    model = Model("m", "onnx", (Part("", ("m",)),), weights=weights, uses=uses, operations=operations)
+    one = Subject(model, Found(()), {id: Role("other", "by hand") for id in shapes})
+    candidates, refusals = proposed("siamese", one)
+    assert not refusals
+    assert [tuple(m.id for m in found.members) for found in candidates] == [("w7", "w8"), ("w3", "w4"), ("w9", "w1")]
+    joined = replace(model, operations=tuple(replace(o, inputs=("a", *o.inputs[1:])) if o.node == "n1" else o
+                                             for o in operations))  # fmt: skip
+    assert not proposed("siamese", Subject(joined, one.found, one.roles))[
+        0
+    ]  # one input leads to both: layers, no towers
 
 
 def test_custom_groups_share_what_their_pattern_and_role_choose(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Stage: Subject and data → Calibrated. Runs the model on it in a child process, and adds up what flows through sites.
 
 Folders of transformers classes and live modules are watched by hooks, forwards and backwards; an ONNX model by a copy
-whose inner values are outputs, forwards alone. Memory: the sums of all sites, and one batch in the child.
+whose inner values are outputs, forwards alone; an exported program not at all, so that only its loss is measured.
+Memory: the sums of all sites, and one batch in the child.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from tieaudit.end_to_end import with_limits
 from tieaudit.errors import MissingPackage, RewriteRefused, UsageError
-from tieaudit.formats.onnx.taps import read_graph, taps, write_tapped
+from tieaudit.formats.onnx.taps import read_graph, scores_behind, taps, write_tapped
 from tieaudit.merges import Calibrated, Statistics
 from tieaudit.model import Model, Weight
 from tieaudit.overlay import Overlay
@@ -28,15 +29,15 @@ from tieaudit.running import Opened, opened, path_of, runner_for
 from tieaudit.sandbox import ChildFailed, Sandbox
 from tieaudit.schemes import Scheme
 from tieaudit.summing import IGNORED, TARGETS, unpacked
-from tieaudit.tokens import LENGTH, N_MOST_TEXT_BYTES, Tokens, completed, from_archive, from_ids, main_ids
+from tieaudit.tokens import LENGTH, N_MOST_TEXT_BYTES, Tokens, completed, from_archive, from_ids, main_ids, shown_in
 from tieaudit.verdict import Subject
 
 N_MOST_SUMS = 1 << 27
-"""Numbers in the sums of all sites together, 1 GiB; sites beyond are not calibrated."""
+"""Numbers in the sums of all sites and both halves together, 1 GiB; sites beyond are not calibrated."""
 _N_MOST_NUMBERS = 1 << 26
 """Scores and activations of one batch, at most."""
 _N_MOST_BATCH_TOKENS = 1024
-_FORMATS = ("huggingface", "onnx", "torch_module")
+_FORMATS = ("huggingface", "onnx", "torch_export", "torch_module")
 _FIRST = ("output_head", "token_embedding")
 
 
@@ -91,11 +92,16 @@ def calibrate(subject: Subject, data: Data, ids: Sequence[str], device: str = "a
     Cost: one forward pass of every row, and a backward pass where the runtime has one and there are targets.
     """
     model = subject.model
-    weights, notes = _affordable([model.by_id[id] for id in ids])
+    if model.format == "torch_export":
+        note = "no site of an exported program is watched, so that no policy is fitted: the loss is measured alone"
+        return Calibrated({}, {}, (*data.tokens.notes, note))
+    halves = [half for half in data.tokens.halves() if half is not None]
+    n_axes = (2,) if model.format == "onnx" else (1, 2)  # what is added to a graph's values is seen by no tap
+    asked = [model.by_id[id] for id in ids if len(model.by_id[id].shape) in n_axes]
+    weights, notes = _affordable(asked, len(halves))
     notes = [*data.tokens.notes, *notes]
     if not weights:
         return Calibrated({}, {}, tuple(notes))
-    halves = [half for half in data.tokens.halves() if half is not None]
     unfit: dict[str, str] = {}
     found = []
     with _watching(subject, weights, sandbox_on(runner_of(model), device)) as watching:
@@ -151,11 +157,16 @@ def runner_of(model: Model) -> Runner:
     """What runs this model on data. RewriteRefused, with the reason, if nothing does."""
     if model.format not in _FORMATS:
         raise RewriteRefused(
-            f"{model.path}: --calibrate: expected a Hugging Face folder or an ONNX model, found {model.format}"
+            f"{model.path}: --calibrate: expected a model that can be run (a Hugging Face folder, an ONNX model or an "
+            f"exported program), found weights alone ({model.format})"
         )
     if len(model.parts) > 1 and model.format == "onnx":
         names = listed(tuple(part.name for part in model.parts))
-        raise RewriteRefused(f"{model.path}: --calibrate: expected one ONNX graph, found several parts ({names})")
+        raise RewriteRefused(
+            f"{model.path}: --calibrate: expected one ONNX graph, found several parts ({names}), which take "
+            "each other's outputs",
+            hint="give the file of one part, with all of its own inputs and labels in an .npz",
+        )
     runner = runner_for(model)
     if isinstance(runner, str):
         raise RewriteRefused(f"{model.path}: --calibrate: the model cannot be run here: {runner}")
@@ -250,14 +261,15 @@ def _past(ids: Any) -> Any:
     return targets
 
 
-def _affordable(weights: Iterable[Weight]) -> tuple[list[Weight], list[str]]:
-    """The matrices whose sums fit, in order; and a note on those that do not."""
+def _affordable(weights: Iterable[Weight], n_halves: int) -> tuple[list[Weight], list[str]]:
+    """The matrices and vectors whose sums over so many halves of the data fit, in order; and a note on the others."""
     kept: list[Weight] = []
     n, left = 0, 0
     for weight in weights:
-        if len(weight.shape) != 2 or not weight.is_float or weight.absent:
+        if not weight.shape or not weight.is_float or weight.absent:
             continue
-        cost = max(min(weight.shape) ** 2, weight.shape[-1] ** 2) + max(weight.shape)
+        n_columns = 1 if len(weight.shape) == 1 else max(min(weight.shape), weight.shape[-1])
+        cost = n_halves * (n_columns**2 + max(weight.shape))
         if n + cost > N_MOST_SUMS:
             left += 1
             continue
@@ -292,7 +304,8 @@ class _Watching:
         n_batches = 0
         for batch in batches(tokens, self.signature, data.n_vocabulary + self.n_numbers):
             if not backward:
-                batch.pop(TARGETS, None)
+                targets = batch.pop(TARGETS, None)
+                batch = {**batch, **shown_in(batch, self.signature, targets)}
             ask("calibrate", handle, batch)
             n_batches += 1
         if not n_batches:
@@ -331,16 +344,18 @@ def _tapped(subject: Subject, weights: Sequence[Weight], sandbox: Sandbox) -> It
     heads = {id for id, role in subject.roles.items() if role.kind == "output_head"}
     with Overlay(model) as overlay:
         copy = overlay.file(str(source)).with_name("tieaudit-tapped.onnx")
-        scores = {one.result for one in found if one.id in heads and one.kind == "product"}
-        write_tapped(proto, copy, [one.value for one in found] + sorted(scores))
+        scores = {one.result: scores_behind(proto, one.result)
+                  for one in found if one.id in heads and one.kind == "product"}  # fmt: skip
+        write_tapped(proto, copy, [*(one.value for one in found), *sorted({*scores, *scores.values()})])
         keys: dict[str, str] = {id: str(index) for index, id in enumerate(dict.fromkeys(one.id for one in found))}
         sites: list[Mapping[str, Any]] = [
             {"key": keys[one.id], "kind": one.kind, "value": one.value, "n_rows": one.n_rows,
-             "scores": one.result if one.result in scores else ""}
+             "result": one.result if one.result in scores else "", "scores": scores.get(one.result, "")}
             for one in found
         ]  # fmt: skip
         turned = frozenset(keys[one.id] for one in found if one.turned)
         widths = {one.value: min(model.by_id[one.id].shape) for one in found}
+        widths |= {one.result: one.n_rows for one in found if scores.get(one.result, one.result) != one.result}
         with _opened(model, sandbox, str(copy)) as one:
             signature = _limited(subject, with_limits(one.signature, str(source)))
             ids = {key: id for id, key in keys.items()}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tieaudit.calling import call, comparable
 from tieaudit.errors import UsageError
 from tieaudit.merges import Statistics
+from tieaudit.nested import tensors_of
 from tieaudit.watching import Watch
 
 if TYPE_CHECKING:
@@ -30,9 +31,10 @@ def calibrate(
 ) -> dict[str, Statistics]:
     """Statistics of the sites that own these parameters, by name. The module is run in eval mode and not changed.
 
-    `loss`: with it a backward pass gives the gradients at lookups, and E[g²] at the results of products. `heads`: of
-    these names, the outputs are taken as scores of a softmax, for E[p(1 − p)]. UsageError for a name that no embedding
-    or linear layer owns. Cost: one forward (and backward) pass per batch, and columns² numbers per site.
+    `loss`: with it a backward pass gives the gradients at lookups, and E[g²] at the results of products and at vectors;
+    places with which the loss does not move, such as padding, do not count. `heads`: without a loss, scores of a
+    softmax are made of what these give, for E[p(1 − p)]; all places count. UsageError for a name that no embedding,
+    linear layer or norm owns. Cost: one forward (and backward) pass per batch, and columns² numbers per site.
     """
     import torch
 
@@ -45,6 +47,10 @@ def calibrate(
             output = call(module, batch)
             if loss is not None:
                 watch.differentiate(loss(output, batch))
+            else:
+                watch.scored(tensors_of(output))
     for name, reason in watch.unfit.items():
-        raise UsageError(f"{name}: expected the weight of an embedding or of a linear layer: {reason}")
+        raise UsageError(
+            f"{name}: expected the weight of an embedding, of a linear layer or a norm, or a bias: {reason}"
+        )
     return {name: Statistics.of(one, turned=name in watch.turned) for name, one in watch.sums.items()}

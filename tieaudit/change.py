@@ -36,6 +36,16 @@ class Adjustment:
 
 
 @dataclass(frozen=True)
+class Gain:
+    """A norm whose only reader is one product, so that its gain can take a scale of each column of that."""
+
+    ids: tuple[str, ...]
+    """The gain, and the bias if there is one."""
+    added: float = 0.0
+    """To the stored gain, before it is applied: 1 in Gemma, where 0 means that nothing is scaled."""
+
+
+@dataclass(frozen=True)
 class Share:
     """Make the members one stored tensor. The first member's name survives; lossy if the values differ."""
 
@@ -146,6 +156,21 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class LossChange:
+    """The negative log-likelihood of the same tokens under two models, in nats per token."""
+
+    before: float
+    after: float
+    rise: float
+    """ΔNLL, the mean of the differences."""
+    standard_error: float
+    """Of the rise; NaN for a single token."""
+    n_tokens: int
+    held_out: bool
+    """No policy was fitted to these tokens."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """What will be done to one model."""
 
@@ -169,6 +194,10 @@ class Plan:
     """None: rewritten as what it is."""
     predictions: tuple[Prediction, ...] = ()
     """With calibration data: of each class of unequal weights that gets one value."""
+    merge: str | None = None
+    """The policy that was asked for; None: the usual one of each scheme."""
+    loss: LossChange | None = None
+    """Measured on calibration data with a temporary copy, where it could not be predicted for every class."""
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,22 @@ Weights are looked at through a sample of their rows unless `deep`; nothing is w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tieaudit.errors import RewriteRefused, UsageError
+from tieaudit.errors import NotFinite, RewriteRefused, UsageError
+from tieaudit.formats import Format
 from tieaudit.headcount import fewer_heads
 from tieaudit.merge import policy_of, sites_of
-from tieaudit.merges import Block, Calibrated, Merge, Sites, Statistics
+from tieaudit.merges import Block, Calibrated, Merge, Sites, Statistics, expect_finite_tables
 from tieaudit.pairing import N_SAMPLED, sampled_runs
 from tieaudit.propose import Asked, propose
-from tieaudit.registry import discover
+from tieaudit.registry import choose, discover
 from tieaudit.saving import n_parameters_saved
+from tieaudit.scaling import gain_before
 from tieaudit.schemes import Scheme
 from tieaudit.verdict import Candidate, Subject
 
@@ -47,11 +50,20 @@ class Choice:
     n_classes: int
     exact: bool
     """Whether everything was read, not a sample."""
+    measured: float | None = None
+    """The rise of the negative log-likelihood on calibration data that nothing was fitted to, with a temporary copy."""
+    refused: str = ""
+    """Why it is no choice here: numbers from which nothing can be computed. Its damage is then infinite."""
+
+    @property
+    def rise(self) -> float | None:
+        """In nats per token, measured or else predicted; None where neither is known."""
+        return self.nats if self.measured is None else self.measured
 
     @property
     def damage(self) -> float:
         """By which choices are ordered: nats where they are known, else the share that changes."""
-        return self.changed if self.nats is None else self.nats
+        return self.changed if self.rise is None else self.rise
 
 
 def compare(subject: Subject, *, calibrated: Calibrated | None = None, deep: bool = False) -> tuple[Choice, ...]:
@@ -76,8 +88,9 @@ def frontier(choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
 
     Nats and shares cannot be compared: where some choices have nats, and are not lossless, only those are looked at.
     """
-    if any(one.nats is not None for one in choices):
-        choices = tuple(one for one in choices if one.nats is not None or one.changed == 0.0)
+    choices = tuple(one for one in choices if not one.refused)
+    if any(one.rise is not None for one in choices):
+        choices = tuple(one for one in choices if one.rise is not None or one.changed == 0.0)
     best: list[Choice] = []
     for one in sorted(choices, key=lambda one: (one.damage, -one.n_bytes_saved)):
         if not best or one.n_bytes_saved > best[-1].n_bytes_saved:
@@ -108,6 +121,12 @@ def _choices(
     seen = [(one, found) for one in lossy if (found := _sites(subject, one, calibrated, n_numbers)) is not None]
     if len(seen) < len(lossy):
         return  # codes, or types that cannot be merged: plan says why, by name
+    try:
+        for _, sites in seen:
+            expect_finite_tables(sites, "")
+    except NotFinite as error:
+        yield _refused(scheme, "every policy", candidates, error)
+        return
     fitted = [name for name in discover("merges", Merge) if calibrated is not None and _fitted(name)]
     n_rows = min(sites.n_rows for _, sites in seen)
     # a sample of as many rows as the residual has directions would be restored completely, which tells nothing
@@ -129,6 +148,8 @@ def _choice(
         weight = subject.model.by_id[candidate.members[0].id]
         try:
             merged = chosen.merge(sites, argument)
+        except NotFinite as error:
+            return _refused(scheme, policy, candidates, error)
         except (RewriteRefused, UsageError):
             return None
         energies = [_energy(sites, index) for index in range(len(sites.ids))]
@@ -138,7 +159,8 @@ def _choice(
         known, nats = known and cost is not None, nats + (cost or 0.0)
         corrected = [
             replace(one, n_rows=weight.n_elements // max(sites.n_columns, 1)).n_parameters
-            for one in merged.corrections.values()
+            for at, one in merged.corrections.items()
+            if not (one.kind == "scale" and _is_free(subject, sites.ids[at], sites.n_columns))
         ]
         costs = sum(corrected) * weight.n_bytes // max(weight.n_elements, 1)
         if corrected and (costs >= candidate.n_bytes_saved or len(weight.shape) != 2):
@@ -155,6 +177,17 @@ def _choice(
         n_classes=len(candidates),
         exact=exact,
     )
+
+
+def _is_free(subject: Subject, head: str, n_columns: int) -> bool:
+    """Whether the norm before a head takes a scale of its columns."""
+    format_ = choose(discover("formats", Format), subject.model.format, "format")
+    return not isinstance(gain_before(format_, subject.model, head, n_columns), str)
+
+
+def _refused(scheme: str, policy: str, candidates: list[Candidate], error: NotFinite) -> Choice:
+    saved = sum(one.n_bytes_saved for one in candidates)
+    return Choice(scheme, policy, 0, saved, math.inf, None, len(candidates), False, refused=error.message)
 
 
 def _fitted(name: str) -> bool:

@@ -16,7 +16,10 @@ def draw(choices: Sequence[Choice], front: Sequence[Choice], path: Path) -> None
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    nats = any(one.nats is not None for one in front)
+    choices = [one for one in choices if not one.refused]
+    nats = any(one.rise is not None for one in front)
+    if nats:  # shares of energy have no place on an axis of nats
+        choices = [one for one in choices if one.rise is not None or not one.policy]
     axes.scatter([one.n_bytes_saved / 1e6 for one in choices], [one.damage for one in choices], s=14, color="#9aa5b1")
     axes.plot([one.n_bytes_saved / 1e6 for one in front], [one.damage for one in front], "o-", color="#1f6feb")
     for one in front:
@@ -25,7 +28,7 @@ def draw(choices: Sequence[Choice], front: Sequence[Choice], path: Path) -> None
             label, (one.n_bytes_saved / 1e6, one.damage), fontsize=7, xytext=(4, 4), textcoords="offset points"
         )
     axes.set_xlabel("saved, MB")
-    axes.set_ylabel("predicted rise of the loss, nats a token" if nats else "share of the weights' energy that changes")
+    axes.set_ylabel("rise of the loss, nats a token" if nats else "share of the weights' energy that changes")
     axes.grid(alpha=0.3)
     beside = path.with_name(f".{path.stem[:60]}.{os.getpid()}{path.suffix}")
     try:

@@ -9,6 +9,7 @@
     │   └─ MissingPackage    an extra is needed: which, and how to get it
     ├─ PluginError           names the plug-in's file
     ├─ RewriteRefused        nothing was written; the reason is a sentence
+    │   └─ NotFinite         inf or NaN among numbers from which others were to be computed
     └─ ParityFailed          exit code 1: a proof level failed, nothing was delivered
 
 *Cannot tell* is not an error: it is a rule's third answer (see `audit.py`).
@@ -68,6 +69,10 @@ class PluginError(TieAuditError):
 
 class RewriteRefused(TieAuditError):
     """The planned change cannot be made safely; nothing was written."""
+
+
+class NotFinite(RewriteRefused):
+    """Numbers from which nothing can be computed: one inf or NaN would spread into everything made of them."""
 
 
 class ParityFailed(TieAuditError):

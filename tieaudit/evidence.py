@@ -31,11 +31,18 @@ def _loss_lines(facts: Mapping[str, object]) -> list[str]:
     loss = facts.get("loss")
     if not isinstance(loss, Mapping):
         return []
+    return [loss_line(loss)]
+
+
+def loss_line(loss: object) -> str:
+    """ΔNLL on tokens, from a `LossChange` as plain values."""
+    assert isinstance(loss, Mapping)
     which = "held out of the fit" if loss["held_out"] else "to which the policy was fitted"
-    return [
-        f"  loss on {counted(loss['n_tokens'], 'token')} {which}: {loss['before']:.4g} → {loss['after']:.4g} nats a "
-        f"token, ΔNLL {loss['rise']:+.3g} ± {loss['standard_error']:.2g} (paired standard error)"
-    ]
+    numbers = {name: float(loss[name]) for name in ("before", "after", "rise", "standard_error")}  # NaN is a text
+    return (
+        f"  loss on {counted(loss['n_tokens'], 'token')} {which}: {numbers['before']:.4g} → {numbers['after']:.4g} "
+        f"nats a token, ΔNLL {numbers['rise']:+.3g} ± {numbers['standard_error']:.2g} (paired standard error)"
+    )
 
 
 def proof_lines(proof: Proof, packs: bool = False) -> list[str]:

@@ -259,6 +259,8 @@ class Flow:
     def added_after(self, value: str) -> tuple[str, tuple[str, ...]]:
         """Behind the learned vectors that are added to a value: the last sum, and the vectors."""
         found: list[str] = []
+        maker = self.maker.get(value)
+        whole = maker is not None and self.operations[maker].op.endswith("MatMulInteger")
         at = value  # views are passed to see whether a vector is added behind them
         for _ in range(_N_MOST_ADDED):
             readers = self.readers.get(at, [])
@@ -274,6 +276,8 @@ class Flow:
                 if slot != meaning.bias:  # fused with what follows: the sum itself is nowhere
                     found += [id for id in self.learned(operation.inputs[meaning.bias]) if id not in found]
                 break
+            elif meaning.does == "multiply" and whole and len(operation.outputs) == 1:
+                pass  # the scales of codes: the sum of their products is a number again
             elif meaning.does != "view" or slot != 0 or len(operation.outputs) != 1:
                 break
             at = operation.outputs[0]

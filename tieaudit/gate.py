@@ -14,10 +14,10 @@ from tieaudit.checked import RANK, STALE, Checked, Run
 from tieaudit.errors import TieAuditError, WeightsNotHere, in_one_line
 from tieaudit.formats import Format
 from tieaudit.load import Source
-from tieaudit.pointers import KEPT_AWAY
 from tieaudit.policy import Policy, Section, Suppression, Terms
 from tieaudit.registry import choose, discover
 from tieaudit.sealed import Locked
+from tieaudit.tally import kept_away
 from tieaudit.whereabouts import shown
 
 FEW = 4
@@ -164,12 +164,12 @@ def exit_code(run: Run, policy_of: Callable[[str], Policy], *, strict: bool = Fa
     models = [model for model in run.models if model.summary is not None or not model.weights_here]
     if run.errors or any(model.crashed or model.unreadable for model in run.models):
         return 2
-    kept_away = [path for path, because in run.skipped if because.startswith(KEPT_AWAY)]
-    if (models or kept_away) and not any(model.weights_here for model in models):
+    away = kept_away(run)
+    if (models or away) and not any(model.weights_here for model in models):
         return 2
     if not models and not run.skipped and not changed_only:
         return 2
-    unsure = [*kept_away, *(model.path for model in run.models if model.cannot_tell)]
+    unsure = [*away, *(model.path for model in run.models if model.cannot_tell)]
     if any(strict or policy_of(path).strict for path in unsure):
         return 2
     return int(any(RANK[one.finding.severity] <= RANK[policy_of(model.path).fail_on] for model, one in run.findings))

@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tieaudit.calibrating import Data, batches, runner_of, sandbox_on
+from tieaudit.change import LossChange
 from tieaudit.end_to_end import with_limits
 from tieaudit.errors import TieAuditError
 from tieaudit.model import Model
 from tieaudit.running import opened, path_of
-
-
-@dataclass(frozen=True)
-class LossChange:
-    """The negative log-likelihood of the same tokens under two models, in nats per token."""
-
-    before: float
-    after: float
-    rise: float
-    """ΔNLL, the mean of the differences."""
-    standard_error: float
-    """Of the rise; NaN for a single token."""
-    n_tokens: int
-    held_out: bool
-    """No policy was fitted to these tokens."""
+from tieaudit.sandbox import Sandbox
 
 
 def paired(before: NDArray[np.float64], after: NDArray[np.float64], *, held_out: bool) -> LossChange:
@@ -65,8 +52,13 @@ def change_of_loss(before: Model, after: Model, data: Data, device: str = "auto"
 
 
 def _losses(model: Model, data: Data, device: str) -> NDArray[np.float64]:
-    """−log p of every target, in order."""
-    with sandbox_on(runner_of(model), device) as box, opened(box, path_of(model, "")) as one:
+    with sandbox_on(runner_of(model), device) as box:
+        return losses(model, data, box)
+
+
+def losses(model: Model, data: Data, box: Sandbox) -> NDArray[np.float64]:
+    """−log p of every target, in order, by a child that is there already. TieAuditError if it does not run."""
+    with opened(box, path_of(model, "")) as one:
         signature = with_limits(one.signature, path_of(model, ""))
         params = {"handle": one.handle}
         feeds = batches(data.tokens, signature, data.n_vocabulary)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,9 +11,20 @@ from numpy.typing import NDArray
 from tieaudit.change import Adjustment, Prediction
 from tieaudit.compare import transposed_block
 from tieaudit.dtypes import dtype
-from tieaudit.errors import RewriteRefused, UsageError
-from tieaudit.merges import Block, Calibrated, Correction, Merge, Merged, Rows, Sites
+from tieaudit.errors import NotFinite, RewriteRefused, UsageError
+from tieaudit.merges import (
+    KEEP_ONE,
+    Block,
+    Calibrated,
+    Correction,
+    Merge,
+    Merged,
+    Rows,
+    Sites,
+    expect_finite_tables,
+)
 from tieaudit.model import Member, Weight, storage_of
+from tieaudit.printable import listed
 from tieaudit.registry import choose, discover
 from tieaudit.storage import BLOCK_BYTES, MemoryStorage, Region, Storage
 from tieaudit.view import View
@@ -120,10 +131,16 @@ class MergedStorage:
         pieces = []
         for row in range(first_row, last_row, self.first.rows_per_block):
             values = self.rows(row, min(row + self.first.rows_per_block, last_row))
-            kept: NDArray[np.generic] = values.astype(dtype(self.first.dtype).numpy())
-            pieces.append(kept.tobytes())
+            pieces.append(_rounded(values, self.first.dtype).tobytes())
         skip = begin - first_row * row_bytes
         return b"".join(pieces)[skip : skip + length]
+
+
+def _rounded(values: Block, kind: str) -> NDArray[np.generic]:
+    """In the stored type, rounded once; what does not fit becomes infinite, or NaN where the type has no infinity."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        found: NDArray[np.generic] = values.astype(dtype(kind).numpy())
+    return found
 
 
 def sites_of(
@@ -138,7 +155,7 @@ def sites_of(
     tables = tuple(aligned(weight, member.view, shape) for weight, member in weights)
     ids = tuple(weight.id for weight, _ in weights)
     kinds = tuple(roles.get(id, "other") for id in ids)
-    if calibrated is None or len(shape) != 2:
+    if calibrated is None or len(shape) not in (1, 2):
         return Sites(ids, tables, kinds, (None,) * len(ids))
     fitted, held = (tuple(one.get(id) for id in ids) for one in (calibrated.fitted, calibrated.held_out))
     turns = [None if one is None else one.turned != member.view.transposes
@@ -180,6 +197,8 @@ class Common:
     because: str = ""
     prediction: Prediction | None = None
     """Where there is calibration."""
+    scales: Mapping[str, Block] = field(default_factory=dict)
+    """Of the adjustments those that are a scale of each column, before rounding."""
 
 
 def common_value(
@@ -187,9 +206,10 @@ def common_value(
 ) -> Common:
     """What a policy makes of a class.
 
-    RewriteRefused if the policy cannot merge these members, or if they have different element types. Cost: what the
-    policy reads, and with calibration two readings more; factors of adjustments are computed once, rounded to the
-    stored type, and held in memory, and so is the value of a matrix that is kept as [inputs, outputs].
+    RewriteRefused if the policy cannot merge these members, if they have different element types, or if a number that
+    is computed from them is not finite in the stored type. Cost: what the policy reads, one reading more of what is
+    computed, and with calibration two; factors of adjustments are computed once, rounded to the stored type, and held
+    in memory, and so is the value of a matrix that is kept as [inputs, outputs].
     """
     policy, argument = policy_of(text)
     sites = sites_of(weights, roles, calibrated)
@@ -197,22 +217,40 @@ def common_value(
     if sites.turned and merged.corrections:  # they are stored in the layout of the first member
         sites = sites_of(weights, roles)
         merged = policy.merge(sites, argument)
-    prediction = _prediction(sites, merged, text) if calibrated is not None else None
     first = sites.tables[0]
     assert isinstance(first, Aligned)
+    if merged.keeps is None:
+        _expect_finite(sites, merged, first.dtype, text)
+    prediction = _prediction(sites, merged, text) if calibrated is not None else None
     if merged.corrections:
         found = {sites.ids[at]: _adjustment(sites, at, merged, first.dtype) for at in merged.corrections}
-        return Common(None, MergedStorage(merged.rows, first, text), found, merged.because, prediction)
+        scales = {sites.ids[at]: one.right for at, one in merged.corrections.items() if one.kind == "scale"}
+        return Common(None, MergedStorage(merged.rows, first, text), found, merged.because, prediction, scales)
     if merged.keeps is not None:
         return Common(sites.ids[merged.keeps], None, {}, merged.because, prediction)
     values = _turned_back(sites, merged, first, text) if sites.turned else MergedStorage(merged.rows, first, text)
     return Common(None, values, {}, merged.because, prediction)
 
 
+def _expect_finite(sites: Sites, merged: Merged, kind: str, text: str) -> None:
+    """NotFinite where what is computed cannot be stored: it would be delivered as infinite, or as no number."""
+    for begin, end in sites.blocks():
+        values = merged.rows(begin, end)
+        wrong = ~np.isfinite(_rounded(values, kind).astype(np.float64))
+        if not wrong.any():
+            continue
+        expect_finite_tables(sites, text, (begin, end))
+        row, column = (int(one[0]) for one in np.nonzero(wrong))
+        at = [begin + row] if len(sites.tables[0].shape) != 2 else [begin + row, column]
+        raise NotFinite(
+            f"--merge {text}: {listed(sites.ids)}: expected values that {kind} can hold, found "
+            f"{values[row, column]:.3g} at {at} of what is computed; {KEEP_ONE}, or convert the model to float32 first"
+        )
+
+
 def _turned_back(sites: Sites, merged: Merged, first: Aligned, text: str) -> Storage:
     """The bytes in the layout of the first member. Held in memory: a row of one is in all of the other."""
-    kind = dtype(first.dtype).numpy()
-    rows = np.concatenate([merged.rows(*at).astype(kind) for at in sites.blocks()])
+    rows = np.concatenate([_rounded(merged.rows(*at), first.dtype) for at in sites.blocks()])
     return MemoryStorage(np.ascontiguousarray(rows.T).tobytes(), f"merged:{text}:{first.storage.region}")
 
 
@@ -231,12 +269,10 @@ def _prediction(sites: Sites, merged: Merged, text: str) -> Prediction:
 def _adjustment(sites: Sites, at: int, merged: Merged, kind: str) -> Adjustment:
     """A correction as it will be stored. RewriteRefused for what the element type cannot hold."""
     correction: Correction = merged.corrections[at]
-    name, rounded = sites.ids[at], dtype(kind).numpy()
-    with np.errstate(over="ignore"):
-        right = correction.right.astype(rounded)
-        left = None
-        if correction.left is not None:
-            left = np.concatenate([correction.left(*block).astype(rounded) for block in sites.blocks()])
+    name, left = sites.ids[at], None
+    right = _rounded(correction.right, kind)
+    if correction.left is not None:
+        left = np.concatenate([_rounded(correction.left(*block), kind) for block in sites.blocks()])
     for factor in (right, left):
         if factor is not None and not np.isfinite(factor.astype(np.float64)).all():
             raise RewriteRefused(f"{name}: its correction has numbers that {kind} cannot hold")

@@ -12,14 +12,26 @@ from functools import cached_property
 from itertools import pairwise
 
 from tieaudit.model import Model, Role, Weight
-from tieaudit.words import HEAD, NORM_BIASES, NORM_SCALES, PERHAPS_HEAD, PERHAPS_TOKEN, PLAIN, TOKEN, Path, path_of
+from tieaudit.scoring import Vocabularies, table_beside_a_head
+from tieaudit.standing import called_feed, doubles, feed_kinds, numbered_feed
+from tieaudit.words import (
+    FEED,
+    HEAD,
+    NORM_BIASES,
+    NORM_SCALES,
+    PERHAPS_HEAD,
+    PERHAPS_TOKEN,
+    PLAIN,
+    TOKEN,
+    Path,
+    attention_word,
+    path_of,
+    table_word,
+)
 
 _ATTENTION = re.compile(r"attn|attention|(^|[._])(att|mha|sa|ca)([._]|$)|encdecattention")
 _MIXER = re.compile(
     r"mixer|mamba|ssm|delta|linear_attn|recurrent|temporal_block|rwkv|short_?conv|(^|\.)conv(\.|$)|mlstm"
-)
-_FEED = re.compile(
-    r"mlp|ffn|ff(\.|_|\d|$)|feed_?forward|expert|moe|dense(gated)?(relu|act)|intermediate|swiglu|geglu|blocksparse"
 )
 _NORM = re.compile(r"norm|(^|_)(ln|bn|gn|rms)(_|\d|$)|layer_?norm|^ln|^bn\d|layrnorm")
 _BUFFERS = re.compile(r"running_(mean|var)$|num_batches_tracked$|inv_freq$|position_ids$|(^|\.)attn\.(masked_)?bias$")
@@ -28,6 +40,14 @@ _VOCABULARIES = re.compile(
 )
 _LAYERS = re.compile(r"(^h|layers?|blocks?|blk|stages?|cells?|encoders|decoders)$")
 _WITH_BIAS = ("attention_", "ffn_", "output_head", "recurrent_")
+_ASKS = ("attention_query", "attention_qkv")
+_ANYTHING = re.compile("")
+_LEARNED = ("query", "queries", "key", "value", "q", "k", "v")
+_OUTPUTS = frozenset("out_proj o wo c_proj dense proj output out linear_out to_out fc proj_out".split())
+_NUMBERED = frozenset("w1 w2 w3 wi wo fc1 fc2 fc11 fc12 linear1 linear2 linear_1 linear_2".split())
+_LAYER_SCALE = re.compile(r"(^|_)ls_?\d*$|layer_?scale")
+_WIDEST_KERNEL = 16
+_STACKED = re.compile(r"expert|moe|switch|sparse")
 _CLASSES = re.compile(r"class|label|time(step)?|speaker|lang|style|emotion|prompt|codebook|quantiz|spatial")
 
 
@@ -42,6 +62,14 @@ class Names:
             path = self.paths[weight.id]
             if path.modules and (path.end == "weight" or len(weight.shape) > 1):
                 self.beside.setdefault(path.modules[:-1], {}).setdefault(path.modules[-1], weight)
+        self.holders = {path.modules[:n] for path in self.paths.values() for n in range(len(path.modules))}
+        """Modules that hold others."""
+        self.vectors = {
+            (self.paths[weight.id].modules, self.paths[weight.id].end): weight.shape[0]
+            for weight in model.weights
+            if len(weight.shape) == 1
+        }
+        """(module, name of its tensor) → size, of what has one axis."""
         self.counted = {path.modules for path in self.paths.values() if path.end == "running_var"}
         """Modules that hold a running variance: norms over batches, whatever they are called."""
         self.has_sides = all(
@@ -77,7 +105,7 @@ class Names:
         for index, part in enumerate(modules):
             if part.isdigit() and (index == 0 or _LAYERS.search(modules[index - 1]) or self._varies(modules, index)):
                 return int(part) if index else None
-            if (match := re.fullmatch(r"(?:layer|block|expert)_?(\d+)", part)) and not part.startswith("expert"):
+            if match := re.fullmatch(r"(?:\w*(?:layers?|blocks?)|h)_?(\d+)", part):
                 return int(match[1])
         return None
 
@@ -97,7 +125,7 @@ class Names:
         return twice
 
     def _kind(self, weight: Weight, path: Path) -> str | None:
-        if _BUFFERS.search(weight.name.lower()):
+        if _BUFFERS.search(weight.name.lower()) and not (path.end == "bias" and self._owner(path) is not None):
             return "buffer"
         if len(weight.name) == 1:
             return None  # too little to go by
@@ -106,7 +134,7 @@ class Names:
         return self._matrix(weight, path)
 
     def _bias(self, weight: Weight, path: Path) -> str | None:
-        if _is_norm(path) or path.modules in self.counted:
+        if self._is_norm(path) or path.modules in self.counted:
             return "norm_bias"
         if path.end.startswith(("bias_ih", "bias_hh")):
             return "recurrent_hidden_bias" if path.end.startswith("bias_hh") else "recurrent_input_bias"
@@ -116,80 +144,144 @@ class Names:
             kind = self._matrix(owner, self.paths[owner.id])
         elif path.leaf in PLAIN:
             kind = PLAIN[path.leaf]
-        elif (
-            weight.shape
-            and weight.shape[-1] in (self.vocabularies or {shape[0] for shape in self._token_shapes if shape})
-            and "predictions" in (*path.modules, path.leaf)
-            or (
-                len(weight.shape) == 1
-                and weight.shape[0] in self.vocabularies
-                and path.leaf in HEAD | {"cls", "lm_head"}
-            )
-        ):
+        elif self._is_of_scores(weight, path):
             kind = "output_head"
         return f"{kind}_bias" if kind is not None and kind.startswith(_WITH_BIAS) else "bias"
+
+    def _is_of_scores(self, weight: Weight, path: Path) -> bool:
+        """Whether a bias without a matrix beside it has a number for each row of the vocabulary."""
+        if "predictions" in (*path.modules, path.leaf):
+            return bool(weight.shape) and weight.shape[-1] in (self.vocabularies or self.tables.rows)
+        known = self.vocabularies | ({n for n in self.tables.rows if n not in self.tables.widths})
+        return len(weight.shape) == 1 and weight.shape[0] in known and path.leaf in HEAD | {"cls", "unembed"}
+
+    def _owner(self, path: Path) -> Weight | None:
+        """The matrix of a module."""
+        owner = self.beside.get(path.modules[:-1], {}).get(path.modules[-1]) if path.modules else None
+        return owner if owner is not None and len(owner.shape) > 1 and self.paths[owner.id].end == "weight" else None
+
+    def _is_norm(self, path: Path) -> bool:
+        """Called a norm and no matrix, or a vector with a bias of its size in one module."""
+        if path.end in ("weight", "bias") and self._owner(path) is not None:
+            return False
+        if _NORM.search(path.leaf):
+            return True
+        pairs = (("weight", "bias"), ("gamma", "beta"), ("scale", "bias"))
+        sizes = next((pair for pair in pairs if path.end in pair), None)
+        if sizes is None or path.leaf in PLAIN:
+            return False
+        if path.end in ("gamma", "beta") and path.modules not in self.holders and not _LAYER_SCALE.search(path.leaf):
+            return True
+        scale, bias = (self.vectors.get((path.modules, end)) for end in sizes)
+        return scale is not None and scale == bias and scale > 1
 
     def _matrix(self, weight: Weight, path: Path) -> str | None:
         rank, leaf = len(weight.shape), path.leaf
         if path.end.startswith(("weight_ih", "weight_hh")):
             return "recurrent_input" if path.end.startswith("weight_ih") else "recurrent_hidden"
-        if _is_norm(path) and (path.end in NORM_SCALES or path.end in NORM_BIASES) and rank <= 2:
+        if self._is_norm(path) and (path.end in NORM_SCALES or path.end in NORM_BIASES) and rank <= 2:
             return "norm_bias" if path.end in NORM_BIASES else "norm_scale"
         if path.end != "weight":
             return self._loose(weight, path)
-        if rank > 2 and not weight.name.lower().endswith("weight") and leaf in ("query", "key", "value", "q", "k", "v"):
-            return None  # learned queries, not a projection
-        if rank >= 3 and not _FEED.search(path.around + "." + leaf):
-            if leaf not in PLAIN or weight.name.lower().endswith(".weight"):
-                return "convolution"
+        if rank > 1 and not path.turned and not weight.name.lower().endswith("weight") and leaf in _LEARNED:
+            if rank > 2 or not any(PLAIN.get(name) == "attention_key" for name in self._names_beside(path)):
+                return None  # learned queries, not a projection
+        if rank >= 3 and self._convolves(weight, path):
+            return "convolution"
         if rank < 2 and (leaf not in PLAIN or path.modules in self.counted):
             return "norm_scale" if rank == 1 and (_NORM.search(leaf) or path.modules in self.counted) else None
         kind = self._table(weight, path) or self._plain(weight, path) or self._by_context(weight, path)
+        kind = kind or self._word_of_table(weight, path)
         if kind is None and rank >= 3:
-            return "convolution"
+            return None if path.turned else "convolution"
         return kind or ("projection" if rank == 2 else None)
+
+    def _convolves(self, weight: Weight, path: Path) -> bool:
+        """Whether a tensor of three axes or more slides along some: not experts in a stack, and no heads apart."""
+        if len(weight.shape) > 3 or path.turned:
+            return len(weight.shape) > 3 or "conv" in path.leaf
+        if FEED.search(f"{path.around}.{path.leaf}"):
+            return weight.shape[-1] < _WIDEST_KERNEL and not _STACKED.search(path.around)
+        return path.leaf not in PLAIN or weight.name.lower().endswith(".weight")
+
+    def _word_of_table(self, weight: Weight, path: Path) -> str | None:
+        """A table by words that its name puts together; of tokens only outside of layers and longer than wide."""
+        kind = table_word(path.modules) if len(weight.shape) == 2 else None
+        many = kind is not None and weight.shape[0] > weight.shape[1]
+        if kind == "token_embedding" and not (many and self._layer(path.modules) is None):
+            return None
+        return kind
 
     def _loose(self, weight: Weight, path: Path) -> str | None:
         """A tensor that a module holds under a name of its own."""
         if path.end == "apart":
             return None
+        if weight.id in self.tables.heads:
+            return "output_head"
+        if len(weight.shape) in (2, 3) and (kind := table_word((*path.modules, path.end))) == "position_embedding":
+            return kind
         if re.search(r"pos(ition(al)?)?_?emb", path.end):
             return "position_embedding"
         if re.search(r"bias(_[a-z])?$|^b\d?$", path.end) and len([size for size in weight.shape if size > 1]) <= 2:
-            return "bias"
+            return "output_head_bias" if self._ends_scores(weight, path) else "bias"
         if re.search(r"(_|^)(proj|projection|kernel)(_weight)?$", path.end) and len(weight.shape) >= 2:
             return "projection"
         return None
 
+    def _ends_scores(self, weight: Weight, path: Path) -> bool:
+        return "predictions" in path.modules and weight.shape[-1:] in {(n,) for n in self.tables.rows}
+
+    @cached_property
+    def tables(self) -> Vocabularies:
+        """The token tables that names tell, and the heads that score them."""
+        weights = {weight.id: weight for weight in self.model.weights}
+        plain = {
+            id: weight
+            for id, weight in weights.items()
+            if self.paths[id].end == "weight" and self._is_token(weight, self.paths[id])
+        }
+        found = Vocabularies(plain or table_beside_a_head(weights, self.paths, self._is_open))
+        found.find_heads(weights, self.paths, self._is_open)
+        return found
+
+    def _is_open(self, weight: Weight) -> bool:
+        path = self.paths[weight.id]
+        if weight.parameter is False or self._layer(path.modules) is not None or _ATTENTION.search(path.around):
+            return False
+        return path.end == "weight" or path.end not in ("apart", "bias", *NORM_BIASES)
+
+    def _is_token(self, weight: Weight, path: Path) -> bool:
+        if len(weight.shape) != 2:
+            return False
+        n_rows, n_columns = weight.shape
+        if path.leaf in TOKEN:
+            return True
+        if path.leaf not in PERHAPS_TOKEN and table_word(path.modules) is None:
+            return False
+        if self._layer(path.modules) is not None or _CLASSES.search(weight.name.lower()):
+            return False
+        if path.leaf in PERHAPS_TOKEN and table_word(path.modules) in (None, "token_embedding"):
+            known = n_rows in self.vocabularies if self.vocabularies else n_rows > 2 * n_columns
+            if known and not (path.leaf == "encoder" and len(path.modules) > 1):
+                return True
+        return self._word_of_table(weight, path) == "token_embedding"
+
     def _table(self, weight: Weight, path: Path) -> str | None:
-        leaf, rank = path.leaf, len(weight.shape)
-        if rank != 2:
+        leaf = path.leaf
+        if len(weight.shape) != 2:
             return None
-        n_rows = weight.shape[0]
-        in_layer = self._layer(path.modules) is not None
-        if leaf in TOKEN:
+        if weight.id in self.tables.tables or self._is_token(weight, path):
             return "token_embedding"
-        if leaf in PERHAPS_TOKEN and not in_layer and not _CLASSES.search(weight.name.lower()):
-            known = n_rows in self.vocabularies if self.vocabularies else n_rows > 2 * weight.shape[1]
-            if known and not (leaf == "encoder" and not self._tops(path)):
-                return "token_embedding"
-        if leaf in HEAD and (leaf != "proj_out" or not in_layer):
+        if leaf in HEAD or weight.id in self.tables.heads:
             return "output_head"
-        if in_layer or _ATTENTION.search(path.around) or "emb" in leaf:
+        if self._layer(path.modules) is not None or _ATTENTION.search(path.around) or "emb" in leaf:
             return None
-        if n_rows in self.vocabularies if self.vocabularies else leaf in PERHAPS_HEAD and self._scores(weight):
-            named = leaf in HEAD or leaf in PERHAPS_HEAD or not self._has_head
+        if self.vocabularies & {weight.shape[0]}:
+            named = leaf in PERHAPS_HEAD or not self._has_head
             return "output_head" if named else "token_embedding"
         if leaf == "decoder" and "predictions" in path.modules:
             return "output_head"
         return None
-
-    def _tops(self, path: Path) -> bool:
-        return len(path.modules) == 1
-
-    def _scores(self, weight: Weight) -> bool:
-        """Whether some token table has its shape."""
-        return weight.shape in self._token_shapes
 
     @cached_property
     def _has_head(self) -> bool:
@@ -202,8 +294,12 @@ class Names:
         return any(PLAIN.get(path.leaf, "").startswith(asked) for path in self.paths.values())
 
     @cached_property
-    def _token_shapes(self) -> set[tuple[int, ...]]:
-        return {weight.shape for weight in self.model.weights if self.paths[weight.id].leaf in TOKEN}
+    def feeds(self) -> Mapping[str, str]:
+        """What the shapes of matrices that stand together tell of feed-forwards."""
+        if self.model.has_graph:  # which had its chance; its products take matrices either way round
+            return {}
+        biases = {modules: size for (modules, end), size in self.vectors.items() if end == "bias"}
+        return feed_kinds(self.model.weights, self.paths, self.tables.widths, biases)
 
     def _plain(self, weight: Weight, path: Path) -> str | None:
         kind, leaf = PLAIN.get(path.leaf), path.leaf
@@ -213,7 +309,11 @@ class Names:
             return None
         if kind == "attention_value" and (not weight.shape or not self._asks):
             return None  # a critic's value, or a quantiser's
-        if kind == "ffn_up" and leaf in ("up_proj", "c_fc", "fc_in", "lin1") and self._doubles(weight, path):
+        if (
+            kind == "ffn_up"
+            and leaf in ("up_proj", "c_fc", "fc_in", "lin1")
+            and doubles(weight, path, self.beside.get(path.modules[:-1], {}))
+        ):
             return "ffn_gate_up"
         if leaf in ("key", "value", "query", "k", "q", "v", "receptance") and re.search(
             r"feed_forward|ffn|channel_mix", path.around
@@ -221,20 +321,23 @@ class Names:
             return {"key": "ffn_up", "k": "ffn_up", "value": "ffn_down", "v": "ffn_down"}.get(leaf, "ffn_gate")
         if leaf == "c_attn" and "crossattention" in path.around.replace("_", ""):
             return "attention_kv"
-        if kind == "ffn_gate" and _ATTENTION.search(path.around) and not _FEED.search(path.around):
+        if kind == "ffn_gate" and _ATTENTION.search(path.around) and not FEED.search(path.around):
             return "projection"
         return kind
 
     def _by_context(self, weight: Weight, path: Path) -> str | None:
         """Names that mean something only beside their module's."""
         leaf, around = path.leaf, path.around
+        beside = self.beside.get(path.modules[:-1], {})
         if "adapter" in around and leaf in ("dense1", "dense2", "down", "up", "fc1", "fc2", "linear1", "linear2"):
             return "adapter_a" if leaf in ("dense1", "down", "fc1", "linear1") else "adapter_b"
         if "bottleneck" in around:
             return None
         last = re.split(r"\.\d+", around)[-1]  # of the layer, not of what holds the layers
         near = last or around
-        attention, mixer, feed = (pattern.search(near) for pattern in (_ATTENTION, _MIXER, _FEED))
+        attention, mixer, feed = (pattern.search(near) for pattern in (_ATTENTION, _MIXER, FEED))
+        if attention is None and any(PLAIN.get(name) in _ASKS for name in self._names_beside(path)):
+            attention = _ANYTHING.search(near)  # by what is beside, whatever the module is called
         if leaf in ("gate", "wg", "classifier", "layer") and re.search(
             r"moe|mixer|ffn|expert|mlp|router|gat(e|ing)|feed_forward", near
         ):
@@ -242,57 +345,33 @@ class Names:
                 return "router"
         if mixer and not attention and leaf in ("in_proj", "out_proj", "x_proj", "dt_proj", "output", "o", "wo"):
             return "projection"
-        if (
-            leaf
-            in (
-                "w1",
-                "w2",
-                "w3",
-                "wi",
-                "wo",
-                "fc1",
-                "fc2",
-                "fc11",
-                "fc12",
-                "linear1",
-                "linear2",
-                "linear_1",
-                "linear_2",
-            )
-            and not attention
-        ):
-            return self._numbered_feed(weight, path, bool(feed))
+        whole = f"{around}.{leaf}"
+        inner = max((match.start() for match in FEED.finditer(whole)), default=-1)
+        if weight.id in self.feeds and inner > max((match.start() for match in _ATTENTION.finditer(whole)), default=-1):
+            return self.feeds[weight.id]
+        if leaf in _NUMBERED and not attention:
+            known = bool(feed) or self._layer(path.modules) is not None
+            return numbered_feed(weight, path, beside, bool(feed)) if known else None
         if attention and not (feed and near.rfind(feed[0]) > near.rfind(attention[0])):
             if mixer and leaf.startswith("in_proj"):
                 return "projection"
             if leaf == "in_proj":
                 return "attention_qkv"
-            if leaf in (
-                "out_proj",
-                "o",
-                "wo",
-                "c_proj",
-                "dense",
-                "proj",
-                "output",
-                "out",
-                "linear_out",
-                "to_out",
-                "fc",
-                "proj_out",
-            ):
+            if leaf in _OUTPUTS:
                 return "projection" if "linear_attn" in near else "attention_output"
-            return None
+            if "indexer" in around:
+                return None
+            return self._numbered_attention(weight, path) if path.ends_in_number else attention_word(leaf)
         if leaf in ("attention", "selfattention"):
             return None
         if leaf == "dense" and re.search(r"(^|[._])intermediate(_\w+)?$", near):
             return "ffn_up"
         if leaf == "dense" and re.search(r"(^|[._])(output|ffnoutput)(_\w+)?$", near) and last:
             return "ffn_down"
-        if leaf in ("ffn", "ffn_output") and self._layer(path.modules) is not None:
+        if leaf in ("ffn", "ffn_output") and not path.ends_in_number and self._layer(path.modules) is not None:
             return "ffn_up" if leaf == "ffn" else "ffn_down"
         if feed or leaf in ("mlp", "ffn", "ff", "feed_forward"):
-            return self._feed(weight, path)
+            return called_feed(weight, path, beside)
         if (
             leaf == "out_proj"
             and self._layer(path.modules) is not None
@@ -301,61 +380,16 @@ class Names:
             return "attention_output"
         return None
 
+    def _numbered_attention(self, weight: Weight, path: Path) -> str | None:
+        """Four matrices of one shape in a list are query, key, value and output, as in the annotated Transformer."""
+        listed = self.beside.get(path.modules[:-1], {})
+        alike = sorted((name for name, one in listed.items() if one.shape == weight.shape and name.isdigit()), key=int)
+        if len(alike) != 4 or path.leaf not in ("linears", "linear", "projections", "layers"):
+            return attention_word(path.leaf)
+        return f"attention_{('query', 'key', 'value', 'output')[alike.index(path.modules[-1])]}"
+
     def _names_beside(self, path: Path) -> Iterable[str]:
         return self.beside.get(path.modules[:-1], {})
-
-    def _numbered_feed(self, weight: Weight, path: Path, feed: bool) -> str | None:
-        """w1 … w3, fc1 and fc2, wi and wo, linear1 and linear2: by which of them are there."""
-        leaf, beside = path.leaf, self.beside.get(path.modules[:-1], {})
-        if self._layer(path.modules) is None and not feed:
-            return None
-        if leaf in ("fc11", "fc12"):
-            return "ffn_up" if leaf == "fc11" else "ffn_gate"
-        if leaf in ("w1", "w3"):
-            return "ffn_up" if "w3" not in beside else "ffn_gate" if leaf == "w1" else "ffn_up"
-        if leaf in ("w2", "wo", "fc2", "linear2", "linear_2"):
-            partner = {"w2": "w1", "wo": "wi", "fc2": "fc1", "linear2": "linear1", "linear_2": "linear_1"}[leaf]
-            return (
-                "ffn_down" if partner in beside or f"{partner}1" in beside or f"{partner}_0" in beside or feed else None
-            )
-        return "ffn_gate_up" if self._doubles(weight, path) else "ffn_up"
-
-    _DOWNS: Mapping[str, str] = {
-        "wi": "wo", "fc1": "fc2", "linear1": "linear2", "linear_1": "linear_2", "up_proj": "down_proj", "w1": "w2",
-        "input_linear": "output_linear", "lin1": "lin2", "fc_in": "fc_out", "c_fc": "c_proj", "w12": "w3",
-    }  # fmt: skip
-
-    def _doubles(self, weight: Weight, path: Path) -> bool:
-        """Whether it gives twice what its partner takes: gate and up in one matrix."""
-        beside = self.beside.get(path.modules[:-1], {})
-        down = beside.get(self._DOWNS.get(path.leaf, ""))
-        if down is None or len(down.shape) != len(weight.shape) or len(weight.shape) < 2:
-            return False
-        outer = set(weight.shape[-2:]) & set(down.shape[-2:])
-        return any(
-            sorted(weight.shape[-2:]) == sorted((size, 2 * inner))
-            for size in outer
-            for inner in down.shape[-2:]
-            if sorted(down.shape[-2:]) == sorted((size, inner))
-        )
-
-    def _feed(self, weight: Weight, path: Path) -> str | None:
-        leaf = path.leaf
-        if leaf in ("c_proj", "output", "out_proj", "output_linear", "proj_out", "dense2", "ff2", "down"):
-            return "ffn_down"
-        if leaf in ("input_linear", "dense1", "ff1", "up", "gate", "proj_in", "proj", "dense"):
-            doubled = self._doubles(weight, path)
-            return "ffn_gate_up" if doubled else "ffn_gate" if leaf == "gate" else "ffn_up"
-        if path.ends_in_number:
-            numbers = [int(name) for name in self._names_beside(path) if name.isdigit()]
-            own = int(path.modules[-1])
-            if len(numbers) == 2 and own in numbers:
-                return "ffn_up" if own == min(numbers) else "ffn_down"
-        return None
-
-
-def _is_norm(path: Path) -> bool:
-    return bool(_NORM.search(path.leaf)) or path.end in ("gamma", "beta")
 
 
 def roles_by_name(model: Model) -> dict[str, Role]:

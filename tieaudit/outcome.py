@@ -12,7 +12,7 @@ from tieaudit import __version__
 from tieaudit.change import Edit, Equalise, Plan, Pool, Prediction, Proof, Respell, SetConfig, Share, Unshare
 from tieaudit.difference import OUTCOMES, Difference, shown
 from tieaudit.equality import can_declare
-from tieaudit.evidence import proof_lines
+from tieaudit.evidence import loss_line, proof_lines
 from tieaudit.model import Member, Model
 from tieaudit.plain import plain
 from tieaudit.printable import columns, counted, listed, printable, size
@@ -59,12 +59,17 @@ def planned(
 
 
 def _table(choices: Sequence[Choice]) -> list[str]:
-    """Schemes and policies beside each other."""
+    """Schemes and policies beside each other, and below them what was left out and why."""
+    refused = [one for one in choices if one.refused]
+    choices = [one for one in choices if not one.refused]
     sampled = "" if all(one.exact for one in choices) else "; from a sample of the weights"
-    nats = " or the predicted rise of the loss" if any(one.nats is not None for one in choices) else ""
+    nats = " or the predicted rise of the loss" if any(one.rise is not None for one in choices) else ""
+    if any(one.measured is not None for one in choices):
+        nats += " (measured: that of a temporary copy, on calibration data)"
     rows = [("scheme", "policy", "parameters", "bytes", "damage")]
     for one in choices[:N_MOST_CHOICES]:
-        damage = f"{one.nats:.3g} nats a token" if one.nats is not None else f"{one.changed:.1%} changed"
+        damage = f"{one.rise:.3g} nats a token" if one.rise is not None else f"{one.changed:.1%} changed"
+        damage += ", measured" if one.measured is not None else ""
         rows.append(
             (
                 one.scheme,
@@ -79,6 +84,8 @@ def _table(choices: Sequence[Choice]) -> list[str]:
         "",
         f"what could be shared, and the share of these weights' energy that would change{nats}{sampled}:",
         *(f"  {line}" for line in columns(rows, "<<>>>")),
+        *(f"  left out: {printable(one.scheme)}, {one.policy}: {printable(one.refused, 300)}" for one in refused[:4]),
+        *([f"  … and {len(refused) - 4:,} more left out"] if len(refused) > 4 else []),
         *([f"  … and {more:,} more (--format json lists all, --frontier what nothing beats)"] if more > 0 else []),
         "  (tieaudit explain NAME says what each does; --allow-lossy --scheme S --merge POLICY does it knowingly)",
     ]
@@ -156,7 +163,10 @@ def _plan_lines(model: Model, plan: Plan) -> list[str]:
         lines.append(f"refused: {len(plan.refusals)}")
         lines += _cut([_refusal_line(refusal.scheme, refusal.ids, refusal.because) for refusal in plan.refusals])
     lines += [f"note: {printable(note, 400)}" for note in plan.notes]
-    return [*lines, *_predicted(plan.predictions)]
+    lines += _predicted(plan.predictions)
+    if plan.loss is not None:
+        lines += ["measured on calibration data, with a temporary copy:", loss_line(plain(plan.loss))]
+    return lines
 
 
 def _predicted(found: Sequence[Prediction]) -> list[str]:
@@ -204,6 +214,8 @@ def _edit_line(model: Model, edit: Edit) -> str:
     match edit:
         case Share(members=members, values=values, adjustments=adjustments):
             kept, rest = members[0], members[1:]
+            if not rest:
+                return _fold_line(edit)
             if can_declare(model) and values is None:  # which name survives is the class's business, not the list's
                 names = listed(tuple(_seen(member) for member in members))
                 return f"share    {names}: stored once{_shape(model, kept.id)}"
@@ -211,6 +223,8 @@ def _edit_line(model: Model, edit: Edit) -> str:
             said = "; ".join(f"{printable(id)} corrected ({one.kind})" for id, one in adjustments.items())
             line = f"share    {value} ← {listed(tuple(_seen(member) for member in rest))}{_shape(model, kept.id)}"
             return f"{line}; {said}" if said else line
+        case Equalise(members=(_,)):
+            return _fold_line(edit)
         case Equalise(members=members, values=values):
             value = "one merged value" if values is not None else f"the value of {printable(members[0].id)}"
             return f"equal    {value} → {listed(tuple(_seen(member) for member in members))}: each stored"
@@ -222,6 +236,10 @@ def _edit_line(model: Model, edit: Edit) -> str:
             return f"respell  {printable(weight)}{_shape(model, weight)}: {printable(because)}"
         case SetConfig(file=file, key=key, value=value):
             return f"set      {printable(file)}: {printable('.'.join(key))} = {json.dumps(value)}"
+
+
+def _fold_line(edit: Share | Equalise) -> str:
+    return f"fold     {printable(edit.members[0].id)} {printable(edit.because)}"
 
 
 def _packs(model: Model, plan: Plan) -> bool:
@@ -258,8 +276,10 @@ def _apply_command(model: Model, plan: Plan) -> str:
         words.append("--share-files" if plan.share_files else "--no-share-files")
     if plan.optimizer != "adjust":
         words += ["--optimizer", plan.optimizer]
-    if policies := {one.policy for one in plan.predictions}:  # without its data a fitted policy would be refused
-        words += (
-            ["--merge", *sorted(policies), "--calibrate", "DATA"] if len(policies) == 1 else ["--calibrate", "DATA"]
-        )
+    if plan.transposed_as != "auto":
+        words += ["--transposed-as", plan.transposed_as]
+    policies = {one.policy for one in plan.predictions}  # without its data a fitted policy would be refused
+    if plan.merge is not None or len(policies) == 1:
+        words += ["--merge", plan.merge or next(iter(policies))]
+    words += ["--calibrate", "DATA"] if policies else []
     return f"{printable(' '.join(shlex.quote(word) for word in words), None)} --to OUT"

@@ -12,6 +12,12 @@ from tieaudit.verdict import Candidate, Refusal, Subject
 _Place = tuple[str, str | None, int | None, int]
 _Home = tuple[str, str | None, int | None]
 
+_FUSED = {
+    ("attention_query", "attention_key"): ("attention_qkv",),
+    ("attention_key", "attention_value"): ("attention_qkv", "attention_kv"),
+}
+"""Kinds of projections that make both."""
+
 
 def share_within_layers(subject: Subject, scheme: str, kind: str, other_kind: str) -> Iterator[Candidate | Refusal]:
     """One candidate for each pair of weights of these kinds in one place; their biases are pairs of their own."""
@@ -31,7 +37,19 @@ def share_within_layers(subject: Subject, scheme: str, kind: str, other_kind: st
                 continue
             yield from _pair(subject, scheme, weight, other)
     if not found:
-        yield Refusal(scheme, (), f"no {_words(kind)} with its {_words(other_kind)} was recognised in this model")
+        yield _none(subject, scheme, kind, other_kind)
+
+
+def _none(subject: Subject, scheme: str, kind: str, other_kind: str) -> Refusal:
+    """Why there is no pair: one projection makes both, or nothing is known to make them."""
+    fused = [one.id for one in subject.model.weights if subject.roles[one.id].kind in _FUSED[kind, other_kind]]
+    if not fused:
+        because = f"no {_words(kind)} with its {_words(other_kind)} was recognised in this model"
+        return Refusal(scheme, (), because)
+    made = "queries, keys and values" if kind == "attention_query" else "keys and values"
+    more = f", as in {len(fused) - 1} more" if len(fused) > 1 else ""
+    because = f"{fused[0]} makes {made} together{more}: parts of one tensor cannot be another tensor"
+    return Refusal(scheme, tuple(fused), because)
 
 
 def _pair(subject: Subject, scheme: str, weight: Weight, other: Weight) -> Iterator[Candidate]:

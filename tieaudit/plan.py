@@ -2,84 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
-from tieaudit.change import Edit, Equalise, Plan, Pool, Prediction, Respell, SetConfig, Share
-from tieaudit.damage import likeness
+from tieaudit.change import Edit, Equalise, Plan, Pool, Respell, SetConfig, Share
+from tieaudit.draft import Choices, Draft, anchored, realisable
 from tieaudit.errors import RewriteRefused, UsageError
 from tieaudit.formats import NEEDS_SETTING, Format
-from tieaudit.merge import Common, aligned, common_value, difference, policy_of
+from tieaudit.lossy import equal_apart, merged, of_equal_values, of_merged, refused_together
+from tieaudit.merge import policy_of
 from tieaudit.merges import Calibrated
-from tieaudit.model import Member, Model
+from tieaudit.model import Model
 from tieaudit.other_names import with_other_names
 from tieaudit.placing import Place
-from tieaudit.printable import counted
-from tieaudit.propose import propose, schemes
+from tieaudit.propose import Asked, propose, schemes
 from tieaudit.registry import choose, discover
 from tieaudit.saving import n_bytes_saved
-from tieaudit.schemes import Scheme
 from tieaudit.unsharing import of_names, of_uses
-from tieaudit.verdict import Candidate, Refusal, Subject
-from tieaudit.view import AS_STORED
+from tieaudit.verdict import Candidate, Subject
 
-_N_MOST_CLASSES = 4
-"""Classes that are named one by one in the notes."""
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What the user chose on the command line."""
-
-    schemes: tuple[str, ...] = ("dedup",)
-    target: str | None = None
-    allow_lossy: bool = False
-    merge: str | None = None
-    transposed_as: Literal["auto", "gemm", "gather", "fused"] = "auto"
-    share_files: bool | None = None
-    """False: every file stays whole by itself. True or None: the parts of a model may share a data file."""
-    optimizer: Literal["adjust", "keep"] = "adjust"
-    """Whether an optimizer's state in a checkpoint follows the parameters that are tied."""
-
-
-@dataclass
-class _Draft:
-    """A plan in the making; the noun that the functions below fill."""
-
-    subject: Subject
-    format: Format
-    choices: Choices
-    target: str
-    edits: list[Edit] = field(default_factory=list)
-    refusals: list[Refusal] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    owners: dict[str, str] = field(default_factory=dict)
-    """Weight id → scheme that already decided about it."""
-    lossless: bool = True
-    merged: dict[str, list[tuple[str, ...]]] = field(default_factory=dict)
-    """Policy → the classes of unequal weights that get one value by it."""
-    calibrated: Calibrated | None = None
-    place: Place = np.asarray
-    """Where weights are compared."""
-    predictions: list[Prediction] = field(default_factory=list)
-    apart: list[str] = field(default_factory=list)
-    """Why classes get one value under each name, and are not one stored tensor."""
-
-    @property
-    def model(self) -> Model:
-        return self.subject.model
-
-    def refuse(self, candidate: Candidate, because: str) -> None:
-        """Note a refusal; candidates of one scheme that are refused for one reason are one refusal."""
-        ids = tuple(dict.fromkeys(member.id for member in candidate.members))
-        for at, known in enumerate(self.refusals):
-            if (known.scheme, known.because) == (candidate.scheme, because):
-                self.refusals[at] = replace(known, ids=tuple(dict.fromkeys((*known.ids, *ids))))
-                return
-        self.refusals.append(Refusal(candidate.scheme, ids, because))
+__all__ = ["Choices", "anchored", "plan"]
 
 
 def plan(
@@ -98,36 +42,15 @@ def plan(
     is left of a proposal, where not all that the schemes propose is wanted.
     """
     format_ = as_format or choose(discover("formats", Format), subject.model.format, "format")
-    target = choices.target or format_.targets[0]
-    if target not in format_.targets:
-        raise UsageError(
-            f"{subject.model.path}: expected a target of format {format_.name}, found {target!r}",
-            hint=f"one of: {', '.join(format_.targets)}",
-        )
-    if format_.edit is None:
-        raise RewriteRefused(f"{subject.model.path}: the format {format_.name} can be read but not written yet")
+    target = _target(subject.model, format_, choices)
     if choices.merge is not None:
         policy_of(choices.merge, subject.model.by_id)  # misspelt, it would do nothing where nothing is lossy
-    draft = _Draft(subject, format_, choices, target, calibrated=calibrated, place=place)
+    draft = Draft(subject, format_, choices, target, calibrated=calibrated, place=place)
     for asked in schemes(choices.schemes):
-        candidates, refusals = propose(subject, asked)
-        draft.refusals.extend(refusals)
-        if only is not None:
-            candidates = [part for one in candidates for part in only(one)]
-        elif not candidates and not refusals and len(choices.schemes) > 1:
-            draft.notes.append(
-                f"{asked.scheme.name}: nothing to do in the model as it is; schemes look at what was read, not at what "
-                "another one makes of it: apply it to the result"
-            )
-        unequal = [one for one in candidates if not one.lossless and one.action == "share"]
-        if len(unequal) > 1 and not choices.allow_lossy:
-            draft.refusals.append(_unequal(draft, asked.scheme, unequal))
-            candidates = [one for one in candidates if one not in unequal]
-        for candidate in candidates:
-            _consider(draft, candidate)
-    draft.notes.extend(_of_merged(draft))
+        _consider_all(draft, asked, only)
+    draft.notes.extend(of_merged(draft))
     draft.notes.extend(calibrated.notes if calibrated is not None else ())
-    draft.notes.extend(_of_equal_values(draft))
+    draft.notes.extend(of_equal_values(draft))
     if format_.notes is not None:
         draft.notes.extend(format_.notes(draft.model, draft.edits, choices.optimizer == "adjust"))
     return Plan(
@@ -143,10 +66,43 @@ def plan(
         share_files=choices.share_files,
         optimizer=choices.optimizer,
         predictions=tuple(draft.predictions),
+        merge=choices.merge,
     )
 
 
-def _consider(draft: _Draft, candidate: Candidate) -> None:
+def _target(model: Model, format_: Format, choices: Choices) -> str:
+    """What the model is made for. UsageError for a target that the format has not, RewriteRefused if it has none."""
+    target = choices.target or format_.targets[0]
+    if target not in format_.targets:
+        raise UsageError(
+            f"{model.path}: expected a target of format {format_.name}, found {target!r}",
+            hint=f"one of: {', '.join(format_.targets)}",
+        )
+    if format_.edit is None:
+        raise RewriteRefused(f"{model.path}: the format {format_.name} can be read but not written yet")
+    return target
+
+
+def _consider_all(draft: Draft, asked: Asked, only: Callable[[Candidate], list[Candidate]] | None) -> None:
+    """All that one scheme proposes."""
+    candidates, refusals = propose(draft.subject, asked)
+    draft.refusals.extend(refusals)
+    if only is not None:
+        candidates = [part for one in candidates for part in only(one)]
+    elif not candidates and not refusals and len(draft.choices.schemes) > 1:
+        draft.notes.append(
+            f"{asked.scheme.name}: nothing to do in the model as it is; schemes look at what was read, not at what "
+            "another one makes of it: apply it to the result"
+        )
+    unequal = [one for one in candidates if not one.lossless and one.action == "share"]
+    if len(unequal) > 1 and not draft.choices.allow_lossy:
+        draft.refusals.append(refused_together(draft, asked.scheme, unequal))
+        candidates = [one for one in candidates if one not in unequal]
+    for candidate in candidates:
+        _consider(draft, candidate)
+
+
+def _consider(draft: Draft, candidate: Candidate) -> None:
     decided = {draft.owners[member.id] for member in candidate.members if member.id in draft.owners}
     if decided and candidate.action == "pool" and decided == {candidate.scheme}:
         return  # heads that one setting counts are pooled together
@@ -164,14 +120,14 @@ def _consider(draft: _Draft, candidate: Candidate) -> None:
     try:
         edits = make[candidate.action](draft, candidate)
     except RewriteRefused as refused:
-        draft.refuse(candidate, refused.message)
+        draft.refuse(candidate, f"{refused.message}; {refused.hint}" if refused.hint else refused.message)
         return
     if edits:
         draft.edits.extend(edit for edit in edits if edit not in draft.edits and not _is_set(draft, edit))
         draft.owners.update({member.id: candidate.scheme for member in candidate.members})
 
 
-def _is_set(draft: _Draft, edit: Edit) -> bool:
+def _is_set(draft: Draft, edit: Edit) -> bool:
     """A setting that two ties need is set once, whatever each of them needs it for."""
     return isinstance(edit, SetConfig) and any(
         isinstance(one, SetConfig) and (one.file, one.key, one.value) == (edit.file, edit.key, edit.value)
@@ -179,74 +135,25 @@ def _is_set(draft: _Draft, edit: Edit) -> bool:
     )
 
 
-def _share(draft: _Draft, candidate: Candidate) -> list[Edit]:
+def _share(draft: Draft, candidate: Candidate) -> list[Edit]:
     if draft.choices.share_files is False and len({draft.model.by_id[one.id].part for one in candidate.members}) > 1:
         return _share_apart(draft, candidate)
     if candidate.lossless:
         share = Share(candidate.members, None, candidate.because, lossless=True)
-        return _realisable(draft, with_other_names(draft.subject, share))
-    share = with_other_names(draft.subject, _lossy(draft, candidate))
+        return realisable(draft, with_other_names(draft.subject, share))
+    share, folds = merged(draft, candidate)
+    share = with_other_names(draft.subject, share)
     try:
-        edits = _realisable(draft, share)
+        edits = realisable(draft, share)
     except RewriteRefused as refused:
-        edits = [_equal(draft, share, refused)]
+        edits = [equal_apart(draft, share, refused)]
+    edits += [one for fold in folds for one in realisable(draft, fold)]
+    draft.owners.update({member.id: candidate.scheme for fold in folds for member in fold.members})
     draft.lossless = False
     return edits
 
 
-def _equal(draft: _Draft, share: Share, refused: RewriteRefused) -> Edit:
-    """One value under each name, for a tie that nobody would restore; `refused` again where even that cannot be."""
-    one = Equalise(share.members, share.values, share.because)
-    if not draft.format.equalises or draft.format.can_realise is None:
-        raise refused
-    if draft.format.can_realise(draft.model, one, draft.target) is not None:
-        raise refused
-    draft.apart.append(refused.message)
-    return one
-
-
-def _of_merged(draft: _Draft) -> Iterator[str]:
-    """What gets one value, and how: class by class where they are few."""
-    for policy, found in draft.merged.items():
-        if len(found) <= _N_MOST_CLASSES:
-            yield from (f"lossy: {' and '.join(ids)} get one value by {policy}" for ids in found)
-        else:
-            n_weights = sum(len(ids) for ids in found)
-            yield f"lossy: {len(found)} classes of {n_weights} weights get one value each by {policy}"
-
-
-def _of_equal_values(draft: _Draft) -> Iterator[str]:
-    """What classes with one value under each name are to whoever loads them."""
-    found = [edit for edit in draft.edits if isinstance(edit, Equalise)]
-    if not found:
-        return
-    n_names = sum(len(edit.members) for edit in found)
-    yield (
-        f"{counted(n_names, 'name')} of {counted(len(found), 'class', 'classes')} are written with equal values, each "
-        f"stored: no byte is saved, because {draft.apart[0]}"
-    )
-    if draft.format.held_by is not None:
-        yield draft.format.held_by(draft.model)
-
-
-def _unequal(draft: _Draft, scheme: Scheme, candidates: list[Candidate]) -> Refusal:
-    """One refusal for all classes of a scheme that hold different tensors: how many of them are alike in any way."""
-    model, verdicts = draft.model, dict[str, int]()
-    for candidate in candidates:
-        pair = [(model.by_id[member.id], member) for member in candidate.members[:2]]
-        said = likeness(pair, place=draft.place).verdict
-        verdicts[said] = verdicts.get(said, 0) + 1
-    counted = ", ".join(f"{n} {said}" for said, n in sorted(verdicts.items(), key=lambda one: -one[1]))
-    ids = tuple(dict.fromkeys(member.id for candidate in candidates for member in candidate.members))
-    because = (
-        f"{len(candidates)} classes of {len(ids)} weights hold different tensors ({counted}, by two members of each); "
-        f"tying them would change the model's outputs (--allow-lossy does it knowingly, --merge says how, by default "
-        f"{scheme.merge})"
-    )
-    return Refusal(scheme.name, ids, because)
-
-
-def _share_apart(draft: _Draft, candidate: Candidate) -> list[Edit]:
+def _share_apart(draft: Draft, candidate: Candidate) -> list[Edit]:
     """What is left of a class that lies in several files where these may share nothing: one class for each file."""
     draft.notes.append("equal weights of several files stay apart; --share-files would store them in a common file")
     found: list[Edit] = []
@@ -257,65 +164,7 @@ def _share_apart(draft: _Draft, candidate: Candidate) -> list[Edit]:
     return found
 
 
-def _lossy(draft: _Draft, candidate: Candidate) -> Share:
-    """A share of unequal weights: refused with the measured difference unless the user allowed it."""
-    model = draft.model
-    weights = [(model.by_id[member.id], member) for member in candidate.members]
-    first = weights[0][0]
-    usual = choose(discover("schemes", Scheme), candidate.scheme, "scheme").merge
-    if not draft.choices.allow_lossy:
-        one = aligned(first, AS_STORED, first.shape)
-        other = aligned(weights[1][0], weights[1][1].view, first.shape)
-        raise RewriteRefused(
-            f"{weights[1][0].id} and {first.id} are different tensors: {difference(one, other)}; tying them would "
-            f"change the model's outputs (--allow-lossy does it knowingly, --merge says how, by default {usual})"
-        )
-    policy = draft.choices.merge or usual
-    kinds = {id: role.kind for id, role in draft.subject.roles.items()}
-    common = common_value(weights, kinds, policy, draft.calibrated)
-    if common.adjustments:
-        _check_adjustments(draft, candidate, policy, common)
-    members = candidate.members
-    if common.kept is not None:
-        members = anchored(members, common.kept)
-    decided = f" ({common.because})" if common.because else ""
-    if common.prediction is not None:
-        draft.predictions.append(common.prediction)
-    draft.merged.setdefault(f"--merge {policy}{decided}", []).append(tuple(weight.id for weight, _ in weights))
-    return Share(members, common.values, candidate.because, common.adjustments)
-
-
-def _check_adjustments(draft: _Draft, candidate: Candidate, policy: str, common: Common) -> None:
-    """RewriteRefused where the format has no place for corrections, or they cost more than the tie saves."""
-    if not draft.format.holds_adjustments:
-        raise RewriteRefused(
-            f"--merge {policy}: the correction of {', '.join(common.adjustments)} is an operation of its own, and the "
-            f"format {draft.format.name} holds weights only (an ONNX model and a live module have a place for it)"
-        )
-    n_added = sum(one.n_bytes for one in common.adjustments.values())
-    n_saved = n_bytes_saved(draft.model, [Share(candidate.members)])
-    if n_added >= n_saved:
-        raise RewriteRefused(
-            f"--merge {policy}: its corrections would take {n_added:,} bytes, and the tie saves only {n_saved:,}"
-        )
-
-
-def anchored(members: tuple[Member, ...], kept: str) -> tuple[Member, ...]:
-    """The same class with `kept` first, seen as stored; views of the others follow (a transpose is its own inverse)."""
-    anchor = next(member for member in members if member.id == kept)
-    rest = [member for member in members if member.id != kept]
-    return (Member(kept), *(Member(member.id, anchor.view.compose(member.view)) for member in rest))
-
-
-def _realisable(draft: _Draft, edit: Edit) -> list[Edit]:
-    """The edit, with the settings it needs; RewriteRefused with the format's reason if it cannot be made."""
-    settings = draft.format.settings(draft.model, edit, draft.target)
-    if isinstance(settings, str):
-        raise RewriteRefused(settings)
-    return [*settings, edit]
-
-
-def _pool(draft: _Draft, candidate: Candidate) -> list[Edit]:
+def _pool(draft: Draft, candidate: Candidate) -> list[Edit]:
     if draft.format.pool is None:
         raise RewriteRefused(
             f"the format {draft.format.name} holds no graph that could change with the shape of a weight: an ONNX "
@@ -350,15 +199,15 @@ def _ids(pool: Pool) -> tuple[str, ...]:
     return tuple(one.id for one in pool.weights)
 
 
-def _fit(draft: _Draft, candidate: Candidate) -> list[Edit]:
+def _fit(draft: Draft, candidate: Candidate) -> list[Edit]:
     raise RewriteRefused(f"{candidate.because}; nothing writes that")
 
 
-def _respell(draft: _Draft, candidate: Candidate) -> list[Edit]:
-    return _realisable(draft, Respell(candidate.members[0].id, candidate.because))
+def _respell(draft: Draft, candidate: Candidate) -> list[Edit]:
+    return realisable(draft, Respell(candidate.members[0].id, candidate.because))
 
 
-def _declare(draft: _Draft, candidate: Candidate) -> list[Edit]:
+def _declare(draft: Draft, candidate: Candidate) -> list[Edit]:
     if draft.format.switch is None:
         raise RewriteRefused(f"the format {draft.format.name} has no settings that could declare a tie")
     ids = tuple(member.id for member in candidate.members)
@@ -369,7 +218,7 @@ def _declare(draft: _Draft, candidate: Candidate) -> list[Edit]:
     return list(settings)
 
 
-def _unshare(draft: _Draft, candidate: Candidate) -> list[Edit]:
+def _unshare(draft: Draft, candidate: Candidate) -> list[Edit]:
     model = draft.model
     ids = [member.id for member in candidate.members]
     if model.has_graph and len(set(ids)) == 1:

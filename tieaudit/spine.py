@@ -130,6 +130,9 @@ class Spine:
     def _depends(self, newer: str, older: str) -> bool:
         """Whether `newer` is worked out from `older`, with learned work between."""
         flow, first = self.flow, self.flow.maker.get(older, -1)
+        same = {older}
+        if first >= 0 and flow.does(first) == "normalise":  # a fused norm gives the sum and what it makes of it
+            same.update(flow.operations[first].outputs)
         pending, seen, works, found = deque([newer]), {newer}, False, False
         while pending and len(seen) < _N_MOST_STEPS and not (works and found):
             value = pending.popleft()
@@ -139,8 +142,8 @@ class Spine:
                 continue
             works = works or flow.does(index) in _WORK
             for one in flow.data_inputs(index):
-                found = found or one == older
-                if one not in seen and one != older and flow.is_data(one):
+                found = found or one in same
+                if one not in seen and one not in same and flow.is_data(one):
                     seen.add(one)
                     pending.append(one)
         return works and found
@@ -181,7 +184,8 @@ class Spine:
     def _behind_norm(self, block: Block) -> str | None:
         """The last value before the work that follows a block's sum, None if nothing is between."""
         flow, ended = self.flow, None
-        pending, seen = deque(self.flow.operations[block.sum].outputs[:1]), set[str]()
+        first = self.flow.operations[block.sum].outputs[:1]
+        pending, seen = deque(first), set(first)
         while pending and len(seen) < 40:
             value = pending.popleft()
             readers = flow.readers.get(value, ())
@@ -189,7 +193,10 @@ class Spine:
                 ended = value
                 continue
             for index, _ in readers:
-                for one in flow.operations[index].outputs:
+                data = [one for one in flow.data_inputs(index) if flow.is_data(one)]
+                if not seen.issuperset(data):  # joined by what other work gives, as the scale of codes is
+                    continue
+                for one in flow.operations[index].outputs[:1]:
                     if one and one not in seen and flow.is_data(one):
                         seen.add(one)
                         pending.append(one)

@@ -16,6 +16,7 @@ from tieaudit.errors import UsageError
 from tieaudit.model import Member, Weight
 from tieaudit.onevalue import OneValue, one_value
 from tieaudit.places import NO_LAYER
+from tieaudit.printable import counted
 from tieaudit.verdict import Candidate, Refusal, Subject
 
 _NEVER = 1 << 62
@@ -31,6 +32,7 @@ class Slot:
     name: str
     """The weight's name without the layer's number; where names tell nothing, its kind and how many came before."""
     kind: str
+    is_vector: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def _by_name(subject: Subject, weights: list[Weight], layer: int) -> dict[Slot, 
     for one in weights:
         at = _numbered(one.name, layer) or re.search(rf"(?<!\d){layer}(?!\d)", one.name)
         name = one.name[: at.end() - len(str(layer))] + "#" + one.name[at.end() :] if at else one.name
-        found[Slot(name, subject.roles[one.id].kind)] = one
+        found[Slot(name, subject.roles[one.id].kind, len(one.shape) < 2)] = one
     return found
 
 
@@ -157,7 +159,7 @@ def _by_order(subject: Subject, weights: list[Weight], first_use: dict[str, int]
         role = subject.roles[weight.id]
         n = counted[role.kind, role.expert] = counted.get((role.kind, role.expert), -1) + 1
         expert = "" if role.expert is None else f" of expert {role.expert}"
-        found[Slot(f"{role.kind}{expert} {n}", role.kind)] = weight
+        found[Slot(f"{role.kind}{expert} {n}", role.kind, len(weight.shape) < 2)] = weight
     return found
 
 
@@ -195,8 +197,11 @@ def whole(slot: Slot) -> bool:
 
 
 def blocks(slot: Slot) -> bool:
-    """Everything but the norms, of which each layer keeps its own (SPIN, Subformer: sharing norms diverges)."""
-    return slot.kind not in NORMS
+    """Everything but the norms, of which each layer keeps its own (SPIN, Subformer: sharing norms diverges).
+
+    A vector of which nothing is known may be a norm's.
+    """
+    return slot.kind not in NORMS and not (slot.is_vector and slot.kind == "other")
 
 
 def of_kinds(*beginnings: str) -> Chosen:
@@ -227,12 +232,23 @@ def share_layers(
             continue
         picked = [(slot, weights) for slot, weights in stack.slots if chosen(slot)]
         if not picked:
-            yield Refusal(scheme, (), f"{stack.title} hold nothing of the kinds that this scheme shares")
+            yield Refusal(
+                scheme, (), f"{stack.title} hold nothing of the kinds that this scheme shares{_unknown(stack)}"
+            )
         for slot, reason in stack.uneven:
             if chosen(slot):
                 yield Refusal(scheme, (), f"{slot.name} of {stack.title}: {reason}")
         for slot, weights in picked:
             yield from _shared(scheme, stack, slot, weights, plan, one_value(subject))
+
+
+def _unknown(stack: Stack) -> str:
+    """Of a refusal: how many places in a layer may be what was looked for, for all that is known."""
+    vague = [slot.name for slot, _ in stack.slots if slot.kind in ("other", "projection", "bias")]
+    if not vague:
+        return ""
+    told = f"; nothing tells what {counted(len(vague), 'place')} of each layer are for, {vague[0]} among them"
+    return f"{told} (a graph would, or a class; custom shares by name)"
 
 
 def _shared(

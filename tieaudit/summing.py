@@ -16,6 +16,14 @@ Array = NDArray[Any]
 Sum = NDArray[np.float64]
 TARGETS = "tieaudit:targets"
 """Name of the array of targets beside the inputs of a model."""
+PLACES = "tieaudit:places"
+"""Of the array that says which places are no padding, where there are no gradients to tell it."""
+SCORED = "tieaudit:scored"
+"""Of those whose scores count."""
+ASIDE = frozenset({TARGETS, PLACES, SCORED})
+"""Names of what is no input of a model."""
+N_SLOPE_ROWS = 64
+"""Places from which the scale between a product and the scores made of it is taken."""
 IGNORED = -100
 """A target that is none, as PyTorch's cross entropy has it."""
 _FIELDS = ("row_weights", "inputs", "gradients")
@@ -26,8 +34,12 @@ class Sums:
     """What one site added up."""
 
     n_tokens: int = 0
+    """Places that count: none that is padding."""
+    n_targets: int = 0
+    """What is predicted from them, if that was said: what the weights of a product's rows and `gradients` belong to."""
     row_weights: Sum | None = None
-    """[rows] Counts of ids, Σ p(1 − p) of scores, or Σ g² of the gradients at the results of a product."""
+    """[rows] Counts of ids, Σ g² of the gradients at the results of a product, or without gradients Σ p(1 − p) of a
+    head."""
     inputs: Sum | None = None
     """[columns, columns] Σ x xᵀ of what the rows are multiplied with."""
     gradients: Sum | None = None
@@ -38,24 +50,50 @@ class Sums:
         known = getattr(self, field)
         setattr(self, field, value if known is None else known + value)
 
-    def add_ids(self, ids: Array, n_rows: int) -> None:
-        """Ids that were looked up, of any shape; negative ones count from the end, as in ONNX."""
-        flat = ids.reshape(-1).astype(np.int64)
+    def add_ids(self, ids: Array, n_rows: int, kept: Array | None = None) -> None:
+        """Ids that were looked up, of any shape; negative ones count from the end, as in ONNX. `kept`: see `places`."""
+        flat = _picked(ids.reshape(-1), kept).astype(np.int64)
         self.add("row_weights", np.bincount(np.where(flat < 0, flat + n_rows, flat), minlength=n_rows).astype(float))
         self.n_tokens += flat.size
 
-    def add_inputs(self, x: Array) -> None:
+    def add_inputs(self, x: Array, kept: Array | None = None) -> None:
         """What was multiplied, [..., columns]."""
-        rows = x.reshape(-1, x.shape[-1]).astype(np.float64)
+        rows = _picked(x.reshape(-1, x.shape[-1]), kept).astype(np.float64)
         self.add("inputs", rows.T @ rows)
         self.n_tokens += len(rows)
 
-    def add_scores(self, scores: Array) -> None:
-        """What came out, [..., rows], as scores of a softmax."""
-        rows = scores.reshape(-1, scores.shape[-1]).astype(np.float64)
-        p = np.exp(rows - rows.max(axis=1, keepdims=True))
-        p /= p.sum(axis=1, keepdims=True)
-        self.add("row_weights", (p * (1.0 - p)).sum(axis=0))
+    def add_scores(self, product: Array, scores: Array, kept: Array | None = None) -> None:
+        """What came out, [..., rows], and the scores of a softmax that were made of it by a scale, a cap or a bias."""
+        if scores.shape[-1] != product.shape[-1] or scores.size != product.size:
+            scores = product
+        raw, rows = (_picked(one.reshape(-1, one.shape[-1]), kept).astype(np.float64) for one in (product, scores))
+        if len(rows):
+            p = np.exp(rows - rows.max(axis=1, keepdims=True))
+            p /= p.sum(axis=1, keepdims=True)
+            self.add("row_weights", (p * (1.0 - p)).sum(axis=0) * slope(raw, rows) ** 2)
+            self.n_targets += len(rows)
+
+
+def slope(product: Array, scores: Array) -> float:
+    """How much scores move with what they are made of, both [places, rows]: least squares over some of the places.
+
+    A softmax does not see what all scores of a place have in common, and a bias is what all places have in common.
+    """
+    x, y = (one[:N_SLOPE_ROWS].astype(np.float64) for one in (product, scores))
+    x, y = (one - one.mean(axis=1, keepdims=True) for one in (x, y))
+    if len(x) > 1:
+        x, y = (one - one.mean(axis=0) for one in (x, y))
+    size = float(np.sum(x * x))
+    return float(np.sum(x * y)) / size if size > 0.0 else 1.0
+
+
+def places(shape: tuple[int, ...], shown: Array | None) -> Array | None:
+    """Which of the places of an array [..., columns] count, in one row; None for all, and where it has other places."""
+    return None if shown is None or int(np.prod(shape, dtype=np.int64)) != shown.size else shown.reshape(-1) != 0
+
+
+def _picked(rows: Array, kept: Array | None) -> Array:
+    return rows if kept is None else rows[kept]
 
 
 def packed(sums: Mapping[str, Sums]) -> tuple[dict[str, Any], dict[str, Array]]:
@@ -66,12 +104,13 @@ def packed(sums: Mapping[str, Sums]) -> tuple[dict[str, Any], dict[str, Array]]:
         for field in _FIELDS
         if (value := getattr(one, field)) is not None
     }
-    return {"n_tokens": {key: one.n_tokens for key, one in sums.items()}}, arrays
+    counts = {name: {key: getattr(one, name) for key, one in sums.items()} for name in ("n_tokens", "n_targets")}
+    return counts, arrays
 
 
 def unpacked(facts: Mapping[str, Any], arrays: Mapping[str, Array]) -> dict[str, Sums]:
     """What `packed` packed."""
-    found = {key: Sums(int(n)) for key, n in facts["n_tokens"].items()}
+    found = {key: Sums(int(n), int(facts["n_targets"][key])) for key, n in facts["n_tokens"].items()}
     for name, value in arrays.items():
         key, _, field = name.rpartition("/")
         found[key].add(field, value)

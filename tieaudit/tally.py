@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from tieaudit.checked import RANK, Checked, Judged, Run
+from tieaudit.pointers import KEPT_AWAY
 from tieaudit.printable import counted
 
 
@@ -66,7 +67,7 @@ def tally(run: Run) -> Tally:
         n_models=sum(model.summary is not None or not model.weights_here for model in models),
         n_rules=max((model.n_rules for model in models), default=0),
         n_findings=sum(len(model.findings) for model in models),
-        n_cannot_tell=sum(len(model.cannot_tell) for model in models),
+        n_cannot_tell=sum(len(model.cannot_tell) for model in models) + len(kept_away(run)),
         n_crashed=sum(len(model.crashed) for model in models),
         n_not_read=len(not_read(run)),
         n_skipped=len(run.skipped),
@@ -74,6 +75,11 @@ def tally(run: Run) -> Tally:
         n_known=sum(len(model.known) for model in models),
         n_silenced=sum(model.n_silenced for model in models),
     )
+
+
+def kept_away(run: Run) -> list[str]:
+    """Paths of what DVC keeps elsewhere and may be a model: skipped, and not clean."""
+    return [path for path, because in run.skipped if because.startswith(KEPT_AWAY)]
 
 
 def by_rule(run: Run) -> list[RuleTally]:

@@ -17,7 +17,7 @@ import numpy as np
 from tieaudit.errors import UsageError
 from tieaudit.inputs import Sizes, feed_of, read_inputs
 from tieaudit.runners import Array, Port, Signature
-from tieaudit.summing import IGNORED
+from tieaudit.summing import IGNORED, PLACES, SCORED
 
 LENGTH = 128
 """Tokens in a row of a text."""
@@ -105,7 +105,10 @@ def from_archive(path: Path, signature: Signature) -> Tokens:
     if len(set(rows.values())) != 1 or 0 in rows.values():
         raise UsageError(f"{path}: expected arrays with equally many rows, and at least one, found {rows}")
     ids = arrays[main.name] if main is not None and main.name in arrays else None
-    targets = _labels(labels, ids, path) if labels is not None else None if ids is None else _next(ids, arrays)
+    if labels is not None:
+        targets: Array | None = _labels(labels, ids, path)
+    else:
+        targets = _next(main.name, ids, arrays) if main is not None and ids is not None else None
     return _cut(Tokens(arrays, targets, labels is not None, str(path)))
 
 
@@ -122,7 +125,7 @@ def from_ids(
     rows = _checked(ids[: n_rows * n_own].reshape(n_rows, n_own), port, Path(source), what)
     if first is not None:
         rows = np.concatenate([np.full((n_rows, 1), first, rows.dtype), rows], axis=1)
-    return _cut(Tokens({port.name: rows}, _next(rows, {}), False, source))
+    return _cut(Tokens({port.name: rows}, _next(port.name, rows, {}), False, source))
 
 
 def completed(tokens: Tokens, signature: Signature) -> dict[str, Array]:
@@ -175,13 +178,41 @@ def _labels(labels: Array, ids: Array | None, path: Path) -> Array:
     return labels.astype(np.int64)
 
 
-def _next(ids: Array, arrays: Mapping[str, Array]) -> Array | None:
+def shown_in(arrays: Mapping[str, Array], signature: Signature, targets: Array | None) -> dict[str, Array]:
+    """`PLACES` and `SCORED` of a batch, as far as anything tells which of its places are no padding.
+
+    A place is shown if the mask shows it, and if it does not stand behind the last one of its row from which something
+    is predicted; its scores count if something is. Empty for a model without ids, or with two texts of one shape.
+    """
+    main = main_ids(signature)
+    ids = arrays.get(main.name) if main is not None else None
+    if main is None or ids is None or ids.ndim != 2:
+        return {}
+    texts = [port.name for port in signature.inputs if port.dtype.startswith("int") and not _FILLED.search(port.name)]
+    if any(name != main.name and name in arrays and arrays[name].shape == ids.shape for name in texts):
+        return {} if targets is None else {SCORED: targets != IGNORED}
+    mask = _mask(main.name, ids, arrays)
+    shown = np.ones(ids.shape, bool) if mask is None else mask.astype(bool)
+    if targets is None:
+        return {PLACES: shown, SCORED: shown}
+    scored = targets != IGNORED
+    return {PLACES: shown & (np.cumsum(scored[:, ::-1], axis=1)[:, ::-1] > 0), SCORED: scored}
+
+
+def _mask(name: str, ids: Array, arrays: Mapping[str, Array]) -> Array | None:
+    """The mask over these ids; that of a decoder says so in its name, as its ids do."""
+    fitting = [key for key, one in arrays.items() if "mask" in key and one.shape == ids.shape]
+    own = [key for key in fitting if ("decoder" in key) == ("decoder" in name)]
+    return arrays[own[0]] if own else None
+
+
+def _next(name: str, ids: Array, arrays: Mapping[str, Array]) -> Array | None:
     """The next id of each place; none for the last one, and none where a mask hides the place or the next one."""
     if ids.ndim != 2 or ids.shape[1] < 2:
         return None
     targets = np.full(ids.shape, IGNORED, np.int64)
     targets[:, :-1] = ids[:, 1:]
-    mask = next((one for name, one in arrays.items() if "mask" in name and one.shape == ids.shape), None)
+    mask = _mask(name, ids, arrays)
     if mask is not None:
         shown = mask.astype(bool)
         targets[:, :-1][~(shown[:, :-1] & shown[:, 1:])] = IGNORED

@@ -13,7 +13,7 @@ import numpy as np
 from tieaudit.arithmetic import attempt, device_name, exact, held_bytes, settle_workspace, timed
 from tieaudit.machine import processor_name
 from tieaudit.nested import Array, arrays_of, tensors_of
-from tieaudit.summing import IGNORED, TARGETS, packed, scores_among
+from tieaudit.summing import ASIDE, IGNORED, PLACES, SCORED, TARGETS, packed, scores_among
 from tieaudit.watching import Watch, no_site
 
 if TYPE_CHECKING:
@@ -202,17 +202,19 @@ class Session:
         one = self._open[params["handle"]]
         watch = one.watch
         assert watch is not None
-        targets = arrays.get(TARGETS)
-        args, kwargs = self._placed(one, {name: array for name, array in arrays.items() if name != TARGETS})
+        targets, shown, scored = (arrays.get(name) for name in (TARGETS, PLACES, SCORED))
+        args, kwargs = self._placed(one, {name: array for name, array in arrays.items() if name not in ASIDE})
+        watch.shown = shown
         with torch.set_grad_enabled(targets is not None):
             torch.manual_seed(0)
             result = attempt(lambda: one.module(*args, **kwargs), self._not_deterministic)
             if targets is None:
-                watch.forget()
+                watch.scored(tensors_of(result), scored)
             else:
                 scores, wanted = self._scored(result, targets)
                 total = torch.nn.functional.cross_entropy(scores.float(), wanted, ignore_index=IGNORED, reduction="sum")
-                attempt(lambda: watch.differentiate(total), self._not_deterministic)
+                n_targets = int((wanted != IGNORED).sum())
+                attempt(lambda: watch.differentiate(total, n_targets), self._not_deterministic)
         return {}, {}
 
     def calibrated(self, params: Params, arrays: Arrays) -> Answer:

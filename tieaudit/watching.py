@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from tieaudit.errors import UsageError
-from tieaudit.summing import Sums
+from tieaudit.summing import N_SLOPE_ROWS, Sums, places, slope
 
 if TYPE_CHECKING:
     import torch
 
 _CHECKED_ROWS = 8
+_ROOM = 0.02
+"""Of the largest number: as far as rounding to 8 bits may lead two ways of computing the same apart."""
 
 
 class Watch:
-    """Hooks at the modules that own some parameters; a context manager.
+    """Hooks at the modules that own some parameters: tables, matrices, and vectors that are a bias or a norm's scale.
 
-    `backward`: gradients are wanted, so that `differentiate` must follow every forward pass. `heads`: of these names
-    the outputs are taken as scores of a softmax. UsageError for a name that no embedding or linear layer owns.
+    A context manager.
+
+    `backward`: gradients are wanted, so that `differentiate` must follow every forward pass. Then a place counts if the
+    loss moves with it, which padding and what nothing is predicted from do not. Else `scored` must follow, and the
+    places count that `shown` says. `heads`: of these names the scores of a softmax are made. UsageError for a name that
+    no embedding, linear layer or norm owns.
     """
 
     def __init__(
@@ -29,9 +38,15 @@ class Watch:
         """Name → why what its module computes is no product with it."""
         self.turned: set[str] = set()
         """Names of those whose layer multiplies by the weight as it is stored, and not by its transpose."""
+        self.shown: Any = None
+        """[rows, length] Which places of the next forward pass are no padding; None: all."""
         self._backward = backward
-        self._pending: list[tuple[Callable[[Any], None], Any]] = []
+        self._pending: list[tuple[Sums, Callable[[Any], None], Any]] = []
         """Outputs of this forward pass whose gradients are still to come, and who takes them."""
+        self._products: list[tuple[Sums, Any]] = []
+        """What heads gave in this forward pass, whose scores are still to come."""
+        self._factors: dict[str, int] = {}
+        """Name of a vector → which of `_derivatives` is its."""
         owners = dict(module.named_modules(remove_duplicate=False))
         found = [(name, _owner(owners, name)) for name in names]
         self._hooks = [self._hook(name, owner, name in heads) for name, owner in found]
@@ -47,31 +62,52 @@ class Watch:
         for hook in self._hooks:
             hook.remove()
 
-    def differentiate(self, loss: torch.Tensor) -> None:
-        """Gradients of a loss at the outputs that were seen; parameters get none."""
+    def differentiate(self, loss: torch.Tensor, n_targets: int = 0) -> None:
+        """Gradients of a loss, the sum of `n_targets`, at the outputs that were seen; parameters get none."""
         import torch
 
         waiting, self._pending = self._pending, []
+        self._products.clear()
         if waiting:
-            found = torch.autograd.grad(loss, [output for _, output in waiting], allow_unused=True)
-            for (take, _), gradient in zip(waiting, found, strict=True):
-                if gradient is not None:
-                    take(gradient)
+            found = torch.autograd.grad(loss, [output for _, _, output in waiting], allow_unused=True)
+            for (_, take, _), gradient in zip(waiting, found, strict=True):
+                take(gradient)
+        for sums in {id(one): one for one, _, _ in waiting}.values():
+            sums.n_targets += n_targets
 
-    def forget(self) -> None:
-        """Of a forward pass that is not differentiated."""
+    def scored(self, result: Mapping[str, torch.Tensor], shown: Any = None) -> None:
+        """What the model gave, in a forward pass that is not differentiated: the scores made of what its heads gave.
+
+        `shown`: [rows, length] the places whose scores count; None: as `self.shown` says.
+        """
+        waiting, self._products = self._products, []
         self._pending.clear()
+        for sums, product in waiting:
+            like = [one for one in result.values()
+                    if one.is_floating_point() and one.ndim and one.shape[-1] == product.shape[-1]
+                    and one.numel() == product.numel()]  # fmt: skip
+            _add_scores(sums, product, like[0] if like else product, self.shown if shown is None else shown)
 
     def _hook(self, name: str, owner: torch.nn.Module, head: bool) -> Any:
         import torch
 
-        sums = self.sums[name]
+        sums, met, last = self.sums[name], set[str](), name.rpartition(".")[2]
+        if getattr(owner, last).ndim == 1:
+            return owner.register_forward_hook(partial(self._vector, name, last))
         if isinstance(owner, torch.nn.Embedding):
 
             def looked_up(one: Any, args: Any, output: Any) -> None:
-                if args:
-                    sums.add_ids(args[0].cpu().numpy(), owner.num_embeddings)
-                    self._await(output, lambda g: sums.add("gradients", _moment(g)))
+                if not args:
+                    return
+                ids = args[0].detach().cpu().numpy()
+
+                def take(g: Any) -> None:
+                    kept = places(ids.shape, self.shown) if g is None else _moved(g)
+                    sums.add_ids(ids, owner.num_embeddings, kept)
+                    if g is not None:
+                        sums.add("gradients", _moment(g))
+
+                self._await(sums, output, take)
 
             return owner.register_forward_hook(looked_up)
 
@@ -79,25 +115,66 @@ class Watch:
             if not args or name in self.unfit:
                 return
             x = args[0].detach()
-            if sums.inputs is None:
+            if name not in met:
+                met.add(name)
                 found = _product(owner, x, output)
                 if isinstance(found, str):
                     self.unfit[name] = found
                     return
                 self.turned |= {name} if found else set()
-            sums.add("inputs", _moment(x))
-            sums.n_tokens += x.numel() // max(x.shape[-1], 1)
-            if head:
-                p = torch.softmax(output.detach().reshape(-1, output.shape[-1]).float(), dim=-1)
-                sums.add("row_weights", (p * (1.0 - p)).double().sum(dim=0).cpu().numpy())
-            else:
-                self._await(output, lambda g: sums.add("row_weights", _squares(g)))
+            if head and not self._waits(output):
+                self._products.append((sums, output.detach()))
+
+            def take(g: Any) -> None:
+                kept = places(tuple(x.shape[:-1]), self.shown) if g is None else _moved(g)
+                rows = _rows(x) if kept is None else _rows(x)[torch.from_numpy(kept).to(x.device)]
+                sums.add("inputs", _moment(rows))
+                sums.n_tokens += len(rows)
+                if g is not None:
+                    sums.add("row_weights", _squares(g))
+
+            self._await(sums, output, take)
 
         return owner.register_forward_hook(multiplied)
 
-    def _await(self, output: Any, take: Callable[[Any], None]) -> None:
-        if self._backward and output.requires_grad:
-            self._pending.append((take, output))
+    def _vector(self, name: str, last: str, owner: Any, args: Any, output: Any) -> None:
+        """Σ of the squared gradients of each number of a bias or of a scale, token by token."""
+        import torch
+
+        if name in self.unfit:
+            return
+        n = getattr(owner, last).numel()
+        if not isinstance(output, torch.Tensor) or output.shape[-1:] != (n,):
+            self.unfit[name] = f"{type(owner).__name__} gives no tensor with {n:,} numbers in a row"
+            return
+        waits, sums = self._waits(output), self.sums[name]
+        if waits and name not in self._factors:  # a second call may see what the first one gave
+            found = _factor(owner, last, output)
+            if isinstance(found, str):
+                self.unfit[name] = found
+                return
+            self._factors[name] = found
+        times = _derivatives(owner, last, output)[self._factors[name]] if waits else None
+        places_of_output = tuple(output.shape[:-1])
+
+        def take(g: Any) -> None:
+            kept = places(places_of_output, self.shown) if g is None else _moved(g)
+            n_tokens = int(np.prod(places_of_output, dtype=np.int64)) if kept is None else int(kept.sum())
+            sums.add("inputs", np.full((1, 1), float(n_tokens)))
+            sums.n_tokens += n_tokens
+            if g is not None:
+                sums.add("row_weights", _squares(g * times))
+
+        self._await(sums, output, take)
+
+    def _waits(self, output: Any) -> bool:
+        return self._backward and bool(output.requires_grad)
+
+    def _await(self, sums: Sums, output: Any, take: Callable[[Any], None]) -> None:
+        if self._waits(output):
+            self._pending.append((sums, take, output))
+        else:
+            take(None)
 
 
 def no_site(module: torch.nn.Module, name: str) -> str:
@@ -114,10 +191,42 @@ def _owner(owners: Mapping[str, torch.nn.Module], name: str) -> torch.nn.Module:
 
     path, _, last = name.rpartition(".")
     owner = owners.get(path)
-    weight = getattr(owner, "weight", None)
-    if owner is None or last != "weight" or not isinstance(weight, torch.Tensor) or weight.ndim != 2:
-        raise UsageError(f"{name}: expected the weight of an embedding or of a linear layer, found none of this name")
+    held = getattr(owner, last, None)
+    n_axes = {"weight": (1, 2), "bias": (1,)}.get(last, ())
+    if owner is None or not isinstance(held, torch.Tensor) or held.ndim not in n_axes:
+        raise UsageError(
+            f"{name}: expected the weight of an embedding, of a linear layer or of a norm, or a bias, found none of "
+            "this name"
+        )
     return owner
+
+
+def _derivatives(owner: Any, last: str, output: torch.Tensor) -> list[torch.Tensor]:
+    """What ∂output/∂vector may be, number by number: 1 for a bias; for a scale γ of something n, where the output is
+    γ·n + bias, or (1 + γ)·n + bias, that is n."""
+    import torch
+
+    y, bias = output.detach().float(), getattr(owner, "bias", None)
+    if last == "bias":
+        return [torch.ones_like(y)]
+    centred, scale = y if bias is None else y - bias.detach().float(), getattr(owner, last).detach().float()
+    return [torch.nan_to_num(centred / by, 0.0, 0.0, 0.0) for by in (scale, 1.0 + scale)]
+
+
+def _factor(owner: Any, last: str, output: torch.Tensor) -> int | str:
+    """Which of `_derivatives` it is, or why it is none: autograd gives for the vector the sum of it over tokens."""
+    import torch
+
+    vector, kind = getattr(owner, last), type(owner).__name__
+    if not vector.requires_grad:
+        return f"{kind}.{last} takes no gradient"
+    probe = torch.arange(output.numel(), device=output.device).mul(0.37).cos().reshape(output.shape)
+    (found,) = torch.autograd.grad(output, vector, probe.to(output.dtype), retain_graph=True, allow_unused=True)
+    for index, times in enumerate(_derivatives(owner, last, output)) if found is not None else ():
+        each = (probe * times).reshape(-1, vector.numel())
+        if float((each.sum(dim=0) - found.float()).abs().max()) <= _ROOM * float(each.abs().sum(dim=0).max()) + 1e-6:
+            return index
+    return f"{kind} neither adds its {last} to what it gives nor multiplies by it"
 
 
 def _product(owner: Any, x: torch.Tensor, output: Any) -> bool | str:
@@ -132,7 +241,7 @@ def _product(owner: Any, x: torch.Tensor, output: Any) -> bool | str:
     rows, given = (one.detach().reshape(-1, one.shape[-1])[:_CHECKED_ROWS].float() for one in (x, output))
     bias = getattr(owner, "bias", None)
     added = 0.0 if bias is None else bias.detach().float()
-    room = 0.02 * float(given.abs().max()) + 1e-6
+    room = _ROOM * float(given.abs().max()) + 1e-6
     weight = owner.weight.detach().float()
     for turned, matrix in ((False, weight.T), (True, weight)):
         if (rows.shape[-1], given.shape[-1]) == tuple(matrix.shape):
@@ -141,10 +250,35 @@ def _product(owner: Any, x: torch.Tensor, output: Any) -> bool | str:
     return f"{type(owner).__name__} gives something else than its inputs times its weight"
 
 
-def _moment(rows: torch.Tensor) -> Any:
-    wide = rows.detach().reshape(-1, rows.shape[-1]).double()
+def _add_scores(sums: Sums, product: torch.Tensor, scores: torch.Tensor, shown: Any) -> None:
+    """Σ p(1 − p) over the places that count, by the square of how scores move with the product."""
+    import torch
+
+    raw, rows = _rows(product), _rows(scores)
+    kept = places((len(raw),), shown)
+    if kept is not None:
+        picked = torch.from_numpy(kept).to(raw.device)
+        raw, rows = raw[picked], rows[picked]
+    if len(rows):
+        p = torch.softmax(rows.float(), dim=-1)
+        few = [one[:N_SLOPE_ROWS].double().cpu().numpy() for one in (raw, rows)]
+        sums.add("row_weights", (p * (1.0 - p)).double().sum(dim=0).cpu().numpy() * slope(few[0], few[1]) ** 2)
+        sums.n_targets += len(rows)
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().reshape(-1, tensor.shape[-1])
+
+
+def _moved(gradient: torch.Tensor) -> Any:
+    """Places with which the loss moves."""
+    return (_rows(gradient) != 0).any(dim=1).cpu().numpy()
+
+
+def _moment(tensor: torch.Tensor) -> Any:
+    wide = _rows(tensor).double()
     return (wide.T @ wide).cpu().numpy()
 
 
-def _squares(rows: torch.Tensor) -> Any:
-    return rows.detach().reshape(-1, rows.shape[-1]).double().square().sum(dim=0).cpu().numpy()
+def _squares(tensor: torch.Tensor) -> Any:
+    return _rows(tensor).double().square().sum(dim=0).cpu().numpy()

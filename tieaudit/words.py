@@ -7,6 +7,7 @@ llama.cpp (gguf-py/gguf/constants.py).
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -54,6 +55,10 @@ def _words(table: str) -> dict[str, str]:
 
 PLAIN = _words(_TABLE)
 """Last component of a module's path, in lower case → the kind that it says plainly."""
+FEED = re.compile(
+    r"mlp|ffn|ffwd|ff(\.|_|\d|$)|feed_?forward|expert|moe|dense(gated)?(relu|act)|intermediate|swiglu|geglu|blocksparse"
+)
+"""Modules that are called a feed-forward."""
 TOKEN = frozenset(
     "embed_tokens wte word_embeddings word_embedding tok_embeddings token_embedding token_embeddings tokens_embed "
     "embed_in token_embd embed_token shared word_embed embedding_tokens".split()
@@ -61,11 +66,57 @@ TOKEN = frozenset(
 PERHAPS_TOKEN = frozenset(
     "embeddings embedding embed emb embedder encoder_embed decoder_embed encoder wemb lut".split()
 )
-HEAD = frozenset("lm_head embed_out output_projection generator_lm_head proj_out score_head lm_proj".split())
+HEAD = frozenset("lm_head embed_out output_projection generator_lm_head score_head lm_proj unembed".split())
 PERHAPS_HEAD = frozenset("decoder head output proj_out generator final_proj logits fc out projection to_logits".split())
 _WRAPPERS = frozenset("weight bias base_layer module qweight kernel default modules_to_save original_module".split())
 NORM_SCALES = frozenset("weight gamma scale g alpha a_2".split())
 NORM_BIASES = frozenset("bias beta b b_2 shift".split())
+
+
+_EMBEDS = frozenset("emb embs embed embeds embedding embeddings embedder embedders embd lut table lookup".split())
+_OF_POSITIONS = frozenset("pos position positions positional row column col".split())
+_OF_TYPES = frozenset("type types segment seg segments".split())
+_OF_TOKENS = frozenset(
+    "tok token tokens word words vocab vocabulary item items char chars character characters subword wordpiece bpe "
+    "src tgt source target shared text input".split()
+)
+_OF_CLASSES = frozenset("class classes label labels time timestep speaker lang language style patch".split())
+
+
+def table_word(modules: Sequence[str]) -> str | None:
+    """The kind of a table that its name puts together: tok_emb, src_word_embedding, pos_emb.emb; None for others."""
+    words = frozenset[str]()
+    for module in reversed([part for part in modules if not part.isdigit()][-2:]):
+        parts = frozenset(part for part in re.split(r"[_\d]+", module) if part)
+        if not words and not parts & _EMBEDS:
+            return None
+        words |= parts
+        if parts - _EMBEDS:
+            break
+    if words & _OF_CLASSES:
+        return None
+    kinds = ((_OF_TYPES, "type_embedding"), (_OF_POSITIONS, "position_embedding"), (_OF_TOKENS, "token_embedding"))
+    return next((kind for known, kind in kinds if words & known), None)
+
+
+_ASKED = {"q": "query", "query": "query", "queries": "query", "k": "key", "key": "key", "keys": "key",
+          "v": "value", "value": "value", "values": "value", "o": "output", "out": "output", "output": "output",
+          "qkv": "qkv", "gqkv": "qkv", "kv": "kv", "qk": "qkv"}  # fmt: skip
+_SAYS_NOTHING = frozenset(
+    "proj project projection linear lin layer net head heads weight dense attn attention self cross c fc to w".split()
+)
+
+
+def attention_word(leaf: str) -> str | None:
+    """What a matrix inside an attention is, by words that are put together: linear_qkv, project_q, wo_ud, proj."""
+    parts = [part for part in re.split(r"[_\d]+", leaf) if part]
+    if parts and re.fullmatch("w(q|k|v|o|qkv|kv)", parts[0]):
+        return f"attention_{_ASKED[parts[0][1:]]}"
+    said = [part for part in parts if part not in _SAYS_NOTHING]
+    if not said:
+        return "attention_output" if {"proj", "projection", "dense", "fc"} & set(parts) else None
+    kinds = {_ASKED.get(part, "") for part in said}
+    return f"attention_{kinds.pop()}" if len(kinds) == 1 and "" not in kinds else None
 
 
 @dataclass(frozen=True)
@@ -76,8 +127,10 @@ class Path:
     """Lower-case components of the module that owns the tensor."""
     end: str
     """What the tensor is called there."""
+    turned: bool = False
+    """Whether matrices of this name are [in, out], as kernels are, and not [out, in]."""
 
-    @property
+    @cached_property
     def leaf(self) -> str:
         """The module's own name: the last component that is not a number."""
         return next((part for part in reversed(self.modules) if not part.isdigit()), "")
@@ -97,7 +150,11 @@ class Path:
 
 def path_of(name: str) -> Path:
     """`model.layers.0.mlp.gate_proj.weight` → its modules and `weight`. Wrappers of other libraries are left out."""
-    parts = [part for part in re.split(r"[./]", name.lower()) if part and part not in ("_orig_mod", "parametrizations")]
+    plain = re.sub(r"_\._(?=\d)", "_", re.sub(r":\d+$", "", name.lower()))  # layer_._0 and kernel:0 of Keras
+    parts = [part for part in re.split(r"[./]", plain) if part and part not in ("_orig_mod", "parametrizations")]
+    is_tree = bool(parts) and parts[0] == "params" or "/" in name
+    if parts and parts[0] == "params":
+        parts = parts[1:]
     end = parts.pop() if parts else ""
     if end in ("original0", "weight_g") or "sink" in end:  # a length without its direction; scores of no position
         return Path(tuple(parts), "apart")
@@ -105,8 +162,19 @@ def path_of(name: str) -> Path:
         parts, end = (parts[:-1], "weight") if parts and parts[-1] == "weight" else (parts, "weight")
     while parts and parts[-1] in _WRAPPERS:
         end = parts.pop() if parts[-1] in ("weight", "bias") else (parts.pop(), end)[1]
+    if len(parts) > 1 and parts[-1] == "linear" and parts[-2] in PLAIN:
+        parts.pop()
+    if parts and (end in ("kernel", "w") or is_tree and end in ("embedding", "embeddings")):
+        return Path(tuple(parts), "weight", turned=end in ("kernel", "w"))
+    if parts and (lettered := re.fullmatch(r"(w|b)_(q|k|v|o|in|out|e|u|pos|gate)", end)):
+        own = [] if lettered[2] in ("e", "u", "pos") else [f"w_{lettered[2]}"]
+        return Path((*parts, *own), "weight" if lettered[1] == "w" else "bias", turned=True)
+    if end == "b" and parts:
+        return Path(tuple(parts), "bias")
     if end in _WRAPPERS | NORM_SCALES | NORM_BIASES or end.startswith(("bias_ih", "bias_hh", "weight_ih", "weight_hh")):
         return Path(tuple(parts), end)
+    if apart := re.fullmatch(r"(\w*norm\d?|w\d)_(weight|bias)", end):
+        return Path((*parts, apart[1]), apart[2])
     if end.endswith("_bias") and (end.removesuffix("_bias") in PLAIN or end == "in_proj_bias"):
         stem = end.removesuffix("_bias")
         return Path((*parts, "in_proj_weight" if stem == "in_proj" else stem), "bias")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,13 @@ from tieaudit.console import Command, OneOf, print_result
 from tieaudit.errors import MissingPackage, UsageError
 
 if TYPE_CHECKING:
+    from tieaudit.calibrating import Data
+    from tieaudit.change import Plan
     from tieaudit.comparison import Choice
+    from tieaudit.merges import Calibrated
+    from tieaudit.verdict import Subject
 
+_WITHOUT_GRADIENTS = ("onnx", "torch_export")
 _EPILOG = """\b
 Examples:
   tieaudit plan model.onnx
@@ -66,15 +72,21 @@ def plan(
         raise UsageError("expected --frontier and --plot without --scheme: they compare all schemes")
     _check(plot)
     subject = look(load_one(path, together=bool(chosen["share_files"]), key=key))
-    calibrated = calibration(subject, chosen, device)[1]
+    data, calibrated = calibration(subject, chosen, device)
     made = make_plan(subject, choices(chosen), calibrated=calibrated, place=place_on(device))
+    if data is not None and made.edits and any(one.nats is None for one in made.predictions):
+        from tieaudit.trial import tried
+
+        made = tried(subject.model, made, data, device)
     table: tuple[Choice, ...] = ()
     if not chosen["schemes"]:
         from tieaudit.comparison import compare
         from tieaudit.comparison import frontier as best
 
         every = compare(subject, calibrated=calibrated, deep=deep)
-        table = best(every) if frontier else every
+        if data is not None and calibrated is not None and subject.model.format in _WITHOUT_GRADIENTS:
+            every, made = _with_losses(subject, every, made, data, calibrated, device)
+        table = (*best(every), *(one for one in every if one.refused)) if frontier else every
         if plot is not None:
             from tieaudit.drawing import draw
 
@@ -82,6 +94,18 @@ def plan(
     print_result(outcome.planned(subject.model, made, format_name, left=left(subject, made), choices=table))
     if made.refusals and not made.edits:
         sys.exit(2)
+
+
+def _with_losses(
+    subject: Subject, every: tuple[Choice, ...], made: Plan, data: Data, calibrated: Calibrated, device: str
+) -> tuple[tuple[Choice, ...], Plan]:
+    """The choices with their measured losses, and the plan with a note on those that have none."""
+    from tieaudit.console import spinner
+    from tieaudit.trial import compared
+
+    with spinner("measuring the loss of each choice"):
+        every, because = compared(subject, every, calibrated, data, device)
+    return every, replace(made, notes=(*made.notes, because)) if because else made
 
 
 def _check(plot: Path | None) -> None:

@@ -34,12 +34,20 @@ class Pair:
     dot: float
     """⟨A, B⟩ over the same."""
     cosines: Array
-    """Of each row that was seen (or of a sample of them), centred: rows of A with the same rows of B."""
+    """Of each row that was seen and is nowhere nothing but zeros, centred: rows of A with the same rows of B."""
     gram_a: Array
     """Centred AᵀA, [n_columns_seen, n_columns_seen]."""
     gram_b: Array
     cross: Array
     """Centred AᵀB."""
+    basis: Array
+    """[n_columns_seen, rank of A]: centred A times it, Q, has orthonormal columns that span those of A."""
+    leverages: Array
+    """Of each row that was seen: its squared length in Q, 0 … 1, together the rank. Empty where all would be 1."""
+    squares_b: Array
+    """Squared length of each of these rows of centred B, as it was seen."""
+    held: Array
+    """Qᵀ·diag(squares_b)·Q, [rank, rank]."""
 
     @property
     def exact(self) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
-    from tieaudit.change import Edit, Kind, Plan, Pool, SetConfig, Written
+    from tieaudit.change import Edit, Gain, Kind, Plan, Pool, SetConfig, Written
     from tieaudit.model import Model
 
 P = ParamSpec("P")
@@ -82,6 +82,9 @@ class Format:
     only be pooled together with it, and the settings that say so; or why they cannot be."""
     holds_adjustments: bool = False
     """Whether `edit` writes what a share's members apply to the common value, as operations of the program."""
+    gain: Callable[[Model, str], Gain | str] | None = None
+    """(model, id of an output head) → the norm before it, if it is certain that nobody else reads what that gives and
+    how its gain is applied; or why that is not certain."""
     has_parts: bool = False
     """Whether files of one folder may be parts of one model, so that one of them means all."""
     stands_for_folder: Callable[[Sequence[Path]], bool] | None = None

@@ -13,6 +13,8 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from tieaudit.errors import NotFinite
+from tieaudit.printable import listed
 from tieaudit.summing import Sums
 
 Block = NDArray[np.float64]
@@ -23,6 +25,8 @@ process."""
 
 NO_CALIBRATION = "give --calibrate DATA.npz or a text; keep:head, mean and low-rank:R need none"
 """What to do without statistics."""
+KEEP_ONE = "keep:ID computes nothing, and keeps those of one of them"
+"""What to do with numbers that nothing can be computed from."""
 
 
 class Table(Protocol):
@@ -41,12 +45,13 @@ class Table(Protocol):
 
 @dataclass(frozen=True)
 class Statistics:
-    """What calibration measured at one site, as averages over tokens."""
+    """What calibration measured at one site, as averages over tokens; of gradients, over what is predicted."""
 
     n_tokens: int
     row_weights: Block | None = None
-    """[rows] How much a row matters: token frequencies p of an embedding, E[p(1 − p)] of a head's probabilities, E[g²]
-    of the loss's gradient at what any other product gives (of which a head's is the expectation)."""
+    """[rows] How much a row matters: token frequencies p of an embedding, E[g²] of the loss's gradient at what a
+    product gives; of a head without gradients E[p(1 − p)] of its probabilities, which is the expectation of that, by
+    the square of the scale between product and scores."""
     inputs: Block | None = None
     """[columns, columns] E[x xᵀ] of what the table's rows are multiplied with (a head's hidden states)."""
     gradients: Block | None = None
@@ -58,9 +63,10 @@ class Statistics:
     def of(cls, sums: Sums, *, turned: bool = False) -> Statistics:
         """Averages of what was added up."""
         n = max(sums.n_tokens, 1)
-        weights, inputs, gradients = (
-            None if one is None else one / n for one in (sums.row_weights, sums.inputs, sums.gradients)
-        )
+        n_targets = sums.n_targets or n
+        of_weights = n if sums.inputs is None else n_targets  # how often an id is looked up, or Σ g²
+        by = ((sums.row_weights, of_weights), (sums.inputs, n), (sums.gradients, n_targets))
+        weights, inputs, gradients = (None if one is None else one / count for one, count in by)
         return cls(sums.n_tokens, weights, inputs, gradients, turned)
 
     @property
@@ -171,6 +177,34 @@ class Sites:
         return tuple(found)
 
 
+def expect_finite_tables(sites: Sites, policy: str, rows: tuple[int, int] | None = None) -> None:
+    """NotFinite, naming the member and the place of a number that is none. `rows`: (begin, end), else all.
+
+    Cost: reads these rows of every table.
+    """
+    asked = f"--merge {policy}: " if policy else ""
+    for begin, end in [rows] if rows is not None else sites.blocks():
+        for id, table in zip(sites.ids, sites.tables, strict=True):
+            wrong = np.argwhere(~np.isfinite(table.rows(begin, end)))
+            if len(wrong):
+                at = [begin + int(wrong[0][0]), int(wrong[0][1])][: len(table.shape)]
+                raise NotFinite(
+                    f"{asked}{listed((id,))}: expected finite numbers, found inf or NaN at {at}, which would spread "
+                    f"into the common value of {listed(sites.ids)}; {KEEP_ONE}"
+                )
+
+
+def finite(sites: Sites, policy: str, *found: Block) -> None:
+    """NotFinite where sums over the tables, or over what flowed through them, are not all finite."""
+    if all(np.isfinite(one).all() for one in found):
+        return
+    expect_finite_tables(sites, policy)
+    raise NotFinite(
+        f"--merge {policy}: {listed(sites.ids)}: expected finite sums over the tables and the calibration data, found "
+        f"inf or NaN; {KEEP_ONE}"
+    )
+
+
 @dataclass(frozen=True)
 class Correction:
     """What one site applies to the common value C before it uses it."""
@@ -246,5 +280,7 @@ class Merge:
     None where every argument is one."""
     needs: tuple[Literal["row_weights", "inputs", "gradients"], ...] = ()
     """Statistics without which it refuses."""
+    corrects: bool = False
+    """Whether some sites get a correction, which only who asks for it wants: `auto` does not work it out."""
     page: str = ""
     """More for `tieaudit explain NAME`."""

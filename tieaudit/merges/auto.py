@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 from tieaudit.errors import RewriteRefused, UsageError
@@ -14,7 +15,7 @@ _KEPT = ("head", "embedding", "first", "last")
 def _tried(sites: Sites) -> Iterator[tuple[str, Merged]]:
     """What every policy makes of these sites, as far as it can and corrects nothing."""
     for policy in discover("merges", Merge).values():
-        if policy.name == "auto":
+        if policy.name == "auto" or policy.corrects:
             continue
         for argument in _KEPT if policy.name == "keep" else ("",):
             try:
@@ -30,8 +31,9 @@ def _merge(sites: Sites, argument: str) -> Merged:
     if not tried:
         raise RewriteRefused(f"--merge auto: no policy can merge {', '.join(sites.ids)}")
     cost, measure = _cost_of(sites, [merged for _, merged in tried])
-    costs = {name: cost(merged) for name, merged in tried}
     found = dict(tried)
+    costs = {name: cost(merged) for name, merged in tried}
+    costs = {name: one if math.isfinite(one) else math.inf for name, one in costs.items()}
     rule = _by_rule(measure, found)
     name = rule[0] if rule is not None else min(costs, key=lambda one: costs[one])
     why = rule[1] if rule is not None else f"{name} is best"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tieaudit.errors import RewriteRefused
-from tieaudit.merges import NO_CALIBRATION, Block, Merge, Merged, Sites, Table
+from tieaudit.merges import NO_CALIBRATION, Block, Merge, Merged, Sites, Table, finite
 
 _DAMPING = 1e-3
 """Share of the mean curvature that is added to both, so that directions nobody saw do not decide."""
@@ -53,6 +53,8 @@ def _merge(sites: Sites, argument: str) -> Merged:
             "--merge gauss-newton: expected token counts and the hidden states before the head, found none",
             hint=NO_CALIBRATION,
         )
+    given = (scores.inputs, scores.row_weights, lookup.row_weights, lookup.gradients)
+    finite(sites, "gauss-newton", *(one for one in given if one is not None))
     d = sites.n_columns
     c = _damped(scores.inputs)
     # without a backward pass every direction of the embedding counts alike, and as much as the head's on average

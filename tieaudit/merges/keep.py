@@ -16,8 +16,13 @@ _HINT = "keep:head, keep:embedding, keep:first, keep:last, or keep: and the id o
 def _check(argument: str, ids: Collection[str]) -> None:
     if argument in _ROLES or argument in _PLACES or argument in ids:
         return
-    found = f"no weight of the model is called {argument}" if argument else "nothing is named"
-    raise UsageError(f"--merge keep:{argument}: {found}", hint=nearest(argument, (*_ROLES, *_PLACES, *ids)) or _HINT)
+    if not argument:
+        raise UsageError("--merge keep: expected a member behind a colon, found none", hint=_HINT)
+    found = f"no weight of the model is called {argument}"
+    raise UsageError(
+        f"--merge keep:{argument}: {found}",
+        hint="; ".join(filter(None, (nearest(argument, (*_ROLES, *_PLACES, *ids)), _HINT))),
+    )
 
 
 def _merge(sites: Sites, argument: str) -> Merged:

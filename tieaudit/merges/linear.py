@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tieaudit.errors import RewriteRefused
-from tieaudit.merges import Block, Correction, Merge, Merged, Sites
+from tieaudit.merges import Block, Correction, Merge, Merged, Sites, finite
 
 _DAMPING = 1e-8
 
@@ -24,6 +24,7 @@ def _merge(sites: Sites, argument: str) -> Merged:
         u, e = sites.tables[kept].rows(begin, end), sites.tables[other].rows(begin, end)
         weighted = u if weights is None else u * weights[begin:end, None]
         gram, cross = gram + weighted.T @ u, cross + weighted.T @ e
+    finite(sites, "linear", gram, cross)
     damping = np.eye(len(gram)) * max(_DAMPING * float(np.trace(gram)) / len(gram), 1e-300)
     best = np.asarray(np.linalg.lstsq(gram + damping, cross, rcond=None)[0], np.float64)
     how = "all rows alike" if weights is None else "rows weighted by token counts"
@@ -37,6 +38,7 @@ linear = Merge(
     "does not "
     "change the solution (gradient −2Uᵀ D(E − UM)C = 0)",
     merge=_merge,
+    corrects=True,
     page="""linear: E ≈ U·M
 
 Costs columns² parameters and one small product per token. Token counts decide: on two small language models the map

@@ -7,7 +7,10 @@ from functools import partial
 import numpy as np
 
 from tieaudit.errors import RewriteRefused, UsageError
-from tieaudit.merges import Block, Correction, Merge, Merged, Sites, Table
+from tieaudit.merges import Block, Correction, Merge, Merged, Sites, Table, finite
+
+_PANEL_NUMBERS = 1 << 23
+"""Of a matrix wider than high that are held at once: 64 MiB."""
 
 
 def _left(kept: Table, other: Table, directions: Block, begin: int, end: int) -> Block:
@@ -36,21 +39,39 @@ def _merge(sites: Sites, argument: str) -> Merged:
 
 
 def _residual(sites: Sites, kept: int, other: int, rank: int) -> tuple[Correction, float]:
-    """The truncated SVD of the difference D, through DᵀD: Vᵣ holds its leading right singular directions."""
-    if sites.n_rows < sites.n_columns:  # a matrix wider than high, or a sample of rows: its own SVD is the smaller one
-        whole = [sites.tables[other].rows(*at) - sites.tables[kept].rows(*at) for at in sites.blocks()]
-        _, singular, right = np.linalg.svd(np.concatenate(whole), full_matrices=False)
-        values, directions = np.square(singular), np.ascontiguousarray(right[:rank].T)
-    else:
-        gram = np.zeros((sites.n_columns, sites.n_columns))
+    """The truncated SVD of the difference D, through the smaller of DᵀD and DDᵀ. Vᵣ: its leading right directions."""
+    one, two = sites.tables[kept], sites.tables[other]
+    wide = sites.n_rows < sites.n_columns  # or a sample of rows
+    gram = _gram_of_rows(sites, one, two) if wide else np.zeros((sites.n_columns, sites.n_columns))
+    for at in () if wide else sites.blocks():
+        difference = two.rows(*at) - one.rows(*at)
+        gram += difference.T @ difference
+    finite(sites, f"low-rank:{rank}", gram)
+    ascending, vectors = np.linalg.eigh(gram)
+    values, directions = ascending[::-1], np.ascontiguousarray(vectors[:, ::-1][:, :rank])
+    if wide:  # DᵀUᵣ = VᵣΣᵣ; a basis of what these span is as good as Vᵣ, also where a singular value is nought
+        spanned = np.zeros((sites.n_columns, rank))
         for at in sites.blocks():
-            difference = sites.tables[other].rows(*at) - sites.tables[kept].rows(*at)
-            gram += difference.T @ difference
-        ascending, vectors = np.linalg.eigh(gram)
-        values, directions = ascending[::-1], np.ascontiguousarray(vectors[:, ::-1][:, :rank])
+            spanned += (two.rows(*at) - one.rows(*at)).T @ directions[slice(*at)]
+        directions = np.ascontiguousarray(np.linalg.qr(spanned)[0])
     share = float(values[:rank].sum() / max(float(values.sum()), 1e-300))
     left = partial(_left, sites.tables[kept], sites.tables[other], directions)
     return Correction("low-rank", np.ascontiguousarray(directions.T), left, sites.n_rows), share
+
+
+def _gram_of_rows(sites: Sites, one: Table, two: Table) -> Block:
+    """DDᵀ, [rows, rows]: a panel of rows is held, and all rows after it pass by. Reads half the tables once a panel."""
+    gram: Block = np.zeros((sites.n_rows, sites.n_rows))
+    n_held = max(_PANEL_NUMBERS // sites.n_columns, 1)
+    for begin in range(0, sites.n_rows, n_held):
+        end = min(begin + n_held, sites.n_rows)
+        panel = two.rows(begin, end) - one.rows(begin, end)
+        gram[begin:end, begin:end] = panel @ panel.T
+        for first in range(end, sites.n_rows, one.rows_per_block):
+            last = min(first + one.rows_per_block, sites.n_rows)
+            gram[begin:end, first:last] = panel @ (two.rows(first, last) - one.rows(first, last)).T
+            gram[first:last, begin:end] = gram[begin:end, first:last].T
+    return gram
 
 
 def _rank(argument: str) -> int:
@@ -69,6 +90,7 @@ low_rank = Merge(
     "is left; Eckart–Young: no residual of that rank leaves less",
     merge=_merge,
     check=lambda argument, ids: _rank(argument),
+    corrects=True,
     page="""low-rank:R: Wᵢ ≈ W + BᵢAᵢ, the dial between size and damage
 
 Costs R·(rows + columns) parameters for each other site, and saves as long as R < rows·columns/(rows + columns). On two

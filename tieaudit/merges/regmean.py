@@ -7,8 +7,10 @@ from functools import partial
 import numpy as np
 
 from tieaudit.errors import RewriteRefused
-from tieaudit.merges import NO_CALIBRATION, Block, Merge, Merged, Sites, Table
+from tieaudit.merges import NO_CALIBRATION, Block, Merge, Merged, Sites, Table, finite
 
+_DAMPING = 1e-3
+"""Share of the mean energy of an input that is added to each: of directions nobody saw, the mean of all members."""
 _OFF_DIAGONAL = 0.9
 """λ of C̃ = λ·C + (1 − λ)·diag(C): few tokens leave the off-diagonal uncertain."""
 
@@ -32,9 +34,13 @@ def _merge(sites: Sites, argument: str) -> Merged:
             f"--merge regmean: expected the inputs of every site, found none of {', '.join(missing)}",
             hint=NO_CALIBRATION,
         )
-    damped = [_OFF_DIAGONAL * one + (1.0 - _OFF_DIAGONAL) * np.diag(np.diag(one)) for one in moments if one is not None]
-    total = np.sum(damped, axis=0)
-    inverse = np.linalg.pinv(total, hermitian=True)
+    seen = [one for one in moments if one is not None]
+    finite(sites, "regmean", *seen)
+    # the same for each site: what none of them saw is then their plain mean, however large their other inputs are
+    energy = float(np.mean([np.trace(one) for one in seen])) / sites.n_columns
+    ridge = np.eye(sites.n_columns) * max(_DAMPING * energy, 1e-30)
+    damped = [_OFF_DIAGONAL * one + (1.0 - _OFF_DIAGONAL) * np.diag(np.diag(one)) + ridge for one in seen]
+    inverse = np.linalg.inv(np.sum(damped, axis=0))
     return Merged(partial(_rows, sites.tables, tuple(one @ inverse for one in damped)))
 
 
@@ -46,8 +52,9 @@ regmean = Merge(
     "equation 2, off-diagonal entries of the Gram matrices scaled by 0.9",
     merge=_merge,
     needs=("inputs",),
-    page="""regmean: W = (Σ Wᵢ C̃ᵢ)(Σ C̃ᵢ)⁻¹ with C̃ᵢ = 0.9·Cᵢ + 0.1·diag(Cᵢ), Cᵢ = E[x xᵀ] of the inputs of site i
+    page="""regmean: W = (Σ Wᵢ C̃ᵢ)(Σ C̃ᵢ)⁻¹ with C̃ᵢ = 0.9·Cᵢ + 0.1·diag(Cᵢ) + ε·1, Cᵢ = E[x xᵀ] of the inputs of site i
 
-Minimises Σ tr((W − Wᵢ) C̃ᵢ (W − Wᵢ)ᵀ). Rows are outputs, columns inputs. Biases
+Minimises Σ tr((W − Wᵢ) C̃ᵢ (W − Wᵢ)ᵀ). ε is a thousandth of the mean energy of an input, so that what no site ever got
+is the mean of all. Rows are outputs, columns inputs. Biases
 and norms get their mean.""",
 )

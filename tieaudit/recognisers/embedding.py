@@ -31,8 +31,13 @@ class _Table:
 def _recognise(reading: Reading) -> None:
     tables = [table for table in map(lambda i: _table(reading, i), range(len(reading.flow.operations))) if table]
     by_ids = [table for table in tables if table.from_ids]
-    for table in tables:
-        if not table.from_ids:
+    counted = [table for table in tables if not table.from_ids]
+    for table in counted:
+        beside = [one.n_rows for one in counted[:_N_MOST_TABLES] if one.added & table.added]
+        if table.n_rows <= _N_MOST_TYPES and max(beside, default=0) > 4 * table.n_rows:
+            why = f"{table.n_rows} rows, beside one for each of {max(beside)} positions"
+            reading.tell([table.id], "type_embedding", f"{why} ({reading.at(table.index)})")
+        else:
             reading.tell([table.id], "position_embedding", f"looked up by positions ({reading.at(table.index)})")
     most = max((table.n_rows for table in by_ids), default=0)
     has_data = any(

@@ -76,8 +76,9 @@ def _branches(reading: Reading, down: Projection) -> list[_Branch]:
             continue
         if index in flow.projections:
             branch = found.setdefault(index, _Branch(flow.projections[index], False, False))
-            branch.activated |= activated
-            branch.bare |= not activated
+            fused = activated or bool(flow.operations[index].attributes.get("activation"))  # FusedGemm of ONNX Runtime
+            branch.activated |= fused
+            branch.bare |= not fused
             continue
         does = flow.does(index)
         if does not in _INNER:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from tieaudit.flow import Nature
 from tieaudit.recognisers import Reading, Recogniser
 
+_N_MOST_TYPES = 8
+"""Rows of a table of types; one with a row for each position has more."""
 _WITH_BIAS = ("attention_", "ffn_", "output_head")
 
 
@@ -52,8 +54,25 @@ def _added(reading: Reading, index: int, value: str, mixes: bool) -> None:
         others = [value for value in flow.data_inputs(maker) if flow.is_data(value)][:1]
     if flow.is_vector(value):
         reading.tell(ids[:1], "bias", f"a vector that is added ({place})")
+    elif len(ids) == 1 and mixes and _is_one_type(reading, value, ids[0]):
+        reading.tell(ids, "type_embedding", f"a row that was chosen beforehand is added ({place})")
     elif len(ids) == 1 and mixes:
         reading.tell(ids, "position_embedding", f"added, with a value for every position ({place})")
+
+
+def _is_one_type(reading: Reading, value: str, id: str) -> bool:
+    """Rows of a small table by fixed indices: the types of an example that has one, as exporters write it."""
+    flow = reading.flow
+    if not 1 < flow.model.by_id[id].shape[0] <= _N_MOST_TYPES:
+        return False
+    for _ in range(4):
+        maker = flow.maker.get(value)
+        if maker is None or flow.does(maker) not in ("view", "lookup"):
+            return False
+        if flow.does(maker) == "lookup":
+            return flow.operations[maker].inputs[0] == id
+        value = flow.operations[maker].inputs[0]
+    return False
 
 
 rest = Recogniser(

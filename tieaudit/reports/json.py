@@ -207,6 +207,7 @@ def _checked(model: Checked) -> dict[str, object]:
         "n_silenced": model.n_silenced,
         "n_suppressed": model.n_suppressed,
         "used": list(model.used),
+        "ran": list(model.ran),
         "unreadable": model.unreadable,
         "n_bytes_read": model.n_bytes_read,
         "weights_here": model.weights_here,

@@ -13,7 +13,7 @@ import numpy as np
 
 from tieaudit.machine import processor_name, repeated, resident_bytes
 from tieaudit.runners import Answer, Array, Params, Port, Runner, Signature, Verb
-from tieaudit.summing import TARGETS, Sums, packed, scores_among, token_losses
+from tieaudit.summing import ASIDE, PLACES, SCORED, TARGETS, Sums, packed, places, scores_among, token_losses
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -84,23 +84,29 @@ def _calibration(sessions: Mapping[int, ort.InferenceSession]) -> Mapping[str, V
     watched: dict[int, tuple[list[dict[str, Any]], dict[str, Sums]]] = {}
 
     def watch(params: Params, arrays: Mapping[str, Array]) -> Answer:
-        """Begin to add up at `sites`: {key, kind lookup | product, value, scores, n_rows}, whose values are outputs."""
+        """Begin to add up at `sites`: {key, kind lookup | product, value, result, scores, n_rows}: names of outputs.
+
+        Of a head what it gives and the scores that are made of it, else both empty."""
         watched[params["handle"]] = (list(params["sites"]), {one["key"]: Sums() for one in params["sites"]})
         return {"unfit": {}}, {}
 
     def calibrate(params: Params, arrays: Mapping[str, Array]) -> Answer:
         """One more batch through what is watched. There are no gradients: ONNX Runtime computes none."""
         sites, sums = watched[params["handle"]]
-        session, feed = sessions[params["handle"]], {name: one for name, one in arrays.items() if name != TARGETS}
-        wanted = dict.fromkeys(name for one in sites for name in (one["value"], one["scores"]) if name)
+        session, feed = sessions[params["handle"]], {name: one for name, one in arrays.items() if name not in ASIDE}
+        wanted = dict.fromkeys(name for one in sites for name in (one["value"], one["result"], one["scores"]) if name)
+        shown, scored = arrays.get(PLACES), arrays.get(SCORED)
         found = {**feed, **_run(session, feed, [name for name in wanted if name not in feed])}
         for one in sites:
             if one["kind"] == "lookup":
-                sums[one["key"]].add_ids(found[one["value"]], one["n_rows"])
+                ids = found[one["value"]]
+                sums[one["key"]].add_ids(ids, one["n_rows"], places(ids.shape, shown))
                 continue
-            sums[one["key"]].add_inputs(found[one["value"]])
+            x = found[one["value"]]
+            kept = places(x.shape[:-1], scored if one["scores"] else shown)
+            sums[one["key"]].add_inputs(x, kept)
             if one["scores"]:
-                sums[one["key"]].add_scores(found[one["scores"]])
+                sums[one["key"]].add_scores(found[one["result"]], found[one["scores"]], kept)
         return {}, {}
 
     def calibrated(params: Params, arrays: Mapping[str, Array]) -> Answer:

@@ -17,7 +17,7 @@ def _propose(subject: Subject, argument: str) -> Iterator[Candidate | Refusal]:
     learned = [one for one in subject.model.weights if one.is_float and one.parameter is not False and not one.absent]
     total = sum(one.n_elements for one in learned)
     best: dict[str, dict[str, Weight]] = {}
-    for towers in (_by_part(learned), *_by_prefix(learned)):
+    for towers in (_by_part(learned), *_by_prefix(learned), _by_input(subject, learned)):
         alike = _alike(towers)
         if len(alike) > 1 and _size(alike) > max(_size(best), _LEAST_SHARE * total):
             best = alike
@@ -55,6 +55,33 @@ def _by_prefix(weights: list[Weight]) -> Iterator[dict[str, dict[str, Weight]]]:
     yield from tree.values()
 
 
+def _by_input(subject: Subject, weights: list[Weight]) -> dict[str, dict[str, Weight]]:
+    """In a graph: the weights that meet one set of its inputs, and no other, in the order of their use.
+
+    So towers are found whatever their weights are called; what comes behind the towers meets the inputs of all.
+    """
+    behind: dict[str, frozenset[str]] = {}
+    met: dict[tuple[str, str, str], frozenset[str]] = {}
+    for operation in subject.model.operations:
+        given = frozenset().union(*(behind.get(value, frozenset()) for value in operation.inputs))
+        if operation.op == "input":
+            given = frozenset(operation.outputs)
+        behind.update(dict.fromkeys(operation.outputs, given))
+        met[operation.part, operation.scope, operation.node] = given
+    learned, reached = {one.id: one for one in weights}, dict[str, frozenset[str]]()
+    for use in subject.model.uses:
+        reached[use.weight] = reached.get(use.weight, frozenset()) | met.get(
+            (use.part, use.scope, use.node), frozenset()
+        )
+    found: dict[str, dict[str, Weight]] = {}
+    for use in subject.model.uses:
+        weight, inputs = learned.pop(use.weight, None), reached[use.weight]
+        if weight is not None and inputs:
+            tower = found.setdefault(f"what {' and '.join(sorted(inputs))} alone leads to", {})
+            tower[f"weight {len(tower)} ({use.op})"] = weight
+    return found
+
+
 def _alike(towers: dict[str, dict[str, Weight]]) -> dict[str, dict[str, Weight]]:
     """The largest set of towers whose weights have the same names, shapes and types."""
     groups: dict[frozenset[tuple[str, tuple[int, ...], str]], dict[str, dict[str, Weight]]] = {}
@@ -78,5 +105,6 @@ siamese = Scheme(
     page="""siamese: two towers, one set of weights.
 
 Towers are modules beside each other, or parts of one export, that hold the same weights by name, shape and type and,
-together, most of the model. Towers for different inputs, a query's and a document's, have the same shape too.""",
+together, most of the model; or, in a graph whatever its names, what different inputs lead to before they meet. Towers
+for different inputs, a query's and a document's, have the same shape too.""",
 )

@@ -106,5 +106,6 @@ tied_transformer = Scheme(
     page="""tied-transformer: one stack for encoder and decoder.
 
 Encoder and decoder need equally many layers of equal shape. The decoder's cross-attention and all norms stay as they
-are. Trained so from the start, German–English translation gains (33.3 to 35.1 BLEU, IWSLT 2014).""",
+are. Which attention is the decoder's own its graph says, else its name; where neither does, it is refused. Trained so
+from the start, German–English translation gains (33.3 to 35.1 BLEU, IWSLT 2014).""",
 )

@@ -18,6 +18,7 @@ huggingface = Format(
     switch=later("tieaudit.formats.huggingface.realise:switch"),
     pool=later("tieaudit.formats.huggingface.pool:plan_of"),
     equalises=True,
+    gain=later("tieaudit.formats.huggingface.gain:gain_of"),
     loads_without_weights=True,
     held_by=later("tieaudit.formats.huggingface.realise:held_by"),
     precedence=20,

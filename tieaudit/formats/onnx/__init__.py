@@ -18,6 +18,7 @@ FORMAT = Format(
     edit=later("tieaudit.formats.onnx.edit:edit"),
     pool=later("tieaudit.formats.onnx.pool:edits_of"),
     holds_adjustments=True,
+    gain=later("tieaudit.formats.onnx.gain:gain_of"),
     data_names=later("tieaudit.formats.onnx.discover:external_locations"),
     has_parts=True,
     stands_for_folder=later("tieaudit.formats.onnx.discover:stands_for_folder"),

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
 
+_POINTWISE = frozenset("Add Sub Mul Div Tanh Cast Clip Identity Reshape Flatten Squeeze Unsqueeze".split())
+"""What stands between a head and the softmax: scales, caps, biases, and changes of type or shape."""
+
+
 @dataclass(frozen=True)
 class Tap:
     """One use of a weight whose inputs can be seen."""
@@ -61,6 +65,22 @@ def taps(proto: ModelProto, model: Model, ids: Iterable[str]) -> tuple[list[Tap]
         else:
             found += good
     return found, unfit
+
+
+def scores_behind(proto: ModelProto, result: str) -> str:
+    """The value that a softmax takes, or the graph gives, of what a head gives: behind its scale, cap and bias."""
+    readers: dict[str, list[NodeProto]] = {}
+    for node in proto.graph.node:
+        for name in dict.fromkeys(node.input):
+            readers.setdefault(name, []).append(node)
+    given, met = {one.name for one in proto.graph.output}, {""}
+    while result not in given and result not in met:
+        met.add(result)
+        further = [node for node in readers.get(result, ()) if node.op_type in _POINTWISE and not node.domain]
+        if len(further) != 1:
+            break
+        result = further[0].output[0]
+    return result
 
 
 def _tap(model: Model, use: Use, nodes: Mapping[str, NodeProto]) -> Tap | str:
