@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -219,6 +220,23 @@ def test_the_steps_of_the_action_report_and_give_the_verdict(tmp_path: Path, fix
     assert outputs == {"exit-code": str(int(lost))}
     values["steps.check.outputs.exit-code"] = outputs["exit-code"]
     assert run_step(verdict, tmp_path, values).returncode == int(lost)
+
+
+def test_what_the_action_keeps_are_all_answers_wherever_the_policies_lie(tmp_path: Path, fixtures_dir: Path) -> None:
+    inputs = yaml.safe_load((ROOT / "action.yml").read_text())["inputs"]
+    values = {f"inputs.{name}": str(value["default"]) for name, value in inputs.items()}
+    repository = tmp_path / "repository"
+    for team in ("one", "two"):
+        (repository / team).mkdir(parents=True)
+        shutil.copy(fixtures_dir / "gpt_decoder" / "tied.onnx", repository / team / "m.onnx")
+        (repository / team / "tieaudit.toml").write_text("")
+    (kept,) = (step["with"]["path"] for step in steps_of_the_action() if "cache" in step.get("uses", ""))
+    (check,) = (step for step in steps_of_the_action() if step.get("name") == "Check the ties")
+    time.sleep(0.2)  # of what changed a moment ago no answer is kept
+    assert run_step(check, tmp_path, values).returncode == 0
+    answers = [one for one in (repository / kept).rglob("*.json") if one.parent.name != "runs"]
+    assert len(answers) == 2
+    assert [one for one in repository.rglob(".tieaudit_cache") if one != repository / kept] == []
 
 
 def test_inputs_of_the_action_run_nothing(tmp_path: Path, fixtures_dir: Path) -> None:

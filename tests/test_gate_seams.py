@@ -6,7 +6,11 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_onnx
@@ -15,6 +19,8 @@ from gate_models import W, save
 
 from tieaudit import journal
 from tieaudit.cli import main
+from tieaudit.locked import NAME, read_lock
+from tieaudit.replacing import alone
 
 HOSTILE = "m\x1b[31m\n::error::x"
 
@@ -146,3 +152,97 @@ def test_what_is_said_of_fixes_cannot_act_on_a_terminal(monkeypatch: pytest.Monk
         done = tieaudit("check", *words)
         assert "not mended, refused: m\\x1b[31m\\x0a::error::x/m.onnx: refused" in done.output
         assert harmless(done.output), words
+
+
+# --- two models of one folder ---
+
+
+def lost_export(home: Path, suffix: str = "") -> None:
+    home.mkdir(parents=True, exist_ok=True)
+    for number, part in enumerate(("encoder_model", "decoder_model")):
+        table = tiny_onnx.table(number)
+        tiny_onnx.language_model(home / f"{part}{suffix}.onnx", table, table.T)
+
+
+def two_variants(home: Path, fixtures_dir: Path) -> int:
+    lost_export(home)
+    lost_export(home, "_fp16")
+    return 2
+
+
+def a_folder_and_its_exports(home: Path, fixtures_dir: Path) -> int:
+    shutil.copytree(fixtures_dir / "gpt_decoder" / "hf_lost", home)
+    lost_export(home)
+    (home / "onnx").mkdir()
+    tiny_onnx.lost(home / "onnx" / "model.onnx")
+    return 3
+
+
+@pytest.mark.parametrize("make", [two_variants, a_folder_and_its_exports], ids=lambda one: one.__name__)
+@pytest.mark.parametrize("named", ["p", "."])
+def test_models_that_share_a_folder_are_mended_into_one(
+    make: Callable[[Path, Path], int], named: str, fixtures_dir: Path
+) -> None:
+    n_models = make(Path("p"), fixtures_dir)
+    before = {path: path.read_bytes() for path in Path("p").rglob("*") if path.is_file()}
+    assert tieaudit("check").exit_code == 1
+    done = tieaudit("check", named, "--fix", "--to", "../out", "--require", "structural")
+    assert done.exit_code == 0, done.output
+    assert done.output.count("\nmended ") + done.output.startswith("mended ") == n_models
+    assert {path: path.read_bytes() for path in Path("p").rglob("*") if path.is_file()} == before
+    there = Path("../out") if named == "p" else Path("../out/p")
+    assert {path.relative_to(there) for path in there.rglob("*.onnx")} == {
+        path.relative_to("p") for path in before if path.suffix == ".onnx"
+    }
+    assert tieaudit("check", str(there)).exit_code == 0
+    refused = tieaudit("check", named, "--fix", "--to", "../out", "--require", "structural")
+    assert refused.exit_code != 0  # what somebody has is nobody's to be mended
+
+
+# --- two runs at once ---
+
+
+@pytest.mark.parametrize("words", [("a",), ()], ids=["one model", "all models"])
+def test_two_runs_that_lock_at_once_keep_what_each_has_locked(
+    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "abc":
+        save(Path(name, "m.safetensors"), {"a": W, "b": W.copy()})
+    assert tieaudit("lock", "c").exit_code == 0
+    Path("b").rename("../b")
+    module = sys.modules["tieaudit.commands.lock"]
+    real = module._locked
+
+    def locks_slowly(*arguments: Any) -> Any:
+        found = real(*arguments)
+        Path("../b").rename("b")  # meanwhile somebody adds a model, and another run locks it
+        patched.setattr(module, "_locked", real)
+        assert tieaudit("lock", "b").exit_code == 0
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_locked", locks_slowly)
+        assert tieaudit("lock", *words).exit_code == 0
+    assert list(read_lock(Path(NAME))) == ["a/m.safetensors", "b/m.safetensors", "c/m.safetensors"]
+
+
+def test_what_is_written_alone_is_not_written_by_two_at_once(tmp_path: Path) -> None:
+    held, tried = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def second() -> None:
+        held.wait(60)
+        tried.set()
+        with alone(tmp_path / "file"):
+            order.append("second")
+
+    other = threading.Thread(target=second, daemon=True)
+    other.start()
+    with alone(tmp_path / "file"):
+        held.set()
+        tried.wait(60)
+        time.sleep(0.2)
+        order.append("first")
+    other.join(60)
+    assert order == ["first", "second"]
+    assert list(tmp_path.glob("file*")) == []

@@ -81,6 +81,7 @@ def overhaul(
     by_path = {model.path: model for model in run.models}
     said: list[str] = []
     fixed: set[tuple[str, str]] = set()
+    delivered: list[Path] = []
     failed = False
     for source in sources:
         job = gate.job(source)
@@ -88,16 +89,22 @@ def overhaul(
         if model is None or not any(_mendable(model, fixing.unsafe)):
             continue
         try:
+            place = _place(fixing, source, named)
+            if place is not None and any(place.is_relative_to(one) for one in delivered):
+                # another model of its folder was written there and this one came along: it is mended where it lies now
+                source, place = _moved(source, place), None
             made = _planned(source, job, model, fixing.unsafe)
             if fixing.only_show:
                 said.append(shown(preview(made)))
             elif made.plan is not None:
                 done = mend(
                     made,
-                    _place(fixing, source, named),
+                    place,
                     require=fixing.require,
                     again=partial(_look, job=job),
                 )
+                if place is not None and done.done is not None and source.path.is_dir():
+                    delivered.append(place)
                 there = {(finding.code, frozenset(finding.ids)) for finding in done.remaining}
                 prints = [one for one in model.findings if (one.finding.code, frozenset(one.finding.ids)) not in there]
                 fixed |= {(model.path, one.fingerprint) for one in prints}
@@ -148,6 +155,12 @@ def _place(fixing: Fixing, source: Source, named: Sequence[Path]) -> Path | None
     # of several the folder that holds them all: two of them may have models of one name
     root = Path(os.path.commonpath(roots)) if roots else Path.cwd()
     return place_in(fixing.destination, source.path, root)
+
+
+def _moved(source: Source, place: Path) -> Source:
+    """A model that came along with another one of its folder, at its place there."""
+    home, there = (source.path, place) if source.path.is_dir() else (source.path.parent, place.parent)
+    return replace(source, path=place, files=tuple(there / file.relative_to(home) for file in source.files))
 
 
 def _told(model: Checked, done: Mended, gone: Sequence[str], base: Path) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tieaudit.errors import UsageError
@@ -65,6 +66,32 @@ def replace_whole(path: Path, content: bytes, *, durable: bool = True) -> None:
         raise
     if durable:
         flush_folder(target.parent)
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """While this is held nobody else who asks for it, on this machine, changes the file at `path`: for whoever writes
+    what was there and something new.
+
+    The folder is locked, which leaves nothing behind and ends with the process. Where a file system or a system cannot,
+    nothing is held. OSError that names `path` if its folder is not there.
+    """
+    folder = Path(os.path.realpath(path)).parent
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # of a folder that nobody may list nothing can be held; whether it can be written is seen
+        yield
+        return
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    try:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def flush_folder(folder: Path) -> None:

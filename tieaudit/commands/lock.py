@@ -46,6 +46,7 @@ def lock(paths: tuple[str, ...], to: Path | None, check: bool) -> None:
     nothing written.
     """
     from tieaudit.locked import lock_text, read_lock, write_lock
+    from tieaudit.replacing import alone
 
     file = to or _file_for(paths)
     before = read_lock(file) if os.path.lexists(file) else {}
@@ -60,7 +61,11 @@ def lock(paths: tuple[str, ...], to: Path | None, check: bool) -> None:
         print_lines("\n".join([*told, f"{printable(str(file))}: {held}; {'up to date' if same else 'would change'}"]))
         sys.exit(0 if same else 1)
     try:
-        written = write_lock(file, after)
+        with alone(file):
+            # what another run wrote while this one was reading models stays: see docs/decisions/lock-file.md
+            now = read_lock(file) if os.path.lexists(file) else {}
+            meanwhile = {key: one for key, one in now.items() if before.get(key) != one}
+            written = write_lock(file, {**(now if paths else meanwhile), **found})
     except OSError as error:
         raise UsageError(f"{error.filename or file}: the lock cannot be written: {error.strerror}") from error
     print_lines("\n".join([*told, f"{printable(str(file))}: {held}; {'written' if written else 'up to date'}"]))
