@@ -32,8 +32,8 @@ def calibrate(
     """Statistics of the sites that own these parameters, by name. The module is run in eval mode and not changed.
 
     `loss`: with it a backward pass gives the gradients at lookups, and E[g²] at the results of products and at vectors;
-    places with which the loss does not move, such as padding, do not count. `heads`: without a loss, scores of a
-    softmax are made of what these give, for E[p(1 − p)]; all places count. UsageError for a name that no embedding,
+    places with which the loss does not move, such as padding, do not count; without it all places do. `heads`: scores
+    of a softmax are made of what these give, so that E[p(1 − p)] is known. UsageError for a name that no embedding,
     linear layer or norm owns. Cost: one forward (and backward) pass per batch, and columns² numbers per site.
     """
     import torch
@@ -46,7 +46,7 @@ def calibrate(
         for batch in batches:
             output = call(module, batch)
             if loss is not None:
-                watch.differentiate(loss(output, batch))
+                watch.differentiate(loss(output, batch), result=tensors_of(output))
             else:
                 watch.scored(tensors_of(output))
     for name, reason in watch.unfit.items():

@@ -38,8 +38,7 @@ class Sums:
     n_targets: int = 0
     """What is predicted from them, if that was said: what the weights of a product's rows and `gradients` belong to."""
     row_weights: Sum | None = None
-    """[rows] Counts of ids, Σ g² of the gradients at the results of a product, or without gradients Σ p(1 − p) of a
-    head."""
+    """[rows] Counts of ids, Σ g² of the gradients at the results of a product, or Σ p(1 − p) of a head."""
     inputs: Sum | None = None
     """[columns, columns] Σ x xᵀ of what the rows are multiplied with."""
     gradients: Sum | None = None

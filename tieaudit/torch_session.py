@@ -214,7 +214,7 @@ class Session:
                 scores, wanted = self._scored(result, targets)
                 total = torch.nn.functional.cross_entropy(scores.float(), wanted, ignore_index=IGNORED, reduction="sum")
                 n_targets = int((wanted != IGNORED).sum())
-                attempt(lambda: watch.differentiate(total, n_targets), self._not_deterministic)
+                attempt(lambda: watch.differentiate(total, n_targets, tensors_of(result)), self._not_deterministic)
         return {}, {}
 
     def calibrated(self, params: Params, arrays: Arrays) -> Answer:

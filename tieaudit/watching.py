@@ -26,8 +26,8 @@ class Watch:
 
     `backward`: gradients are wanted, so that `differentiate` must follow every forward pass. Then a place counts if the
     loss moves with it, which padding and what nothing is predicted from do not. Else `scored` must follow, and the
-    places count that `shown` says. `heads`: of these names the scores of a softmax are made. UsageError for a name that
-    no embedding, linear layer or norm owns.
+    places count that `shown` says. `heads`: of these names the scores of a softmax are made, for E[p(1 − p)].
+    UsageError for a name that no embedding, linear layer or norm owns.
     """
 
     def __init__(
@@ -45,6 +45,8 @@ class Watch:
         """Outputs of this forward pass whose gradients are still to come, and who takes them."""
         self._products: list[tuple[Sums, Any]] = []
         """What heads gave in this forward pass, whose scores are still to come."""
+        self._result: Mapping[str, Any] = {}
+        """What the model gave in this forward pass."""
         self._factors: dict[str, int] = {}
         """Name of a vector → which of `_derivatives` is its."""
         owners = dict(module.named_modules(remove_duplicate=False))
@@ -62,12 +64,18 @@ class Watch:
         for hook in self._hooks:
             hook.remove()
 
-    def differentiate(self, loss: torch.Tensor, n_targets: int = 0) -> None:
-        """Gradients of a loss, the sum of `n_targets`, at the outputs that were seen; parameters get none."""
+    def differentiate(
+        self, loss: torch.Tensor, n_targets: int = 0, result: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        """Gradients of a loss, the sum of `n_targets`, at the outputs that were seen; parameters get none.
+
+        `result`: what the model gave, among it the scores that were made of what its heads gave.
+        """
         import torch
 
         waiting, self._pending = self._pending, []
         self._products.clear()
+        self._result = result or {}
         if waiting:
             found = torch.autograd.grad(loss, [output for _, _, output in waiting], allow_unused=True)
             for (_, take, _), gradient in zip(waiting, found, strict=True):
@@ -82,11 +90,31 @@ class Watch:
         """
         waiting, self._products = self._products, []
         self._pending.clear()
+        self._result = result
         for sums, product in waiting:
-            like = [one for one in result.values()
-                    if one.is_floating_point() and one.ndim and one.shape[-1] == product.shape[-1]
-                    and one.numel() == product.numel()]  # fmt: skip
-            _add_scores(sums, product, like[0] if like else product, self.shown if shown is None else shown)
+            kept = places((product.numel() // product.shape[-1],), self.shown if shown is None else shown)
+            sums.n_targets += self._add_scores(sums, product, kept)
+
+    def _add_scores(self, sums: Sums, product: torch.Tensor, kept: Any) -> int:
+        """Σ p(1 − p) over the places that count, by the square of how scores move with the product. How many count.
+
+        The curvature of the loss, whatever is predicted: what the observed words say of it, Σ g², is a sample of that,
+        in which a rare word hardly occurs.
+        """
+        import torch
+
+        like = [one for one in self._result.values()
+                if one.is_floating_point() and one.ndim and one.shape[-1] == product.shape[-1]
+                and one.numel() == product.numel()]  # fmt: skip
+        raw, rows = _rows(product), _rows(like[0] if like else product)
+        if kept is not None:
+            picked = torch.from_numpy(kept).to(raw.device)
+            raw, rows = raw[picked], rows[picked]
+        if len(rows):
+            p = torch.softmax(rows.float(), dim=-1)
+            few = [one[:N_SLOPE_ROWS].double().cpu().numpy() for one in (raw, rows)]
+            sums.add("row_weights", (p * (1.0 - p)).double().sum(dim=0).cpu().numpy() * slope(few[0], few[1]) ** 2)
+        return len(rows)
 
     def _hook(self, name: str, owner: torch.nn.Module, head: bool) -> Any:
         import torch
@@ -130,7 +158,9 @@ class Watch:
                 rows = _rows(x) if kept is None else _rows(x)[torch.from_numpy(kept).to(x.device)]
                 sums.add("inputs", _moment(rows))
                 sums.n_tokens += len(rows)
-                if g is not None:
+                if g is not None and head:
+                    self._add_scores(sums, output.detach(), _moved(g))
+                elif g is not None:
                     sums.add("row_weights", _squares(g))
 
             self._await(sums, output, take)
@@ -248,22 +278,6 @@ def _product(owner: Any, x: torch.Tensor, output: Any) -> bool | str:
             if float((rows @ matrix + added - given).abs().max()) <= room:
                 return turned
     return f"{type(owner).__name__} gives something else than its inputs times its weight"
-
-
-def _add_scores(sums: Sums, product: torch.Tensor, scores: torch.Tensor, shown: Any) -> None:
-    """Σ p(1 − p) over the places that count, by the square of how scores move with the product."""
-    import torch
-
-    raw, rows = _rows(product), _rows(scores)
-    kept = places((len(raw),), shown)
-    if kept is not None:
-        picked = torch.from_numpy(kept).to(raw.device)
-        raw, rows = raw[picked], rows[picked]
-    if len(rows):
-        p = torch.softmax(rows.float(), dim=-1)
-        few = [one[:N_SLOPE_ROWS].double().cpu().numpy() for one in (raw, rows)]
-        sums.add("row_weights", (p * (1.0 - p)).double().sum(dim=0).cpu().numpy() * slope(few[0], few[1]) ** 2)
-        sums.n_targets += len(rows)
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

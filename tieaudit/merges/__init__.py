@@ -50,8 +50,8 @@ class Statistics:
     n_tokens: int
     row_weights: Block | None = None
     """[rows] How much a row matters: token frequencies p of an embedding, E[g²] of the loss's gradient at what a
-    product gives; of a head without gradients E[p(1 − p)] of its probabilities, which is the expectation of that, by
-    the square of the scale between product and scores."""
+    product gives; of a head E[p(1 − p)] of its probabilities, which is the expectation of that, by the square of the
+    scale between product and scores."""
     inputs: Block | None = None
     """[columns, columns] E[x xᵀ] of what the table's rows are multiplied with (a head's hidden states)."""
     gradients: Block | None = None
