@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# how long an example takes says how busy the machine is
+settings.register_profile("tieaudit", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tieaudit")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
