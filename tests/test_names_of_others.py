@@ -17,6 +17,7 @@ from tieaudit.model import Model, Part, Weight, make_id
 from tieaudit.naming import roles_by_name
 from tieaudit.propose import propose, schemes
 from tieaudit.scan import look
+from tieaudit.toy import ramp, toy
 
 SIZES = {"V": 997, "D": 64, "F": 256, "P": 32}
 
@@ -235,3 +236,18 @@ def test_a_plain_name_turns_what_stands_beside_it() -> None:
     ]
     told = roles_by_name(model_of_names(rows))
     assert [told[make_id(name)].kind for name, _, _ in rows[1:]] == ["ffn_up", "ffn_down"]
+
+
+@pytest.mark.parametrize(
+    ("name", "beside", "kind"),
+    [
+        ("shared.weight", "encoder.block.0.wi.weight", "token_embedding"),  # T5
+        ("shared.weight", "head_b.weight", None),  # the trunk of two tasks
+        ("model.layers.0.mlp.shared.weight", "encoder.block.0.wi.weight", None),  # an expert that all tokens use
+        ("stuff.0.dense.weight", "stuff.1.dense.weight", None),
+        ("block.0.ff.dense.weight", "block.1.ff.dense.weight", "ffn_up"),
+    ],
+)
+def test_a_word_counts_where_it_means_something(name: str, beside: str, kind: str | None) -> None:
+    found = roles_by_name(toy({name: ramp(64, 32), beside: ramp(32, 32)}, format="safetensors").model)[name].kind
+    assert found == kind or kind is None and found not in ("token_embedding", "ffn_up")

@@ -250,10 +250,16 @@ class Names:
             return False
         return path.end == "weight" or path.end not in ("apart", "bias", *NORM_BIASES)
 
+    @cached_property
+    def _of_two_sides(self) -> bool:
+        return any(not {"encoder", "decoder"}.isdisjoint(path.modules) for path in self.paths.values())
+
     def _is_token(self, weight: Weight, path: Path) -> bool:
         if len(weight.shape) != 2:
             return False
         n_rows, n_columns = weight.shape
+        if path.leaf == "shared":  # by an encoder and a decoder; the trunk of several tasks is called so as well
+            return self._of_two_sides and self._layer(path.modules) is None
         if path.leaf in TOKEN:
             return True
         if path.leaf not in PERHAPS_TOKEN and table_word(path.modules) is None:
@@ -372,13 +378,8 @@ class Names:
             return "ffn_up" if leaf == "ffn" else "ffn_down"
         if feed or leaf in ("mlp", "ffn", "ff", "feed_forward"):
             return called_feed(weight, path, beside)
-        if (
-            leaf == "out_proj"
-            and self._layer(path.modules) is not None
-            and "in_proj_weight" in self._names_beside(path)
-        ):
-            return "attention_output"
-        return None
+        packed = leaf == "out_proj" and "in_proj_weight" in self._names_beside(path)
+        return "attention_output" if packed and self._layer(path.modules) is not None else None
 
     def _numbered_attention(self, weight: Weight, path: Path) -> str | None:
         """Four matrices of one shape in a list are query, key, value and output, as in the annotated Transformer."""

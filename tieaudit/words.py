@@ -56,7 +56,7 @@ def _words(table: str) -> dict[str, str]:
 PLAIN = _words(_TABLE)
 """Last component of a module's path, in lower case → the kind that it says plainly."""
 FEED = re.compile(
-    r"mlp|ffn|ffwd|ff(\.|_|\d|$)|feed_?forward|expert|moe|dense(gated)?(relu|act)|intermediate|swiglu|geglu|blocksparse"
+    r"mlp|ffn|ffwd|(?<![a-z])ff(\.|_|\d|$)|feed_?forward|expert|moe|dense(gated)?(relu|act)|intermediate|swiglu|geglu|blocksparse"
 )
 """Modules that are called a feed-forward."""
 TOKEN = frozenset(
