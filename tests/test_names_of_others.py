@@ -251,3 +251,10 @@ def test_a_plain_name_turns_what_stands_beside_it() -> None:
 def test_a_word_counts_where_it_means_something(name: str, beside: str, kind: str | None) -> None:
     found = roles_by_name(toy({name: ramp(64, 32), beside: ramp(32, 32)}, format="safetensors").model)[name].kind
     assert found == kind or kind is None and found not in ("token_embedding", "ffn_up")
+
+
+def test_what_has_a_bias_is_a_layer_and_no_table() -> None:
+    sae = {"encoder.weight": ramp(512, 32), "encoder.bias": ramp(512), "decoder.weight": ramp(32, 512, seed=1)}
+    for names in (sae | {"decoder.bias": ramp(32)}, {"embed_in.weight": ramp(256, 12), "embed_in.bias": ramp(256)}):
+        found = {role.kind for role in roles_by_name(toy(names, format="safetensors").model).values()}
+        assert not found & {"token_embedding", "output_head"}

@@ -255,7 +255,7 @@ class Names:
         return any(not {"encoder", "decoder"}.isdisjoint(path.modules) for path in self.paths.values())
 
     def _is_token(self, weight: Weight, path: Path) -> bool:
-        if len(weight.shape) != 2:
+        if len(weight.shape) != 2 or (path.modules, "bias") in self.vectors:  # what adds a bias multiplies before
             return False
         n_rows, n_columns = weight.shape
         if path.leaf == "shared":  # by an encoder and a decoder; the trunk of several tasks is called so as well
