@@ -258,3 +258,20 @@ def test_what_has_a_bias_is_a_layer_and_no_table() -> None:
     for names in (sae | {"decoder.bias": ramp(32)}, {"embed_in.weight": ramp(256, 12), "embed_in.bias": ramp(256)}):
         found = {role.kind for role in roles_by_name(toy(names, format="safetensors").model).values()}
         assert not found & {"token_embedding", "output_head"}
+
+
+def test_where_the_class_says_which_is_the_head_no_other_is_told_by_shape() -> None:
+    names = {"embeddings.word_embeddings.weight": ramp(97, 16), "cls.decoder.weight": ramp(97, 16, seed=1)}
+    names["cls.dense.weight"] = ramp(8, 97)  # MobileBERT: columns that are put beside the decoder's
+    hints = {"embeddings.word_embeddings.weight": "token_embedding", "cls.decoder.weight": "output_head"}
+    one = toy(names, roles_by_class=hints)
+    assert one.roles["cls.dense.weight"].kind != "output_head"
+    (pair,), _ = propose(one, schemes(["io"])[0])
+    assert [member.id for member in pair.members] == list(hints)
+
+
+def test_an_empty_matrix_is_no_head_and_no_fault() -> None:
+    names = {"embeddings.word_embeddings.weight": ramp(97, 16), "cls.dense.weight": ramp(0, 97)}
+    assert toy(names).roles["cls.dense.weight"].kind != "output_head"
+    one = toy(names, roles_by_class={"cls.dense.weight": "output_head"})
+    assert propose(one, schemes(["io"])[0])[0] == []

@@ -241,7 +241,8 @@ class Names:
             if self.paths[id].end == "weight" and self._is_token(weight, self.paths[id])
         }
         found = Vocabularies(plain or table_beside_a_head(weights, self.paths, self._is_open))
-        found.find_heads(weights, self.paths, self._is_open)
+        if "output_head" not in self.model.hints.values():  # the class knows its head: none is looked for by shape
+            found.find_heads(weights, self.paths, self._is_open)
         return found
 
     def _is_open(self, weight: Weight) -> bool:

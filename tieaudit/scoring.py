@@ -38,7 +38,12 @@ class Vocabularies:
         unnamed, n_named = [], 0
         for id, weight in weights.items():
             path = paths[id]
-            if id in self.tables or len(weight.shape) != 2 or weight.shape[0] == weight.shape[1]:
+            if (
+                id in self.tables
+                or len(weight.shape) != 2
+                or weight.shape[0] == weight.shape[1]
+                or not weight.n_elements
+            ):
                 continue
             called = path.leaf if path.end == "weight" else path.end
             n_named += called in HEAD

@@ -51,7 +51,7 @@ def _propose(subject: Subject, argument: str) -> Iterator[Candidate | Refusal]:
 def _unfit(subject: Subject, head: Weight, embeddings: list[Weight]) -> Candidate | Refusal:
     """The pair that would be one if it had one shape, with what it lacks; a refusal where only the role agrees."""
     near = [one for one in embeddings if not one.absent and _agrees(one, head)]
-    if head.absent or not near:
+    if head.absent or not near or not head.n_elements:
         tables = ", ".join(map(_described, embeddings[:3]))
         return Refusal("io", (head.id,), f"the output head {_described(head)} fits no token embedding ({tables})")
     table = min(near, key=lambda one: (one.shape[0] not in head.shape, *_distance(subject, one, head)))
