@@ -275,3 +275,10 @@ def test_an_empty_matrix_is_no_head_and_no_fault() -> None:
     assert toy(names).roles["cls.dense.weight"].kind != "output_head"
     one = toy(names, roles_by_class={"cls.dense.weight": "output_head"})
     assert propose(one, schemes(["io"])[0])[0] == []
+
+
+def test_of_fc11_and_fc12_the_second_one_is_the_gate() -> None:
+    shapes = {"fc11": (64, 16), "fc12": (64, 16), "fc2": (16, 64)}
+    names = {f"encoder.layers.0.mlp.{name}.weight": ramp(*shape) for name, shape in shapes.items()}
+    found = roles_by_name(toy(names, format="safetensors").model)
+    assert [found[name].kind for name in names] == ["ffn_up", "ffn_gate", "ffn_down"]

@@ -18,6 +18,8 @@ _DOWNS: Mapping[str, str] = {
 }  # fmt: skip
 """Up → down."""
 _UPS = re.compile(r"(^|_)up(_|$)")
+_GATES = re.compile(r"gate|(^|\.)fc12$")
+"""Of fc11 and fc12 (NomicBERT) the second one is activated."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,12 @@ def _leads(up: _Matrix, down: _Matrix, widths: frozenset[int]) -> bool:
 def _gate(alike: list[_Matrix]) -> _Matrix:
     """Of two that are multiplied: the one that says so, or that comes first in the order of their numbers."""
     for one, other in (alike, alike[::-1]):
-        if "gate" in one.rest and "gate" not in other.rest or _UPS.search(other.rest) and not _UPS.search(one.rest):
+        if (
+            _GATES.search(one.rest)
+            and not _GATES.search(other.rest)
+            or _UPS.search(other.rest)
+            and not _UPS.search(one.rest)
+        ):
             return one
     return alike[0]
 
